@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +67,6 @@ class Size:
     forgetting_tokens: int
 
     def __str__(self) -> str:
-        """Return the text for the first line."""
         return f"{self.steps} steps, {self.questions or 'all'} questions, {self.texts} calibration texts"
 
 
@@ -99,15 +97,10 @@ def seconds_of_full_demo() -> float:
     import torch
 
     from milora_vl.models.devices import fastest_dtype
+    from milora_vl.train.memory import measured_flops
 
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    a = torch.ones(768, 768, dtype=fastest_dtype(device), device=device)
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        float((a @ a)[0, 0])
-        times.append(time.perf_counter() - start)
-    return FULL_WORK / (2 * 768**3 / min(times))
+    return FULL_WORK / measured_flops(768, device, fastest_dtype(device))
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +112,6 @@ class Step:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the steps that are not done yet. Return 1 if one of them fails, after its own message."""
     options = COMMAND.parse(argv)
     size, whole = QUICK if options.quick else FULL, ""
     if not (options.quick or options.full):
@@ -142,12 +134,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         shown = sys.stderr if options.format == "json" else None  # stdout then has the result alone
         code = subprocess.run([sys.executable, "-m", module, *words], stdout=shown).returncode
         if code != 0:
-            raise UserError(
-                f"{module} failed (see above)",
-                code="demo-step-failed",
-                hint="run the same command again: it continues with this step",
-                exit_code=code if code in (1, 2, 130) else 1,
-            )
+            message, hint = f"{module} failed (see above)", "run the same command again: it continues with this step"
+            raise UserError(message, hint=hint, exit_code=code if code in (1, 2, 130) else 1)
     report = options.output_dir / "report.html"
     if options.format == "json":
         results = json.loads(_results_of(options.output_dir).read_text(encoding="utf-8"))
@@ -190,7 +178,6 @@ def _results_of(folder: Path) -> Path:
 
 
 def _base_of(folder: Path) -> str:
-    """Return the name of the base model that the run records."""
     environment = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
     return str(environment["model"])
 

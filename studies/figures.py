@@ -1,4 +1,4 @@
-"""Write the measured numbers of README and the pages: `python -m studies.figures`.
+"""Write the measured numbers of README and the pages, and README's chart: `python -m studies.figures`.
 
 A page has each table between two comments, <!-- figures: NAME --> and <!-- end -->. All numbers come from the CSV files
 in docs/studies: one row is one training, at one learning rate and with one seed.
@@ -13,11 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
 from milora_vl.common.atomic_write import write_text
 from milora_vl.common.cli.table import Table
+from milora_vl.report.plots import METHOD_COLOURS, page_figure, png
 from milora_vl.sweep.cells import Cell
 from milora_vl.sweep.curves import Ratio, about_pictures, at_common_loss, curves_of
-from milora_vl.sweep.results import arms, mean_of
+from milora_vl.sweep.results import Point, arms, mean_of
 from studies.page import read_cells
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -107,13 +111,16 @@ DEFAULT = {
     "lora": "LoRA",
     "lora-same-projector": "LoRA, the projector in full",
     "lora-both": "LoRA on both towers",
-    "lora-both-kl": "the same with `base_kl`",
+    "lora-both-kl": "LoRA with `base_kl`",
     "random-rows": "the default with random rows of A",
 }
 DEFAULT_TASKS = (
     Task("SmolLM2: topics of names", 40, 16, ("default.smollm2", "curves.smollm2")),
     Task("smol-llava: emoji", 30, 8, ("default.smol-llava", "fixed-a.smol-llava"), "lora-same-projector"),
 )
+CHART = ROOT / "docs" / "pictures" / "default.png"  # of the last task in DEFAULT_TASKS
+IN_CHART = {"plain": ("the default", "milora"), "lora-both": ("LoRA", "lora")}
+FORGETS = {"forgetting": "about text", "forgetting_pictures": "about pictures"}
 NO_RESULTS = "The study runs; no result is in yet.\n"
 
 
@@ -125,19 +132,87 @@ def default() -> str:
             continue
         cells = task.cells()
         for method, label in DEFAULT.items():
-            of_method = {cell: row for cell, row in cells.items() if cell.method == method}
-            seeds = len({cell.seed for cell in of_method})
-            best = next((arm.best for arm in arms(of_method, seeds)), None)
-            if best is None:
-                continue
-            pictures = next((arm.points for arm in arms(about_pictures(of_method), seeds)), ())
-            about = next((p.forgetting.text for p in pictures if p.learning_rate == best.learning_rate), "–")
-            rows.append((
-                task.name, str(task.steps), label, f"{best.learning_rate:g}", str(seeds), best.validation.text,
-                best.score.text, best.forgetting.text, about,
-            ))  # fmt: skip
+            best, about = _best(cells, method)
+            if best is not None:
+                rows.append((
+                    task.name, str(task.steps), label, f"{best.learning_rate:g}", str(len(best.seeds)),
+                    best.validation.text, best.score.text, best.forgetting.text, about,
+                ))  # fmt: skip
     header = ("task", "steps", "trains", "rate", "seeds", "loss", "score", "forgets text", "about pictures")
     return Table(header, tuple(rows)).markdown() if rows else NO_RESULTS
+
+
+def in_short() -> str:
+    """Return README's table: what the default and LoRA learn and forget on the last task in DEFAULT_TASKS."""
+    task = DEFAULT_TASKS[-1]
+    columns = {DEFAULT[method]: _best(task.cells(), method) for method in ("plain", "lora-both", "lora-both-kl")}
+    known = {label: (best, about) for label, (best, about) in columns.items() if best is not None}
+    if not known:
+        return NO_RESULTS
+    rows = (
+        ("score", *(best.score.text for best, _ in known.values())),
+        ("forgets text", *(best.forgetting.text for best, _ in known.values())),
+        ("forgets about pictures", *(about for _, about in known.values())),
+        ("seeds", *(str(len(best.seeds)) for best, _ in known.values())),
+    )
+    return Table((f"{task.name}, {task.steps} steps", *known), rows).markdown()
+
+
+def _best(cells: Cells, method: str) -> tuple[Point | None, str]:
+    """Return a method at the rate with the lowest validation loss, and what it forgets there about pictures."""
+    of_method = {cell: row for cell, row in cells.items() if cell.method == method}
+    seeds = len({cell.seed for cell in of_method})
+    best = next((arm.best for arm in arms(of_method, seeds)), None)
+    pictures = next((arm.points for arm in arms(about_pictures(of_method), seeds)), ())
+    rate = best and best.learning_rate
+    return best, next((point.forgetting.text for point in pictures if point.learning_rate == rate), "–")
+
+
+def chart_points() -> dict[str, list[list[Mapping[str, Any]]]]:
+    """Return the trainings in README's chart: by method, one list for each learning rate, with a row for each seed."""
+    cells = DEFAULT_TASKS[-1].cells()
+    points: dict[str, list[list[Mapping[str, Any]]]] = {}
+    for method in IN_CHART:
+        rates = sorted({cell.learning_rate for cell in cells if cell.method == method})
+        points[method] = [
+            [row for cell, row in cells.items() if (cell.method, cell.learning_rate) == (method, rate)]
+            for rate in rates
+        ]
+    return points
+
+
+def chart() -> Figure:
+    """Draw the score over what is forgotten about text and about pictures, for the default and LoRA."""
+    with page_figure(2.7, 5) as figure, rc_context({"font.size": 9}):
+        for axes, (key, about) in zip(figure.subplots(1, 2, sharey=True), FORGETS.items(), strict=True):
+            for method, rates in chart_points().items():
+                label, colour = IN_CHART[method][0], METHOD_COLOURS[IN_CHART[method][1]]
+                x, y = ([[float(row[name]) for row in rows] for rows in rates] for name in (key, "score"))
+                middles = [[mean_of(values).value for values in one] for one in (x, y)]
+                ranges = [
+                    [[m - min(values) for m, values in zip(means, one, strict=True)],
+                     [max(values) - m for m, values in zip(means, one, strict=True)]]
+                    for means, one in zip(middles, (x, y), strict=True)
+                ]  # fmt: skip
+                mark = "os"[list(IN_CHART).index(method)]
+                axes.errorbar(
+                    *middles,
+                    xerr=ranges[0],
+                    yerr=ranges[1],
+                    color=colour,
+                    marker=mark,
+                    ms=6,
+                    lw=1,
+                    elinewidth=1,
+                    label=label,
+                )
+            axes.set(xlabel=f"forgotten {about}\n(nats a token)", xlim=(0, 1.15 * axes.dataLim.x1))
+            axes.set_ylim(0, 1.25 * axes.dataLim.y1)
+            axes.locator_params(nbins=5)
+            axes.text(0.04, 0.98, "\N{NORTH WEST ARROW} better", transform=axes.transAxes, va="top")
+        figure.axes[0].set_ylabel("score on the new task")
+        figure.axes[1].legend(loc="lower right")
+    return figure
 
 
 def kept() -> str:
@@ -209,6 +284,7 @@ def sequence(ways: Iterable[str] = tuple(WAYS)[:3]) -> str:
 
 FIGURES: dict[str, Callable[[], str]] = {
     "default": default,
+    "in short": in_short,
     "kept": kept,
     "others": others,
     "rates": rates,
@@ -224,7 +300,8 @@ def written(page: str) -> str:
 
 
 def main() -> int:
-    """Write the pages."""
+    """Write the chart and the pages."""
+    CHART.write_bytes(png(chart()))
     for page in PAGES:
         write_text(page, written(page.read_text(encoding="utf-8")))
     return 0

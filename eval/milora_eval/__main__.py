@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from milora_vl.common.cli.command_line import run
-from milora_vl.common.cli.menu import Menu
+from milora_vl.common.cli.command_line import Menu, run
 
 MENU = Menu(
     "python -m milora_eval",

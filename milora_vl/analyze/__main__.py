@@ -15,7 +15,7 @@ from milora_vl.common.cli.command_line import next_step, run
 from milora_vl.common.cli.flags import Command, option, positive, shared
 from milora_vl.common.cli.table import Table, show
 from milora_vl.common.errors import UserError
-from milora_vl.core.adapter.folders import holds_adapter, holds_residual, newest_of_unfinished
+from milora_vl.core.adapter.folders import holds_adapter, newest_of_unfinished
 from milora_vl.report.page import regenerate_report
 
 COMMAND = Command(
@@ -90,7 +90,6 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return the exit code. Raises UserError if the model or adapter cannot be analysed."""
     words = list(sys.argv[1:] if argv is None else argv)
     is_ranks = words[:1] == ["ranks"]
     options = RANKS.parse(words[1:]) if is_ranks else COMMAND.parse(words)
@@ -105,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     newest = newest_of_unfinished(subject, "milora_vl.analyze", *base)
     if newest:
         raise UserError("contains no finished training", code="adapter-missing", where=str(subject), hint=newest)
-    is_trained = holds_adapter(subject) or holds_residual(subject) or options.base is not None
+    is_trained = holds_adapter(subject) or options.base is not None
     folder = options.output_dir or (subject / "analysis" if is_trained and subject.is_dir() else None)
     if folder is None:
         message = f"{options.subject} is not the folder of a training: name a folder for the analysis"

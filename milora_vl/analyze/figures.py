@@ -42,7 +42,6 @@ _FIELDS = {
 
 
 def write(folder: Path, of: dict[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
-    """Write all files of an analysis into `folder` and return the content of summary.json, with `of` in it."""
     columns = [key for key in dict.fromkeys(key for row in rows for key in row) if key != "sigma"]
     write_csv(folder / "layers.csv", columns, [[row.get(key, "") for key in columns] for row in rows])
     groups: dict[str, list[Row]] = {}  # language attention, language mlp, projector, ...
@@ -60,8 +59,8 @@ def write(folder: Path, of: dict[str, Any], rows: Sequence[Row]) -> dict[str, An
     ]
     table = Table(("part", "layers", *shown), tuple(cells), "Means over the layers of each part.")
     figures = _figures(groups)
-    for name, (figure, caption) in figures.items():
-        draw(folder, name, figure, caption)
+    for name, (figure, _) in figures.items():
+        draw(folder, name, figure)
     captions = [{"name": name, "caption": caption} for name, (_, caption) in figures.items()]
     summary = of | {"layers": len(rows), "means": means, "figures": captions, "table": asdict(table)}
     write_json(folder / "summary.json", summary)
@@ -93,7 +92,6 @@ def _figures(groups: dict[str, list[Row]]) -> dict[str, tuple[Figure, str]]:
 def _panels(
     groups: dict[str, list[Row]], draw_one: Callable[[Axes, Sequence[Row]], None], xlabel: str, ylabel: str
 ) -> Figure:
-    """Draw one panel for each group of rows."""
     columns = 2 if len(groups) == 4 else min(3, len(groups))
     lines = -(-len(groups) // columns)
     with page_figure(2.5 * lines + 0.2) as figure:
@@ -111,7 +109,6 @@ def _panels(
 
 
 def _draw_spectra(axis: Axes, rows: Sequence[Row]) -> None:
-    """Draw sigma_i / sigma_1 of every layer over its relative position, coloured by depth."""
     from matplotlib import colormaps
 
     last = max([row["block"] or 0 for row in rows] + [1])
@@ -135,7 +132,6 @@ def _draw_similarities(axis: Axes, rows: Sequence[Row]) -> None:
 
 
 def _draw_field(field: str, axis: Axes, rows: Sequence[Row]) -> None:
-    """Draw a measure over the blocks, one line per module."""
     modules = list(dict.fromkeys(row["module"].split(".")[-1] for row in rows))
     for module, colour in colours_of(modules).items():
         inside = [row for row in rows if row["module"].split(".")[-1] == module and row.get(field) is not None]

@@ -10,7 +10,6 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,19 +23,12 @@ from torch import Tensor, nn
 
 from milora_vl.analyze import measures
 from milora_vl.analyze.measures import Update
-from milora_vl.common.atomic_write import write_text
+from milora_vl.common.atomic_write import json_lines, write_text
 from milora_vl.common.cli.command_line import amount
 from milora_vl.common.errors import UserError, with_problems
 from milora_vl.common.progress import progress_bar
 from milora_vl.core.adapter.anchored import anchors_of, factors, has_anchor
-from milora_vl.core.adapter.folders import (
-    CONFIG,
-    adapters_inside,
-    base_of,
-    holds_adapter,
-    holds_projector_alone,
-    holds_residual,
-)
+from milora_vl.core.adapter.folders import CONFIG, base_of, holds_adapter, holds_projector_alone
 from milora_vl.core.adapter.peft_model import MiloraMixin
 from milora_vl.core.policy import Policy
 from milora_vl.core.policy.policy import SpectralRank, with_ranks
@@ -69,7 +61,6 @@ class Layer:
     rank: int | None = None
 
     def row(self, device: torch.device, rank: int) -> Row:
-        """Return the measures of the layer, at the rank of its adapter or else at `rank`."""
         towers, W = self.towers, read_matrix(self.before).to(device).float()
         block, tower = towers.block_of(self.path), towers.tower_of(self.path) or "other"
         place = {
@@ -140,8 +131,8 @@ def layers_of(subject: str, base: str | None, *, allow_base_mismatch: bool = Fal
     Raises UserError if subject and base model do not fit.
     """
     folder = Path(subject)
-    if holds_adapter(folder) or holds_residual(folder):
-        base = base or _named_base(folder)
+    if holds_adapter(folder):
+        base = base or base_of(folder)
         model = load_any(load_weights(base), folder, allow_base_mismatch=allow_base_mismatch)
         layers = list(_of_adapter(model))
         config = model.peft_config["default"].to_dict()
@@ -161,15 +152,6 @@ def layers_of(subject: str, base: str | None, *, allow_base_mismatch: bool = Fal
         hint = "check --base: it should be the model before the training"
         raise UserError(f"changes no matrix of {base}", where=subject, hint=hint)
     return base, layers
-
-
-def _named_base(folder: Path) -> str:
-    """Return the base model that an adapter names, or the adapter inside a residual base."""
-    try:
-        return base_of(folder if holds_adapter(folder) else adapters_inside(folder)[0])
-    except UserError as error:
-        problems = [replace(problem, hint="add:  --base NAME-OR-FOLDER") for problem in error.problems]
-        raise UserError(problems=problems) from None
 
 
 def _of_adapter(model: PeftModel) -> Iterator[Layer]:
@@ -228,10 +210,8 @@ def rows_of(
     Raises UserError if the folder contains another analysis.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    file, lines = folder / FILE, list[Row]()
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
-        with suppress(ValueError):  # the last line of an interrupted analysis
-            lines.append(json.loads(line))
+    file = folder / FILE
+    lines = list(json_lines(file))
     head = {"key": hashlib.sha256(json.dumps(of, default=str).encode()).hexdigest()[:16], "of": of["subject"]}
     if lines and lines[0] != head:
         message = f"contains another analysis, of {lines[0].get('of')}; it is not overwritten"
@@ -260,7 +240,6 @@ def stamps(folder: Path) -> list[tuple[str, int, int]]:
 
 
 def _rounded(value: Any) -> Any:
-    """Round numbers to six digits, the precision of float32 weights."""
     if isinstance(value, list):
         return [_rounded(each) for each in value]
     return float(f"{float(value):.6g}") if isinstance(value, float | Tensor) else value

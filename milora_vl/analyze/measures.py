@@ -120,11 +120,6 @@ class Update:
         kept = int(torch.count_nonzero(self.S / self.S[0] > 1e-7)) if float(self.S[0]) > 0 else 0
         return self.first(kept)
 
-    @property
-    def rank(self) -> int:
-        """Return the number of triplets."""
-        return len(self.S)
-
 
 def amplification(W: Tensor, update: Update, rank: int) -> tuple[float, float]:
     """Return (||U' dW V||_F, ||U' W V||_F) with U, V the top-`rank` singular vectors of the update dW.

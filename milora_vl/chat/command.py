@@ -97,7 +97,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Check the options before the model loads. Raises UserError for options that do not fit together."""
     if options.template:
         with at_flag("--template"):
             template_name(options.template)
@@ -123,9 +122,6 @@ def _check(options: argparse.Namespace) -> None:
     if adapter:
         require_adapter(adapter, "--adapter", "milora_vl.chat", "--model", options.model, "--adapter")
     if options.compare and not has_update:
-        raise UserError(
-            "needs an adapter, or a fully trained model and its base: it shows the answers of both",
-            code="flag-needs-another",
-            where="--compare",
-            hint=newest_of_unfinished(Path(options.model), "--model") or "add:  --adapter FOLDER   or   --base MODEL",
-        )
+        message = "needs an adapter, or a fully trained model and its base: it shows the answers of both"
+        hint = newest_of_unfinished(Path(options.model), "--model") or "add:  --adapter FOLDER   or   --base MODEL"
+        raise UserError(message, code="flag-needs-another", where="--compare", hint=hint)

@@ -11,12 +11,13 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from html import escape, unescape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from PIL import Image
 from transformers import TextIteratorStreamer, TextStreamer
 
 from milora_data.batches.processor_inputs import ProcessorInputs
-from milora_data.pictures.files import SUFFIXES, load_image
+from milora_data.pictures.files import load_image
 from milora_data.pictures.pixels import AspectRatio
 from milora_data.pictures.videos import Frames, require_one_size, require_pyav
 from milora_data.records.record import IMAGE, VIDEO, Reply, Turn, Video
@@ -33,9 +34,7 @@ from milora_vl.models.image_tokens import uses_processor
 from milora_vl.models.loading import split_processor
 from milora_vl.models.prompts import prompts_of
 
-if TYPE_CHECKING:
-    from PIL import Image
-
+FRAMES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff")
 COMMANDS = {
     "/image FILE": "ask about another picture alone (starts a new conversation)",
     "/video FILE": "ask about a video alone, or the frames in a folder (starts a new conversation)",
@@ -69,7 +68,7 @@ def open_video(place: Path, fps: float | None = None, num_frames: int | None = N
     if num_frames is not None:
         message, hint = "is for a video file; all frames of a folder are shown", "remove the flag, or name a file"
         raise UserError(message, code="flag-conflict", where="--num_frames", hint=hint)
-    files = sorted(path for path in place.iterdir() if path.suffix.lower() in SUFFIXES)
+    files = sorted(path for path in place.iterdir() if path.suffix.lower() in FRAMES)
     files.sort(key=lambda path: [(int(n or 0), text) for text, n in re.findall("([^0-9]*)([0-9]*)", path.name)])
     if not files:
         message = "this folder has no pictures; expected the frames of a video"
@@ -122,7 +121,6 @@ class Chat:
 
     @classmethod
     def load(cls, options: Namespace) -> Chat:
-        """Load the model and adapter of the flags of the command."""
         prompts = prompts_of(options.model, options.adapter, options.template)
         size, update = 1.0 if options.base else options.scale, None
         with at_flag("--model"):  # the update of a fully trained model gets its size below
@@ -155,12 +153,10 @@ class Chat:
     def require_shown(
         self, source: str, pictures: Sequence[Image.Image], videos: Sequence[Frames | Video] = ()
     ) -> None:
-        """Raise UserError, at `source`, for pictures or videos that the processor of the model refuses."""
         if uses_processor(self.model.config):
             require_shown(self.processor, _about("What?", pictures, videos, source))
 
     def ask(self, question: str) -> None:
-        """Ask a question and write the answer, which stays in the conversation; with `compare`, the base's too."""
         self.turns.append(self.user_turn(question, self.pictures, self.turns, self.videos))
         if self.compare:
             self._write_reply("base   ", base=True)
@@ -170,7 +166,6 @@ class Chat:
     def answers(
         self, question: str, pictures: Sequence[Image.Image], videos: Sequence[Frames | Video] = ()
     ) -> dict[str, Any]:
-        """Return the question, its answer, and with `compare` the base model's answer; `truncated` marks cut ones."""
         self.start(pictures, videos)
         turns = [self.user_turn(question, pictures, [], videos)]
         base = {"base": self.reply(turns, pictures, None, base=True)} if self.compare else {}
@@ -193,7 +188,6 @@ class Chat:
 
     @staticmethod
     def answer_turn(answer: str) -> Turn:
-        """Return an answer as a turn. A mark in it is a text, not the place of a picture or a video."""
         return Turn("assistant", answer.replace(IMAGE, "[image]").replace(VIDEO, "[video]"))
 
     def reply(self, turns: Sequence[Turn], pictures: Sequence[Image.Image], streamer: Any, *, base: bool) -> Reply:
@@ -243,11 +237,9 @@ def _missing_marks(mark: str, question: str, num_shown: int, turns: Sequence[Tur
         return f"{mark}\n" * (num_shown - found)
     thing = "picture" if mark == IMAGE else "video"
     more = "--image FILE, /add FILE, or on the page" if mark == IMAGE else "--video FILE"
-    raise UserError(
-        f"{found} {mark} in the conversation, but {num_shown} {thing}{'s' * (num_shown != 1)} shown",
-        where=f"question {question.strip()[:60]!r}",
-        hint=f"write {mark} at most once for each {thing}; show one more {thing}:  {more}",
-    )
+    message = f"{found} {mark} in the conversation, but {num_shown} {thing}{'s' * (num_shown != 1)} shown"
+    hint = f"write {mark} at most once for each {thing}; show one more {thing}:  {more}"
+    raise UserError(message, where=f"question {question.strip()[:60]!r}", hint=hint)
 
 
 def converse(
@@ -312,7 +304,6 @@ def _ask_unless_stopped(chat: Chat, question: str) -> None:
 
 
 def _lines() -> Iterator[str]:
-    """Yield the non-empty lines of stdin; a terminal gets a prompt, editing and history."""
     if sys.stdin.isatty():
         import readline  # noqa: F401  (input() uses it after the import)
     while True:
@@ -359,7 +350,6 @@ def serve(chat: Chat, files: Sequence[Path], about: str, port: int) -> None:
 
 
 def page(chat: Chat, files: Sequence[Path], about: str) -> Any:
-    """Return the gradio page of a conversation; `files` are the pictures beside the first question."""
     import gradio as gr
 
     def respond(message: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> Iterator[list[dict[str, str]]]:

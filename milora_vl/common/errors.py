@@ -37,7 +37,6 @@ class Key:
         return cls(tuple(dotted.split(".")))
 
     def below(self, *parts: str | int) -> Key:
-        """Return the key of a value inside the value of this key."""
         return Key((*self.parts, *parts))
 
     def __str__(self) -> str:
@@ -67,7 +66,6 @@ class Problem:
         return replace(self, where=Key((*parts, *(self.where.parts if isinstance(self.where, Key) else ()))))
 
     def __str__(self) -> str:
-        """Return the text for people: the place and the message, then the hint."""
         place = f"{self.where}: " if self.where else ""
         return place + self.message + (f"\n{self.hint}" if self.hint else "")
 
@@ -216,5 +214,4 @@ def no_records(path: object) -> Problem:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error message, or the class of the error."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

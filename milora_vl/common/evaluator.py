@@ -81,8 +81,6 @@ class TrainingQuestions(Protocol):
 
 
 class Evaluator(Protocol):
-    """Questions in, scores out."""
-
     def require_questions(self, questions: QuestionSet, *, at: str | Key, data_at: str | Key) -> None:
         """Raise UserError, at these places, for what an evaluation would fail with: unknown names, missing files."""
 
@@ -113,10 +111,8 @@ def evaluator() -> Evaluator:
     found = list(entry_points(group=GROUP))
     if len(found) != 1:
         names = ", ".join(entry.value for entry in found) or "none"
-        raise UserError(
-            f"expected one entry point of the group {GROUP}, found {names}",
-            code="evaluator-missing",
-            hint="install milora-vl again; in a clone:  make setup",
-        )
+        message = f"expected one entry point of the group {GROUP}, found {names}"
+        hint = "install milora-vl again; in a clone:  make setup"
+        raise UserError(message, code="evaluator-missing", hint=hint)
     loaded: Evaluator = found[0].load()
     return loaded

@@ -43,7 +43,6 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Compose the parts, write the model and return the exit code. Raises UserError if the parts do not fit."""
     args = COMMAND.parse(argv)
     from milora_vl.models import parts, vision
 

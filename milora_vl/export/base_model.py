@@ -39,7 +39,6 @@ class Base:
 
     @property
     def name(self) -> str:
-        """The name of the base model. A loaded model has it in its config."""
         if isinstance(self._source, nn.Module):
             return str(self.config.name_or_path)
         if not self._source:
@@ -56,7 +55,6 @@ class Base:
 
     @cached_property
     def model(self) -> nn.Module:
-        """The model with its weights, in the requested data type, else as stored."""
         if isinstance(self._source, nn.Module):
             return self._source
         dtype, saved = self._dtype, self.config.dtype

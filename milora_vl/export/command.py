@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 from milora_data.encode.templates import OWN
 from milora_vl.common.cli.command_line import next_step
 from milora_vl.common.cli.flags import Command, flag, option, shared
+from milora_vl.common.compat.transformers import silence_deepspeed
 from milora_vl.common.errors import UserError
 from milora_vl.core.adapter.checkpoints import step_of
 from milora_vl.core.adapter.folders import base_of, holds_text_model
 from milora_vl.export.request import FORMS, VLLM_RANKS, Options, parse_form
-from milora_vl.models.quiet import silence_deepspeed
 
 if TYPE_CHECKING:
     from milora_vl.export.write import Exported
@@ -136,7 +136,6 @@ def _show(done: Exported, style: str) -> None:
 
 
 def _print_next(done: Exported) -> None:
-    """Print the command or the code that uses the folder."""
     folder, name = done.folder, done.folder.resolve().name.lower()
     if done.form == "llava":
         if "llava" not in name or "lora" not in name:

@@ -33,7 +33,6 @@ _LAST_LINES = 6
 
 
 def require_scripts(llama_cpp: str | Path | None) -> Path:
-    """Return the folder of llama.cpp. Raises UserError without one, or if it does not contain the scripts."""
     get = "get it:  git clone https://github.com/ggml-org/llama.cpp   then add  --llama_cpp llama.cpp"
     if llama_cpp is None:
         raise UserError("GGUF files are written by the scripts of llama.cpp", where="--llama_cpp", hint=get)
@@ -46,7 +45,6 @@ def require_scripts(llama_cpp: str | Path | None) -> Path:
 
 
 def write_model_folder(model: Any, folder: Path, base: Base, processor: Path) -> None:
-    """Write a model for the script: weights, and the processor of `processor` (a run folder), else of the base."""
     _name_language_model(model.config)
     save_model(model, folder)
     copy_processor(processor, folder, base)
@@ -107,7 +105,6 @@ def convert_lora(llama_cpp: Path, adapter: Path, base_config: Path, output: Path
 
 
 def run_script(script: Path, *arguments: str | Path, may_lack: bool = False) -> str | None:
-    """Run a script of llama.cpp with this Python; with `may_lack`, return its message for an unsupported model."""
     sys.stderr.write(f"running {script.name}\n")
     command = [sys.executable, str(script), *map(str, arguments)]
     done = subprocess.run(
@@ -143,7 +140,6 @@ def modelfile(files: Sequence[str], template: str, adapter: str | None = None) -
 
 
 def _template(form: Template) -> str:
-    """Return one question and its answer in the language of Go's templates."""
     system = f"{{{{ if .System }}}}{form.frame[0]}{{{{ .System }}}}{form.frame[1]}{{{{ end }}}}"
     before, after = form.user
     asked = before + (system if form.system_in_question else "") + "{{ .Prompt }}" + after
@@ -153,7 +149,6 @@ def _template(form: Template) -> str:
 
 
 def has_clip_tower(config: Any) -> bool:
-    """Return whether this is a LLaVA with a CLIP tower, whose pictures `write_pictures` writes."""
     return bool(config.model_type == "llava" and config.vision_config.model_type == "clip_vision_model")
 
 
@@ -175,7 +170,6 @@ def why_no_pictures(config: Any) -> str | None:
 
 
 def require_gguf() -> None:
-    """Raise UserError if the package gguf, which `write_pictures` uses, is not installed."""
     if find_spec("gguf") is None:
         message = "the file for the pictures needs the package gguf, which is not installed"
         raise UserError(message, code="package-missing", where="--to", hint="pip install gguf")

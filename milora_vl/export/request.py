@@ -71,7 +71,6 @@ def parse_form(to: str) -> tuple[str, int | None]:
 
 
 def require_fitting(to: str, options: Options) -> None:
-    """Raise UserError for an option that the form does not read."""
     form, _ = parse_form(to)
     is_gguf, writes_model = form in ("gguf", "gguf-lora"), options.with_base or form == "merged"
     for flag, is_set, applies in (

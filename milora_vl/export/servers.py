@@ -39,8 +39,8 @@ def notes_of(folder: Path, base: Any) -> list[str]:
     lost = [] if family in VLLM_TOWERS else towers
     if "llava" in family and "vision" in towers and parts["vision_config"]["model_type"] in RENAMED:
         lost = ["vision"]
-    ranks = [lora.rank_pattern.get(f"^{path}", lora.r) for path in paths]  # as our exports write the keys
-    alphas = [lora.alpha_pattern.get(f"^{path}", lora.lora_alpha) for path in paths]
+    ranks = [(lora.rank_pattern or {}).get(f"^{path}", lora.r) for path in paths]  # as our exports write the keys
+    alphas = [(lora.alpha_pattern or {}).get(f"^{path}", lora.lora_alpha) for path in paths]
     is_refused = "projector" in towers and family in VLLM_PLAIN_PROJECTORS
     holds = {
         "lora": True,

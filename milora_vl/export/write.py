@@ -19,6 +19,7 @@ from torch import nn
 
 from milora_data.encode.templates import OWN, TRAINED_WITH
 from milora_vl.common.atomic_write import complete_folder
+from milora_vl.common.compat.transformers import quiet_bars
 from milora_vl.common.errors import UserError
 from milora_vl.core.adapter.apply import merge
 from milora_vl.core.adapter.folders import from_there, moved
@@ -51,7 +52,6 @@ from milora_vl.interop.lora_folder import PlainAdapter, read_config, read_plain,
 from milora_vl.interop.scale import require_linear, require_scale, scaled
 from milora_vl.models.names import SAME_WEIGHTS
 from milora_vl.models.prompts import trained_template
-from milora_vl.models.quiet import quiet_bars
 
 # What loading a full model needs: only transformers, this package, or its own code with trust_remote_code=True.
 LoadsWith = Literal["transformers", "milora_vl", "trust_remote_code"]
@@ -123,7 +123,6 @@ class Job:
 
     @property
     def base(self) -> str | Path | nn.Module | None:
-        """The base model of the options, or the model that the adapter names, if it names one."""
         if self.options.base is not None:
             return self.options.base
         if self.options.initial is not None:
@@ -209,7 +208,6 @@ def _notes(job: Job) -> list[str]:
 
 
 def _write_scaled(job: Job, folder: Path) -> None:
-    """Write the adapter with its update times `--scale` to `folder`, with its processor."""
     require_linear(job.folder)
     base = Base(job.base, None)
     needs_base = job.kind != "ours" or bool(read_plain(job.folder).whole)
@@ -219,7 +217,6 @@ def _write_scaled(job: Job, folder: Path) -> None:
 
 
 def write_merged(job: Job) -> Exported:
-    """Write the merged model. In half precision it is rounded once."""
     base = Base(job.base, job.options.dtype, is_rounded_later=True)
     loads_with = job.full_model_loads_with(base)
     model, rounding = job.merged(base)
@@ -246,7 +243,6 @@ def write_llava_form(job: Job) -> Exported:
 
 
 def write_adapter(job: Job) -> Exported:
-    """Write the adapter for the unchanged base; with another data type, measure the rounding."""
     base, dtype = Base(job.base, job.options.dtype), job.options.dtype
     adapter = job.read(base, needs_base=job.options.with_base or job.kind != "ours")
     total = None
@@ -259,7 +255,6 @@ def write_adapter(job: Job) -> Exported:
 
 
 def write_rank(job: Job) -> Exported:
-    """Write the nearest plain LoRA of a lower rank, and measure its error."""
     base = Base(job.base, job.options.dtype)
     adapter = job.read(base, needs_base=job.options.with_base)
     exact = max((low.rank for low in adapter.factors.values()), default=None)
@@ -341,7 +336,6 @@ def _trained_in_full(model: nn.Module, folder: Path) -> list[str]:
 
 
 def _round(weight: nn.Parameter, dtype: torch.dtype) -> float:
-    """Convert a weight to a data type, in place, and return its largest change."""
     exact, weight.data = weight.data, weight.data.to(dtype)
     return 0.0 if exact.dtype == dtype or not exact.numel() else float((exact - weight.data).abs().max())
 
@@ -374,7 +368,6 @@ def _language_part(adapter: PlainAdapter, model: nn.Module) -> tuple[PlainAdapte
 
 
 def _complete(job: Job, base: Base, folder: Path, loads_with: LoadsWith) -> None:
-    """Add the processor to a full model, and the code of a timm tower if it is asked for."""
     copy_processor(job.folder, folder, base)
     if loads_with == "trust_remote_code":
         write_code(folder)
@@ -403,9 +396,6 @@ def _write_into(adapter: PlainAdapter, base: Base) -> None:
     """Write the modules trained in full into the loaded base model. Raises UserError if it has not all of them."""
     _, unknown = base.model.load_state_dict(dict(adapter.whole), strict=False)
     if unknown:
-        raise UserError(
-            f"the base model has no {unknown[0]}, which the adapter trained",
-            code="adapter-wrong-base",
-            where="--base",
-            hint="name the base model of the adapter:  --base NAME-OR-FOLDER",
-        )
+        message = f"the base model has no {unknown[0]}, which the adapter trained"
+        hint = "name the base model of the adapter:  --base NAME-OR-FOLDER"
+        raise UserError(message, code="adapter-wrong-base", where="--base", hint=hint)

@@ -71,7 +71,6 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return the exit code. Raises UserError if forgetting cannot be measured."""
     options = COMMAND.parse(argv)
     options.model = model_of(options.model, options.adapter, "milora_vl.forgetting", "--adapter")
     _refuse_unused(options)
@@ -107,7 +106,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _refuse_unused(options: argparse.Namespace) -> None:
-    """Raise UserError for a flag that no selected probe uses."""
     on = options.on or PROBES
     pictures = "pictures" in on
     uses = {

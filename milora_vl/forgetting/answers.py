@@ -98,7 +98,6 @@ def _batch(collate: Any, records: Sequence[Record]) -> ProbeBatch:
 
 
 def _until_question(record: Record) -> Iterator[Turn]:
-    """Yield the turns before the first answer."""
     for turn in record.turns:
         if turn.role == "assistant":
             return
@@ -106,7 +105,6 @@ def _until_question(record: Record) -> Iterator[Turn]:
 
 
 def _draw(shape: str, colour: str, side: int = 160) -> Image.Image:
-    """Return one shape in the middle of a white square."""
     picture = Image.new("RGB", (side, side), "white")
     pen, low, high, middle = ImageDraw.Draw(picture), side * 0.2, side * 0.8, side / 2
     if shape == "circle":

@@ -30,8 +30,6 @@ FILE = "forgetting.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What is measured on which models; `run` writes each result to `file` in `folder`."""
-
     folder: Path
     model: str
     adapter: Path | None
@@ -53,7 +51,6 @@ class Job:
         return self.folder / FILE
 
     def run(self) -> Measurements:
-        """Measure the selected probes. Raises UserError for options that do not fit together."""
         if self.adapter is None and self.base is None:
             hint = "add:  --adapter FOLDER, or --base MODEL for a fully trained --model"
             raise UserError("forgetting needs a base model to compare with", hint=hint)
@@ -165,7 +162,6 @@ class Job:
 
     @cached_property
     def _reference(self) -> Any | None:
-        """Return the base model, or None if switching off the adapter restores it."""
         if can_recover_base(self._tuned):
             return None
         return self._load(self.base or self.model, None)  # a projector, the full model or biases trained

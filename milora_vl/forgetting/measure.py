@@ -143,7 +143,6 @@ def token_sums(logits: Tensor, target: Tensor, batch: ProbeBatch) -> Tensor:
 
 
 def summary(sums: Tensor, documents: Sequence[str], what: str) -> Forgetting:
-    """Return means and standard errors from sums by row (see `token_sums`) and the document of each row."""
     cross, entropy, loss, base_loss, tokens = sums.unbind(1)
     mean = cluster_mean(documents, tokens)
     (ce, ce_error), (kl, kl_error) = mean(cross), mean(cross - entropy)

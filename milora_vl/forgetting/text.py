@@ -66,7 +66,6 @@ def text_blocks(
 def text_batches(
     texts: Mapping[str, str], tokenizer: Any, *, num_tokens: int, block_length: int, batch_size: int
 ) -> Iterator[ProbeBatch]:
-    """Yield the blocks of the texts (see `text_blocks`) in batches."""
     yield from padded_batches(
         text_blocks(texts, tokenizer, num_tokens=num_tokens, block_length=block_length), batch_size, tokenizer
     )

@@ -83,7 +83,6 @@ def require_unchanged_base(folder: Path, base: str) -> None:
     if (is_mutating and residual is None) or (residual is not None and Path(base).resolve() != residual.resolve()):
         raise UserError(
             "the adapter was trained on a residual base, and its initial factors are missing",
-            code="adapter-no-initial-factors",
             where=str(folder),
             hint="convert it:  python -m milora_vl.export FOLDER --to adapter --initial INITIAL --base ORIGINAL\n"
             f"(INITIAL is a subfolder of the residual base: {', '.join(INITIAL_NAMES)})",
@@ -108,11 +107,9 @@ def _on_unchanged_base(trained: PlainAdapter, initial: PlainAdapter) -> PlainAda
     for path, first in initial.factors.items():
         low = trained.factors.get(path)
         if low is None or low.A.shape != first.A.shape or low.B.shape != first.B.shape:
-            raise UserError(
-                f"the initial factors do not fit the adapter, first {path}",
-                where="--initial",
-                hint="name the folder that the training started from",
-            )
+            message = f"the initial factors do not fit the adapter, first {path}"
+            hint = "name the folder that the training started from"
+            raise UserError(message, where="--initial", hint=hint)
         B0 = first.B.float() * (first.scaling / low.scaling)
         A, B = torch.cat([low.A.float(), first.A.float()]), torch.cat([low.B.float(), -B0], dim=1)
         factors[path] = LowRank(A, B, low.scaling, low.is_embedding)
@@ -172,8 +169,6 @@ def require_copies(adapter: PlainAdapter, base: nn.Module) -> None:
     for path, copy in adapter.copies.items():
         module = base.get_submodule(path)
         if distance(fingerprint(as_matrix(module, copy)), read_matrix(module)) > 1:
-            raise UserError(
-                "the saved weight differs from the base model, for example because tokens were added",
-                where=path,
-                hint="use --to merged with the base that was trained:  --base FOLDER",
-            )
+            message = "the saved weight differs from the base model, for example because tokens were added"
+            hint = "use --to merged with the base that was trained:  --base FOLDER"
+            raise UserError(message, where=path, hint=hint)

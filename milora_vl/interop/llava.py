@@ -39,11 +39,8 @@ def milora_in_llava(part: Part = "minor", modules: Sequence[str] = (), protect: 
     `protect` is as in `get_peft_model_replaced`.
     """
     if find_spec("llava") is None:
-        raise UserError(
-            "llava is not installed",
-            code="package-missing",
-            hint="pip install --no-deps llava-torch   (or -e the repository)",
-        )
+        message, hint = "llava is not installed", "pip install --no-deps llava-torch   (or -e the repository)"
+        raise UserError(message, code="package-missing", hint=hint)
     from milora_vl.common.compat.llava import llava_on_new_transformers
 
     with llava_on_new_transformers(), get_peft_model_replaced(*modules, part=part, protect=protect):

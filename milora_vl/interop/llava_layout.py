@@ -89,11 +89,9 @@ def original_path(canonical: str) -> str:
     layer = re.fullmatch(r"linear_(\d)", name)
     if tower == "projector" and layer:
         return f"model.mm_projector.{2 * (int(layer[1]) - 1)}"
-    raise UserError(
-        "LLaVA's layout does not support this module: LLaVA loads the vision tower after the adapter",
-        where=canonical,
-        hint="use --to merged",
-    )
+    message = "LLaVA's layout does not support this module: LLaVA loads the vision tower after the adapter"
+    hint = "use --to merged"
+    raise UserError(message, where=canonical, hint=hint)
 
 
 def write_llava(
@@ -132,7 +130,6 @@ def _cut(path: str, low: LowRank, vocabulary: int) -> LowRank:
 
 
 def read_llava(folder: Path) -> PlainAdapter:
-    """Read a LoRA folder of LLaVA. Paths are those in LLaVA's classes; the projector is in `whole`."""
     adapter = read_plain(folder)
     stored = read_weights(folder / NON_LORA)
     # Older runs wrote `base_model.model.`, merged ones `model.`; LLaVA's loader also strips both.
@@ -197,11 +194,9 @@ def _vision_tower(base: Any, vision: Mapping[str, Any], name: str | None) -> str
     if recorded is None and all(vision.get(key) == value for key, value in _CLIP_L_336.items()):
         return "openai/clip-vit-large-patch14-336"
     reason = f"the base was composed of {recorded}, which is not there" if recorded else "the base does not name it"
-    raise UserError(
-        f"LLaVA's config.json needs the name of the CLIP model, and {reason}",
-        where="--vision_tower",
-        hint="add  --vision_tower FOLDER-OR-ID",
-    )
+    message = f"LLaVA's config.json needs the name of the CLIP model, and {reason}"
+    hint = "add  --vision_tower FOLDER-OR-ID"
+    raise UserError(message, where="--vision_tower", hint=hint)
 
 
 def in_hf_layout(adapter: PlainAdapter, names: Mapping[str, str]) -> PlainAdapter:

@@ -61,12 +61,9 @@ def load_model(
     if adapter is None and holds_adapter(Path(name)):
         name, adapter = base_of(Path(name)), name
     if adapter is None and base is None and scale != 1:
-        raise UserError(
-            "needs an update to scale: an adapter, or a fully trained model and its base",
-            code="flag-needs-another",
-            where="--scale",
-            hint="add:  --adapter FOLDER   or   --base MODEL",
-        )
+        message = "needs an update to scale: an adapter, or a fully trained model and its base"
+        hint = "add:  --adapter FOLDER   or   --base MODEL"
+        raise UserError(message, code="flag-needs-another", where="--scale", hint=hint)
     device = torch.device(device or "cpu")
     dtype = dtype or (torch.float32 if device.type == "cpu" else None)
     model, processor = load_weights(name, dtype, quantization=quantization, device=device), load_processor(name)
@@ -111,7 +108,6 @@ def _with_adapter(model: nn.Module, folder: Path, scale: float) -> nn.Module:
 
 
 def load_any(model: nn.Module, folder: Path, *, allow_base_mismatch: bool = False) -> Any:
-    """Return `model` with the adapter in `folder`, which may be of any kind."""
     if not has_config(folder):
         return load_adapter(model, folder)  # reports what is missing
     message, hint = "the files of this adapter do not belong together", "restore the files of one save"
@@ -132,9 +128,7 @@ def require_scalable(model: nn.Module, folder: Path) -> None:
     On a residual base, the factors hold the start too: their scale is not the scale of the update.
     """
     if names_residual_base(folder):
-        raise UserError(
-            f"{model.name_or_path} is a residual base, so a scale would also change the components that it lacks",
-            where="--scale",
-            hint="convert the adapter first:  python -m milora_vl.export FOLDER --to adapter --initial INITIAL",
-        )
+        message = f"{model.name_or_path} is a residual base, so a scale would also change the components that it lacks"
+        hint = "convert the adapter first:  python -m milora_vl.export FOLDER --to adapter --initial INITIAL"
+        raise UserError(message, where="--scale", hint=hint)
     require_linear(folder)

@@ -83,7 +83,6 @@ class PlainAdapter:
     anchors: Mapping[str, Tensor] = field(default_factory=dict)
 
     def moved(self, new_path: Callable[[str], str]) -> PlainAdapter:
-        """Return the adapter with other module paths, without a sidecar, which `sidecar.locate` moves."""
 
         def moved(by_path: Mapping[str, Value]) -> dict[str, Value]:
             return {new_path(path): value for path, value in by_path.items()}
@@ -119,22 +118,16 @@ def read_config(folder: Path, *, any_lora: bool = False) -> LoraConfig:
     """Read adapter_config.json. Raises UserError if it is not a LoRA or (unless `any_lora`) more than two factors."""
     kind = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("peft_type")
     if kind != "LORA":
-        raise UserError(
-            f"unsupported adapter type {kind}: only adapters saved as LoRA can be exported",
-            code="adapter-unsupported-kind",
-            where=str(folder),
-            hint="save it as a LoRA, or merge it into its base with PEFT's merge_and_unload",
-        )
+        message = f"unsupported adapter type {kind}: only adapters saved as LoRA can be exported"
+        hint = "save it as a LoRA, or merge it into its base with PEFT's merge_and_unload"
+        raise UserError(message, code="adapter-unsupported-kind", where=str(folder), hint=hint)
     config = LoraConfig.from_pretrained(str(folder))
     assert isinstance(config, LoraConfig)
     more = list(more_than_factors(folder).values())
     if more and not any_lora:
-        raise UserError(
-            f"the folder holds {more[0]}, not plain pairs of factors",
-            code="adapter-unsupported-kind",
-            where=str(folder),
-            hint="use --to merged (if PEFT can merge it), or load the folder with PEFT",
-        )
+        message = f"the folder holds {more[0]}, not plain pairs of factors"
+        hint = "use --to merged (if PEFT can merge it), or load the folder with PEFT"
+        raise UserError(message, code="adapter-unsupported-kind", where=str(folder), hint=hint)
     return config
 
 
@@ -161,12 +154,8 @@ def from_state(
     copies = {path: whole.pop(key) for path in factors if (key := f"{path}.base_layer.weight") in whole}
     odd = [key for key in whole if ".lora_" in key or (config.bias != "none" and key.endswith(".bias"))]
     if odd:
-        raise UserError(
-            f"the folder holds more than LoRA factors and whole modules: {odd[0]}",
-            code="adapter-unsupported-kind",
-            where=str(folder),
-            hint="use --to merged",
-        )
+        message, hint = f"the folder holds more than LoRA factors and whole modules: {odd[0]}", "use --to merged"
+        raise UserError(message, code="adapter-unsupported-kind", where=str(folder), hint=hint)
     base = str(config.base_model_name_or_path or "")
     anchors = {} if sidecar is None else sidecar.read_anchors(folder)
     return PlainAdapter(base, factors, whole, config.lora_dropout, config.task_type, sidecar, copies, anchors)

@@ -80,12 +80,9 @@ def _texts(model: Any) -> list[dict[str, Tensor]]:
         return calibration_texts(model)
     except (CalibrationError, AttributeError, NotImplementedError, TypeError, ValueError) as error:
         # A class of the calling code may have a `generate` that the installed transformers cannot call.
-        raise UserError(
-            f"the base model cannot write the texts that find its inputs: {first_line(error)}",
-            code="calibration-cannot-generate",
-            where="protect",
-            hint="train the paper's MiLoRA, which needs no texts, with  protect 0",
-        ) from error
+        message = f"the base model cannot write the texts that find its inputs: {first_line(error)}"
+        hint = "train the paper's MiLoRA, which needs no texts, with  protect 0"
+        raise UserError(message, where="protect", hint=hint) from error
 
 
 def _remove_vision_adapters(model: Any, chosen: Collection[str]) -> None:

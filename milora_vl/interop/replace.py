@@ -57,7 +57,6 @@ def get_peft_model_replaced(*modules: str, part: Part = "minor", protect: float 
 
 
 def launch(script: Path, arguments: Sequence[str]) -> None:
-    """Run a script in this process as `python script arguments` does. Raises UserError if the script is missing."""
     if not script.is_file():
         raise UserError("no such script", where=str(script), hint=beside(script))
     sys.argv = [str(script), *arguments]

@@ -22,7 +22,6 @@ from milora_vl.interop.lora_folder import PlainAdapter, more_than_factors, read_
 
 
 def require_scale(scale: object) -> None:
-    """Raise UserError unless the size of an update is a number from 0."""
     if not isinstance(scale, Real) or isinstance(scale, bool) or not 0 <= float(scale) < math.inf:
         raise UserError(f"must be a number from 0, got {scale!r}", where="--scale")
 
@@ -33,11 +32,9 @@ def require_linear(folder: Path) -> None:
     if read_config(folder, any_lora=True).bias != "none":
         more.append("trained biases")
     if more:
-        raise UserError(
-            f"the folder holds {more[0]}: its update is not a product of two factors, and cannot be scaled",
-            where=str(folder),
-            hint="remove --scale",
-        )
+        message = f"the folder holds {more[0]}: its update is not a product of two factors, and cannot be scaled"
+        hint = "remove --scale"
+        raise UserError(message, where=str(folder), hint=hint)
 
 
 def scaled(adapter: PlainAdapter, scale: float, base: nn.Module | None) -> PlainAdapter:
@@ -51,12 +48,9 @@ def scaled(adapter: PlainAdapter, scale: float, base: nn.Module | None) -> Plain
     for name, trained in adapter.whole.items():
         if name not in before or before[name].shape != trained.shape:
             found = "no such weight" if name not in before else f"shape {tuple(before[name].shape)}"
-            raise UserError(
-                f"trained in full with shape {tuple(trained.shape)}, but the base model has {found}",
-                code="adapter-wrong-base",
-                where=name,
-                hint="name the base model of the adapter:  --base NAME-OR-FOLDER",
-            )
+            message = f"trained in full with shape {tuple(trained.shape)}, but the base model has {found}"
+            hint = "name the base model of the adapter:  --base NAME-OR-FOLDER"
+            raise UserError(message, code="adapter-wrong-base", where=name, hint=hint)
         whole[name] = _interpolated(before[name], trained, scale)
     sidecar = adapter.sidecar
     if sidecar is not None:
@@ -107,11 +101,9 @@ def _require_same_shapes(state: Mapping[str, Tensor], before: Mapping[str, Tenso
     for name, W in before.items():
         found = tuple(state[name].shape) if name in state else "nothing"
         if found != tuple(W.shape):
-            raise UserError(
-                f"the base is another kind of model: its {name} is {tuple(W.shape)}, in the trained model {found}",
-                where="--base",
-                hint="name the model that the training started from",
-            )
+            message = f"the base is another kind of model: its {name} is {tuple(W.shape)}, in the trained model {found}"
+            hint = "name the model that the training started from"
+            raise UserError(message, where="--base", hint=hint)
 
 
 def _saved_modules(model: PeftModel) -> Iterator[tuple[Tensor, Tensor]]:

@@ -28,14 +28,12 @@ class RatesOfRules(_Trainer):
     """
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Create the optimizer as the trainer does. Raises UserError if it makes its own groups."""
         if self.optimizer is None:
             trained: Any = self.model if model is None else model
             cls, options = self.get_optimizer_cls_and_kwargs(self.args, trained)
             if not isinstance(cls, type) or {"params", "model", "optimizer_dict"} & set(options):
                 raise UserError(
                     f"{self.args.optim} makes its own parameter groups, so learning rates per rule are not possible",
-                    code="optimizer-unsupported",
                     where="--optim",
                     hint="use another optimizer, for example  --optim adamw_torch",
                 )

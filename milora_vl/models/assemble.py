@@ -58,7 +58,6 @@ def llava_config(plan: Any, text: Any, *, image_token: int) -> Any:
 
 
 def _can_tie(text: Any) -> bool:
-    """Return whether HF's LLaVA can tie the head: it needs embeddings named `embed_tokens`, which GPT-2 lacks."""
     from transformers import AutoModel
 
     with torch.device("meta"):

@@ -41,7 +41,6 @@ class Base:
 
     @cached_property
     def processor(self) -> Any:
-        """The processor, or the tokenizer of a text-only model. Raises UserError if it is not available."""
         return loading.load_processor(self.name)
 
     @property
@@ -55,7 +54,6 @@ class Base:
 
     @property
     def tokens_of_a_picture(self) -> int:
-        """Return the tokens of a picture for a LLaVA, 0 for a text-only model."""
         return image_tokens(self.config) if self.kind == "llava" else 0
 
 

@@ -14,8 +14,8 @@ from milora_data.batches.record_collator import Item, RecordCollator
 from milora_data.encode.templates import OWN
 from milora_data.pictures.files import ImagePolicy
 from milora_data.pictures.pixels import AspectRatio
+from milora_vl.common.compat.transformers import pass_texts_unchanged
 from milora_vl.common.errors import UserError
-from milora_vl.models.cross_attention import pass_texts_unchanged
 from milora_vl.models.image_tokens import image_tokens, is_llava, tiling_of, uses_processor
 from milora_vl.models.loading import split_processor
 from milora_vl.models.processors import usable_inputs
@@ -56,12 +56,9 @@ def collator_for(
             "image_aspect_ratio": image_aspect_ratio != "pad",
         }
         for name in (name for name, is_refused in refused.items() if is_refused):
-            raise UserError(
-                f"the processor of {config.model_type} decides how prompts and pictures are prepared",
-                code="collate-unsupported-layout",
-                where=name,
-                hint="remove the argument",
-            )
+            message = f"the processor of {config.model_type} decides how prompts and pictures are prepared"
+            hint = "remove the argument"
+            raise UserError(message, code="collate-unsupported-layout", where=name, hint=hint)
         usable_inputs(processor, config.model_type)
         if isinstance(model, nn.Module):
             pass_texts_unchanged(model)

@@ -52,7 +52,6 @@ def fastest_dtype(device: torch.device) -> torch.dtype:
 
 @cache
 def _cpu_flags() -> frozenset[str]:
-    """Return the names of the instructions of the CPU; empty on other systems than Linux on x86."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -149,11 +149,9 @@ def prompt_ids(
     # Each piece of text between pictures is tokenized separately.
     first, *pieces = text.split(IMAGE) if prompt.images else [text]
     if len(pieces) != len(prompt.images):
-        raise UserError(
-            f"the prompt contains {len(pieces)} {IMAGE}, but {amount(len(prompt.images), 'picture')}",
-            where=prompt.source,
-            hint="write <image> once for each picture",
-        )
+        message = f"the prompt contains {len(pieces)} {IMAGE}, but {amount(len(prompt.images), 'picture')}"
+        hint = "write <image> once for each picture"
+        raise UserError(message, where=prompt.source, hint=hint)
     backend = fast_backend(tokenizer)
     ids = [*ids, *backend.encode(first, add_special_tokens=False).ids]
     counts = [image_tokens] * len(pieces) if isinstance(image_tokens, int) else image_tokens
@@ -192,16 +190,11 @@ def _require_taken(base: Base, prompt: Prompt) -> None:
     if prompt.videos:
         raise with_context(no_videos(base.name), prompt.source)
     if prompt.images and not base.reads_pictures:
-        raise UserError(
-            f"{base.name} reads only text",
-            code="model-reads-only-text",
-            where=prompt.source,
-            hint="use a vision-language model, or remove the image",
-        )
+        message, hint = f"{base.name} reads only text", "use a vision-language model, or remove the image"
+        raise UserError(message, code="model-reads-only-text", where=prompt.source, hint=hint)
 
 
 def _form(prompt: Prompt) -> object:
-    """Return what chat templates decide by: the roles, and the kinds of parts of each turn."""
     parts = tuple((turn.role, *(part["type"] for part in parts_of(turn.text))) for turn in prompt.turns)
     return prompt.form, len(prompt.videos), parts
 
@@ -240,7 +233,6 @@ class ProcessorReader:
         yield from _in_batches(order, kinds.__getitem__, batch_size)
 
     def _kind(self, prompt: Prompt) -> tuple[bool, bool, tuple[int, ...]]:
-        """Return what the prompts of one batch have in common."""
         alone = not self.call.takes_mixed_rows and bool(prompt.images)
         is_counted = bool(prompt.videos) and not self.call.takes_mixed_videos
         counts = tuple(self.call.num_frames(video) for video in prompt.videos) if is_counted else ()
@@ -318,16 +310,12 @@ def _named(prompt: Prompt) -> str:
 
 @contextmanager
 def _memory_explained() -> Iterator[None]:
-    """Raise UserError if the device has too little memory for a batch."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"out of memory: {first_line(error)}",
-            code="run-out-of-memory",
-            hint="use a smaller --batch_size, --dtype bfloat16, or --device cpu",
-            exit_code=1,
-        ) from None
+        message = f"out of memory: {first_line(error)}"
+        hint = "use a smaller --batch_size, --dtype bfloat16, or --device cpu"
+        raise UserError(message, hint=hint, exit_code=1) from None
 
 
 class LlavaReader:
@@ -339,11 +327,9 @@ class LlavaReader:
         self.model = model
         self.tokenizer, images = split_processor(processor)
         if images is not None and not is_llava(model.config):
-            raise UserError(
-                f"{model.config.model_type} reads only text here: its config has no vision_config",
-                code="model-reads-only-text",
-                hint="pass its tokenizer in place of the processor, and no pictures",
-            )
+            message = f"{model.config.model_type} reads only text here: its config has no vision_config"
+            hint = "pass its tokenizer in place of the processor, and no pictures"
+            raise UserError(message, code="model-reads-only-text", hint=hint)
         self.template = template
         self.image_aspect_ratio = image_aspect_ratio
         self.share_images = share_images
@@ -396,25 +382,19 @@ class LlavaReader:
         return {"input_ids": ids, "labels": labels, **self.pixels([row])}
 
     def row(self, prompt: Prompt) -> _Row:
-        """Encode one prompt; each picture takes as many ids as the model needs for it."""
         counts = map(self._num_tokens, prompt.images)
         repeats = ((token, next(counts, 1) if token == self.image_token else 1) for token in self._ids(prompt))
         return _Row([token for token, count in repeats for _ in range(count)], prompt.images, _picture_name(prompt))
 
     def length(self, prompt: Prompt) -> int:
-        """Return the number of ids of a prompt. Raises `DataError` for a prompt with a video."""
         if prompt.videos:
             raise with_context(no_videos("this model"), prompt.source)
         return len(self._ids(prompt)) + sum(self._num_tokens(picture) - 1 for picture in prompt.images)
 
     def _ids(self, prompt: Prompt) -> list[int]:
-        """Return the ids of a prompt with one id for each picture."""
         if prompt.images and self.image_token is None:
-            raise UserError(
-                "the question has a picture, but this model reads only text",
-                code="model-reads-only-text",
-                hint="use a vision-language model",
-            )
+            message, hint = "the question has a picture, but this model reads only text", "use a vision-language model"
+            raise UserError(message, code="model-reads-only-text", hint=hint)
         image = -1 if self.image_token is None else self.image_token
         return prompt_ids(prompt, self.tokenizer, self.template, image_token_id=image, image_tokens=1)
 

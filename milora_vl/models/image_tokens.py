@@ -23,7 +23,6 @@ def is_llava(config: Any) -> bool:
 
 
 def uses_processor(config: Any) -> bool:
-    """Return whether the pictures of a model are prepared by its own processor: every model but the LLaVAs."""
     return "vision_config" in config.to_dict() and not is_llava(config)
 
 

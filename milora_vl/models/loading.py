@@ -16,15 +16,13 @@ import torch
 from torch import nn
 
 from milora_data.encode.tokens import share_template
-from milora_vl.common.compat.transformers import forget_conversions, whole_weights
+from milora_vl.common.compat.transformers import forget_conversions, pass_texts_unchanged, quiet_bars, whole_weights
 from milora_vl.common.errors import UserError
 from milora_vl.core.policy.towers import keep_weights_readable
 from milora_vl.models import original, parts, pretrained
-from milora_vl.models.cross_attention import pass_texts_unchanged
 from milora_vl.models.devices import Quantization, quantization_config, unquantized
 from milora_vl.models.names import BUILT_IN_MODELS, MADE_IN_MEMORY
 from milora_vl.models.processors import complete_processor
-from milora_vl.models.quiet import quiet_bars
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
@@ -37,7 +35,6 @@ def load_weights(
     quantization: Quantization | BitsAndBytesConfig | None = None,
     device: torch.device | None = None,
 ) -> nn.Module:
-    """Return a model without its processor, in `dtype` or the dtype it was saved in."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -45,9 +42,7 @@ def load_weights(
     if name in MADE_IN_MEMORY:
         if quantization is not None:
             raise UserError(
-                f"{name} exists only in memory and cannot be quantised",
-                code="quantization-in-memory",
-                hint="save it to a folder and load that folder",
+                f"{name} exists only in memory and cannot be quantised", hint="save it to a folder and load that folder"
             )
         return _named(pretrained.made_in_memory(name)[0].to(dtype or torch.float32), name)
     source = pretrained.source_of(name)
@@ -77,7 +72,6 @@ def load_weights(
 
 
 def load_processor(name: str | Path) -> Any:
-    """Return the processor of a model, or the tokenizer of a text-only model, without loading weights."""
     from transformers import AutoProcessor, AutoTokenizer
 
     name = in_hf_layout(name)
@@ -95,14 +89,12 @@ def load_processor(name: str | Path) -> Any:
 
 
 def config_of(name: str) -> Any:
-    """Return the HF config of a named model, a folder or a hub id. Packaged configs need no network."""
     if original.is_original(Path(name)):
         return parts.planned_config(parts.parts_of_original(Path(name)))
     return pretrained.config_of(name)
 
 
 def meta_model(config: Any) -> nn.Module:
-    """Return the model of a config on the meta device, which allocates no memory."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     has_images = "vision_config" in config.to_dict()

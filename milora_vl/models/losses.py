@@ -255,7 +255,6 @@ def _with_hidden(output: Any, hidden: Tensor) -> Any:
 
 @contextmanager
 def _replaced_forward(module: nn.Module, forward: Forward) -> Iterator[None]:
-    """Replace the forward of a module temporarily. Its hooks still run."""
     previous = vars(module).get("forward")  # set on the instance, for example by accelerate
     module.forward = forward  # type: ignore[method-assign]
     try:

@@ -32,11 +32,9 @@ def load_language(name: str) -> tuple[Any, Any]:
 
     config = language_config(name)
     if "vision_config" in config.to_dict():
-        raise UserError(
-            "this is already a vision-language model; composing needs a text-only model",
-            where=name,
-            hint="fine-tune it unchanged:  python -m milora_vl.train --model NAME",
-        )
+        message = "this is already a vision-language model; composing needs a text-only model"
+        hint = "fine-tune it unchanged:  python -m milora_vl.train --model NAME"
+        raise UserError(message, where=name, hint=hint)
     if name in MADE_IN_MEMORY:
         language, tokenizer = pretrained.made_in_memory(name)
     else:
@@ -55,11 +53,9 @@ def require_plain_head(language: Any, name: str) -> None:
             language.base_model(input_ids=ids)[0], language.get_output_embeddings().weight
         )
     if not torch.allclose(logits.float(), plain.float(), rtol=2e-2, atol=2e-2 * float(logits.abs().max())):
-        raise UserError(
-            "its logits are not its head times its last hidden states (a cap, a scale, a bias)",
-            where=name,
-            hint="Hugging Face's LLaVA does not support this; use another language model",
-        )
+        message = "its logits are not its head times its last hidden states (a cap, a scale, a bias)"
+        hint = "Hugging Face's LLaVA does not support this; use another language model"
+        raise UserError(message, where=name, hint=hint)
 
 
 FORMAT = 2  # increase it if older base folders become wrong
@@ -94,7 +90,6 @@ def parts_of_original(folder: Path) -> Parts:
 
 
 def language_config(name: str) -> Any:
-    """Return the config of a text-only model, or of the Llama in a folder in LLaVA's original layout."""
     folder = Path(name)
     return original.read_original(folder).text_config() if original.is_original(folder) else pretrained.config_of(name)
 
@@ -127,7 +122,6 @@ def base_folder(parts: Parts) -> tuple[Path, bool]:
 
 @whole_weights()
 def write(parts: Parts, folder: Path) -> None:
-    """Compose the parts and write model and processor to `folder`. Raises UserError if they do not fit together."""
 
     if parts.vision_weights == vision.RANDOM:
         sys.stderr.write(f"warning: {parts.vision} has random weights: use it only for tests\n")
@@ -171,7 +165,6 @@ def _name(parts: Parts) -> str:
 
 
 def _digest(parts: Parts) -> str:
-    """Return a hash of the parts: names and ids, and for files their paths, sizes and times."""
     stamps = {name: _stamp(Path(value)) for name, value in asdict(parts).items() if isinstance(value, str)}
     content = json.dumps([FORMAT, asdict(parts), stamps], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:12]
@@ -183,7 +176,6 @@ def _stamp(path: Path) -> list[tuple[str, int, int]]:
 
 
 def require_parts(parts: Parts) -> None:
-    """Check the parts before anything is loaded. Raises UserError for a missing part."""
 
     if parts.projector and not original.is_original(Path(parts.projector)):
         projector_file(Path(parts.projector))

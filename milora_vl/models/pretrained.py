@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from milora_vl.common.cli.command_line import suggest
-from milora_vl.common.compat.transformers import whole_weights
+from milora_vl.common.cli.web import hub_is_known
+from milora_vl.common.compat.transformers import quiet_bars, whole_weights
 from milora_vl.common.errors import UserError, first_line
-from milora_vl.common.hub_host import hub_is_known
 from milora_vl.core.adapter.folders import newest_of_unfinished
 from milora_vl.models import smol_llava, tiny
 from milora_vl.models.names import BUILT_IN_MODELS, MADE_IN_MEMORY, NAMED_MODELS, PART_OF, SAME_WEIGHTS, hub_id
-from milora_vl.models.quiet import quiet_bars
 from milora_vl.models.timm_tower import register
 
 
@@ -62,7 +61,6 @@ def _tiny_config(name: str) -> Any:
 
 
 def source_of(name: str) -> str:
-    """Return the folder or hub id behind a name; builds smol-llava and smollm2 at first use."""
     if name.startswith("smol") and name in BUILT_IN_MODELS:
         return str(smol_llava.made_folder(name))
     folder = Path(name)
@@ -97,9 +95,9 @@ def read(load: Any, source: str, name: str, **arguments: Any) -> Any:
     try:
         return load(source, local_files_only=local or not hub_is_known(), trust_remote_code=False, **arguments)
     except ImportError as error:
-        raise _without_sentencepiece(source) or _missing_package(source, error) or _unreadable(source, error) from None
+        raise _missing_package(source, error) or _unreadable(source, error) from None
     except (SafetensorError, ValueError, TypeError) as error:  # truncated, unknown type, no tokenizer
-        raise _without_sentencepiece(source) or _unreadable(source, error) from None
+        raise _unreadable(source, error) from None
     except OSError as error:
         if local:
             raise _unreadable(source, error) from None
@@ -119,46 +117,21 @@ def read(load: Any, source: str, name: str, **arguments: Any) -> Any:
         ) from None
 
 
-def _without_sentencepiece(source: str) -> UserError | None:
-    """Return the error of a tokenizer.model alone without the packages that read it; None for another cause."""
-    from huggingface_hub import try_to_load_from_cache
-    from transformers.utils import is_protobuf_available, is_sentencepiece_available
-
-    def has(name: str) -> bool:
-        if Path(source).is_dir():
-            return (Path(source) / name).is_file()
-        return isinstance(try_to_load_from_cache(source, name), str)
-
-    if is_sentencepiece_available() and is_protobuf_available():
-        return None
-    if not has("tokenizer.model") or has("tokenizer.json"):
-        return None
-    return UserError(
-        "its tokenizer.model needs the packages sentencepiece and protobuf",
-        code="package-missing",
-        where=source,
-        hint="pip install sentencepiece protobuf",
-    )
-
-
 def _missing_package(source: str, error: ImportError) -> UserError | None:
     """Return the error of a package that the model needs, as transformers names it; None if it names none."""
     named = re.search(r"pip install (?:-U )?([A-Za-z0-9_.-]*[A-Za-z0-9])", str(error))
     package = named.group(1) if named else error.name if isinstance(error, ModuleNotFoundError) else None
     if not package:
         return None
-    return UserError(
-        f"this model needs the package {package}, which is not installed",
-        code="package-missing",
-        where=source,
-        hint=f"pip install {package}",
-    )
+    message, hint = f"this model needs the package {package}, which is not installed", f"pip install {package}"
+    return UserError(message, code="package-missing", where=source, hint=hint)
 
 
 def _unreadable(source: str, error: Exception) -> UserError:
-    return UserError(
-        f"cannot read the model: {first_line(error)}",
-        code="model-unreadable",
-        where=source,
-        hint="copy or download its files again; a model needs config.json, its weights and its tokenizer",
-    )
+    from transformers.utils import is_sentencepiece_available
+
+    hint = "copy or download its files again; a model needs config.json, its weights and its tokenizer"
+    if not is_sentencepiece_available():
+        hint += "\na tokenizer.model without a tokenizer.json needs:  pip install sentencepiece protobuf"
+    message, hint = f"cannot read the model: {first_line(error)}", hint
+    return UserError(message, code="model-unreadable", where=source, hint=hint)

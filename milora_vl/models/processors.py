@@ -49,7 +49,6 @@ _LONGEST_SIDE = 65_536
 
 
 def usable_inputs(processor: Any, name: str) -> ProcessorInputs:
-    """Return the inputs of a processor after preparing one picture with it."""
     try:
         inputs = ProcessorInputs(processor)
         prompt = _asked(inputs)
@@ -100,13 +99,11 @@ def configure_processor(processor: Any, data: ProcessorSettings) -> None:
 
 
 def limit_pixels(processor: Any, min_pixels: int | None, max_pixels: int | None) -> None:
-    """Set how many pixels a picture has at least and at most after the processor has resized it."""
     if min_pixels is not None or max_pixels is not None:
         _limit(processor.image_processor, min_pixels, max_pixels)
 
 
 def _limit(part: Any, min_pixels: int | None, max_pixels: int | None, prefix: str = "") -> None:
-    """Set the limits in an image processor, or (with the prefix of its keys) in a video processor."""
     kind, what = type(part), "videos" if prefix else "pictures"
     usual = dict(kind.size or {}) if "size" in dir(kind) else {}
     if (usual.get("longest_edge") or 0) < _LONGEST_SIDE or "shortest_edge" not in usual:
@@ -119,10 +116,7 @@ def _limit(part: Any, min_pixels: int | None, max_pixels: int | None, prefix: st
     size = dict(part.size)
     least, most = min_pixels or size["shortest_edge"], max_pixels or size["longest_edge"]
     if least > most:
-        raise UserError(
-            f"{what} of at least {least:,} and at most {most:,} pixels",
-            code="pixels-contradiction",
-            where=Key.of(f"data.{prefix}min_pixels"),
-            hint=f"set both --{prefix}min_pixels and --{prefix}max_pixels",
-        )
+        message = f"{what} of at least {least:,} and at most {most:,} pixels"
+        hint = f"set both --{prefix}min_pixels and --{prefix}max_pixels"
+        raise UserError(message, where=Key.of(f"data.{prefix}min_pixels"), hint=hint)
     part.size = type(part.size)(shortest_edge=least, longest_edge=most)

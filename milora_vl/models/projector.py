@@ -53,18 +53,15 @@ def save_projector(model: nn.Module, folder: Path, state: Mapping[str, Tensor] |
 
 
 def load_projector(model: nn.Module, source: Path) -> None:
-    """Load the weights of a file or folder into the projector of the model."""
     weights = read_projector(source)
     projector = projector_of(model)
     with gather_params_ctx(list(projector.parameters()), modifier_rank=0):  # ZeRO-3 has shards of them
         expected = {name: tuple(t.shape) for name, t in projector.state_dict().items()}
         shapes = {name: tuple(t.shape) for name, t in weights.items()}
         if shapes != expected:
-            raise UserError(
-                "the weights do not fit the projector of this model",
-                where=str(source),
-                hint=f"  has       {shapes}\n  expected  {expected}",
-            )
+            message = "the weights do not fit the projector of this model"
+            hint = f"  has       {shapes}\n  expected  {expected}"
+            raise UserError(message, where=str(source), hint=hint)
         projector.load_state_dict(weights)
 
 
@@ -82,33 +79,23 @@ def read_projector(source: Path) -> dict[str, Tensor]:
     names = list(state) if isinstance(state, dict) else []
     weights = {_inner(name): state[name] for name in names if _OURS.match(name) or _LLAVA.match(name)}
     if not weights:
-        raise UserError(
-            f"no projector weights in this file; found: {', '.join(names[:3]) or type(state).__name__}, ...",
-            code="projector-file",
-            where=str(file),
-            hint="name mm_projector.bin of LLaVA, or mm_projector.safetensors of a run",
-        )
+        message = f"no projector weights in this file; found: {', '.join(names[:3]) or type(state).__name__}, ..."
+        hint = "name mm_projector.bin of LLaVA, or mm_projector.safetensors of a run"
+        raise UserError(message, where=str(file), hint=hint)
     if "weight" in weights:
-        raise UserError(
-            "the projector is a single linear layer (LLaVA's --mm_projector_type linear)",
-            where=str(file),
-            hint="expected:  two layers (mlp2x_gelu), as in LLaVA-1.5 and Hugging Face's LLaVA",
-        )
+        message = "the projector is a single linear layer (LLaVA's --mm_projector_type linear)"
+        hint = "expected:  two layers (mlp2x_gelu), as in LLaVA-1.5 and Hugging Face's LLaVA"
+        raise UserError(message, where=str(file), hint=hint)
     return weights
 
 
 def projector_file(source: Path) -> Path:
-    """Return the projector file `source`, or the one in the folder `source`. Raises UserError if it is missing."""
     files = [source / name for name in PROJECTOR_FILES if (source / name).is_file()] if source.is_dir() else [source]
     if not files or not files[0].is_file():
         newest = newest_checkpoint(source)
         hint = newest_of_unfinished(source, "--projector_weights") if newest and holds_projector_alone(newest) else ""
-        raise UserError(
-            f"no projector weights: expected a file or a folder with {' or '.join(PROJECTOR_FILES)}",
-            code="projector-file",
-            where=str(source),
-            hint=hint,
-        )
+        message, hint = f"no projector weights: expected a file or a folder with {' or '.join(PROJECTOR_FILES)}", hint
+        raise UserError(message, where=str(source), hint=hint)
     return files[0]
 
 

@@ -47,12 +47,9 @@ def prompts_of(model: str, adapter: Path | None, template: str | None = None) ->
     if not base.own_pictures:
         return Prompts(template or _default_template(base, folder), data.get("image_aspect_ratio") or "pad")
     if template not in (None, OWN):
-        raise UserError(
-            f"{name} is asked with its own prompt format, not with {template}",
-            code="template-not-for-model",
-            where="--template",
-            hint=f"use --template {OWN}, or remove the flag",
-        )
+        message = f"{name} is asked with its own prompt format, not with {template}"
+        hint = f"use --template {OWN}, or remove the flag"
+        raise UserError(message, where="--template", hint=hint)
     named = {key.name: data[key.name] for key in fields(ProcessorSettings) if key.name in data}
     return Prompts(OWN, "pad", ProcessorSettings(**named))
 

@@ -16,10 +16,9 @@ import torch
 
 from milora_data.assets import cache_dir, fetch
 from milora_vl.common.atomic_write import complete_folder
-from milora_vl.common.compat.transformers import whole_weights
+from milora_vl.common.compat.transformers import quiet_bars, silence_deepspeed, whole_weights
 from milora_vl.common.errors import UserError
 from milora_vl.models.assemble import compose, processor_for
-from milora_vl.models.quiet import quiet_bars, silence_deepspeed
 from milora_vl.models.timm_tower import TimmTower, TimmTowerConfig
 
 FOLDER_VERSION = 3  # increase it with every change of the folder contents
@@ -92,11 +91,8 @@ def language_model() -> tuple[Any, Any]:
     try:
         import gguf  # noqa: F401 - transformers reads the file with it
     except ImportError:
-        raise UserError(
-            "SmolLM2 needs the package gguf, which is not installed",
-            code="package-missing",
-            hint="try: pip install -e '.[demo]'",
-        ) from None
+        message, hint = "SmolLM2 needs the package gguf, which is not installed", "try: pip install -e '.[demo]'"
+        raise UserError(message, code="package-missing", hint=hint) from None
     source = fetch("smollm2")
     tokenizer = _with_special_tokens_of_file(AutoTokenizer.from_pretrained(source, gguf_file=GGUF))
     _begin_with_bos(tokenizer)

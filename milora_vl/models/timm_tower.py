@@ -44,12 +44,10 @@ class TimmTowerConfig(PretrainedConfig):
 
     @property
     def patch_size(self) -> int:
-        """Return the pixels per side of one token, for LLaVA's processor."""
         return self.image_size // self.grid
 
     @classmethod
     def of(cls, architecture: str, *, image_size: int, grid: int, levels: Sequence[int] = ()) -> TimmTowerConfig:
-        """Return the config of a timm encoder; the meta device counts its channels."""
         import timm
 
         if image_size % grid:
@@ -130,6 +128,5 @@ def as_map(encoder: Any, features: Tensor) -> Tensor:
 
 
 def register() -> None:
-    """Register the tower and its config with transformers' Auto classes; a second call does nothing."""
     AutoConfig.register(TimmTowerConfig.model_type, TimmTowerConfig, exist_ok=True)
     AutoModel.register(TimmTowerConfig, TimmTower, exist_ok=True)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from milora_vl.common.cli.command_line import beside
+from milora_vl.common.cli.web import hub_is_known
 from milora_vl.common.errors import UserError, first_line
-from milora_vl.common.hub_host import hub_is_known
 from milora_vl.core.weights.tensor_files import read_weights
 from milora_vl.models import pretrained
 from milora_vl.models.names import BUILT_IN_MODELS
@@ -25,7 +25,6 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 
 
 def tower_config(name: str) -> Any:
-    """Return the config of a vision tower: a folder, a hub id, or `timm/NAME`. Raises UserError otherwise."""
     if name.startswith(TIMM):
         size, grid = _timm_sizes(name.removeprefix(TIMM))
         return TimmTowerConfig.of(name.removeprefix(TIMM), image_size=size, grid=grid)
@@ -33,16 +32,13 @@ def tower_config(name: str) -> Any:
     if "vision_config" in config.to_dict():
         config = config.vision_config
     if name in BUILT_IN_MODELS or "image_size" not in config.to_dict():
-        raise UserError(
-            f"not a vision tower that another model can use: {config.model_type}",
-            where=name,
-            hint="expected:  CLIP, SigLIP, a ViT, or timm/NAME",
-        )
+        message = f"not a vision tower that another model can use: {config.model_type}"
+        hint = "expected:  CLIP, SigLIP, a ViT, or timm/NAME"
+        raise UserError(message, where=name, hint=hint)
     return config
 
 
 def load_tower(name: str, config: Any, dtype: torch.dtype, weights: str | None = None) -> Any:
-    """Load the tower of `tower_config`; `weights` is a file for a timm network, or `random` for tests."""
     from transformers import AutoModel
 
     if name.startswith(TIMM):
@@ -107,11 +103,9 @@ def _timm_sizes(architecture: str) -> tuple[int, int]:
         try:
             features = as_map(encoder, encoder.forward_features(torch.empty(1, 3, size, size)))
         except (ValueError, AttributeError) as error:
-            raise UserError(
-                f"not usable as a vision tower: {error}",
-                where=f"timm/{architecture}",
-                hint="use a network of timm with feature maps, or an encoder such as openai/clip-vit-large-patch14-336",
-            ) from None
+            message = f"not usable as a vision tower: {error}"
+            hint = "use a network of timm with feature maps, or an encoder such as openai/clip-vit-large-patch14-336"
+            raise UserError(message, where=f"timm/{architecture}", hint=hint) from None
     grid = int(features.shape[-1])
     return size - size % grid, grid  # Inception's 299 pixels do not divide into 8 tokens
 
@@ -145,7 +139,6 @@ def _timm_state(architecture: str, weights: str | None) -> Any:
 
 
 def _is_cached(settings: Any) -> bool:
-    """Return whether the weights of timm's settings are in the cache, or come from elsewhere than the hub."""
     from huggingface_hub import try_to_load_from_cache
 
     if settings is None or not settings.hf_hub_id:
@@ -155,9 +148,6 @@ def _is_cached(settings: Any) -> bool:
 
 
 def _no_weights(architecture: str, reason: str) -> UserError:
-    return UserError(
-        f"the weights of timm's {architecture} are not here, and the hub does not answer",
-        code="model-not-available",
-        where=f"timm/{architecture}",
-        hint=f"error: {reason}\nuse --vision_weights FILE, or --vision_weights random for tests",
-    )
+    message = f"the weights of timm's {architecture} are not here, and the hub does not answer"
+    hint = f"error: {reason}\nuse --vision_weights FILE, or --vision_weights random for tests"
+    return UserError(message, code="model-not-available", where=f"timm/{architecture}", hint=hint)

@@ -27,7 +27,6 @@ COMMAND = Command(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return the exit code. Raises UserError if the folder is not a run."""
     chosen = COMMAND.parse(argv)
     message = "a file does not have the format that a training writes"
     with expected_format(message, code="run-folder-damaged", where=str(chosen.run), hint=RESTORE):

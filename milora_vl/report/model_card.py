@@ -93,7 +93,6 @@ def _task(path: Path) -> str:
 
 
 def _results(path: Path) -> list[EvalResult]:
-    """Return the headline of each benchmark of the finished model."""
     from huggingface_hub import EvalResult
 
     return [
@@ -167,7 +166,6 @@ def _usage(path: Path, model: str, base: str, *, is_finished: bool) -> str:
 
 
 def _scores(path: Path) -> str:
-    """Return the tables of the evaluations. That of the tuned model includes the scores of its base."""
     tables: list[str] = []
     for suite in sorted({file.parent.parent for file in path.glob("eval/**/table.md")}):
         texts = {

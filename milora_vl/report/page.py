@@ -15,7 +15,7 @@ from milora_vl.common.cli import page as pages
 from milora_vl.common.cli.table import Table
 from milora_vl.common.errors import UserError
 from milora_vl.report import tables
-from milora_vl.report.plots import Plot, plots_of, suites_of
+from milora_vl.report.plots import plots_of, suites_of
 from milora_vl.report.read_run import Comparison, Json, Run, Score, is_fraction, label, read_run
 from milora_vl.report.repeat import commands
 from milora_vl.report.tables import amount, change, method_name, number, percent, points
@@ -69,7 +69,6 @@ def regenerate_report(folder: Path) -> None:
 
 
 def _content(run: Run) -> dict[str, Any]:
-    """Return the variables of the template."""
     pictures = [thumbnail(Path(line["images"][0]) if line["images"] else None) for line in run.held_out]
     recipe, plots, found = run.folder / "recipe.yaml", plots_of(run), run.headline()
     return {
@@ -101,7 +100,6 @@ def _content(run: Run) -> dict[str, Any]:
 
 
 def title(run: Run) -> str:
-    """Return the title of the page: the model and its methods; adapters take precedence over full training."""
     model = run.environment.get("model") or run.recipe.get("model") or run.folder.resolve().name
     kinds = dict.fromkeys((str(t["method"]), t.get("protect") or 0.0) for t in run.policy.get("targets", ()))
     adapters = [method_name(*kind) for kind in kinds if kind[0] not in ("full", "frozen")]
@@ -189,7 +187,6 @@ def _suite(comparison: Comparison, plots: Mapping[str, str]) -> dict[str, Any]:
 
 
 def questions(comparison: Comparison) -> list[Asked]:
-    """Return all questions of a suite in the order of the evaluation."""
     before, after = (
         {(line.get("benchmark"), line["id"]): line for line in (side.answers if side else ())}
         for side in (comparison.before, comparison.after)
@@ -198,7 +195,6 @@ def questions(comparison: Comparison) -> list[Asked]:
 
 
 def is_right(answer: Json | None) -> bool | None:
-    """Return whether an answer counts as right; None without one, or if another program scores it."""
     return None if answer is None or answer["correct"] is None else answer["correct"] >= 0.5
 
 
@@ -243,13 +239,13 @@ def gallery(run: Run) -> dict[str, Any] | None:
     return {"total": len(items), "cards": cards}
 
 
-def _analysis(folder: Path) -> tuple[Table, list[Plot]] | None:
-    """Return what `python -m milora_vl.analyze` wrote: the table of means and the figures; None without it."""
+def _analysis(folder: Path) -> tuple[Table, dict[str, str]] | None:
+    """Return the table and the figures, by caption, that `milora_vl.analyze` wrote; None without them."""
     if not (folder / "summary.json").is_file():
         return None
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     files = {figure["caption"]: folder / f"{figure['name']}.png" for figure in summary["figures"]}
-    drawn = [Plot(data_uri(file.read_bytes(), "image/png"), caption) for caption, file in files.items()]
+    drawn = {caption: data_uri(file.read_bytes(), "image/png") for caption, file in files.items()}
     return Table(**summary["table"]), drawn
 
 
@@ -271,7 +267,6 @@ def _versions(known: Json) -> list[tuple[str, str]]:
 
 
 def credits_of(run: Run) -> list[str]:
-    """Return the credits of the pictures, from README.md files near the records and the test pictures."""
     path = (run.recipe.get("data") or {}).get("path") or []
     folders = [Path(entry["path"]).parent for entry in path] if isinstance(path, list) else [Path(path).parent]
     sides = [side for each in run.comparisons for side in (each.before, each.after) if side]

@@ -12,7 +12,6 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,14 +36,6 @@ _DPI = 200  # twice the pixels of the page give sharp text on any screen
 History = Sequence[Mapping[str, Any]]
 
 
-@dataclass(frozen=True, slots=True)
-class Plot:
-    """A plot in a page: its data URI, and its caption as alternative text."""
-
-    uri: str
-    alt: str
-
-
 def method_colour(label: str) -> str | None:
     """Return the colour of the first method that a label names, None without one.
 
@@ -55,21 +46,19 @@ def method_colour(label: str) -> str | None:
 
 
 def colours_of(labels: Sequence[str]) -> dict[str, str]:
-    """Return the colour of each label: of its method, or one that no method has."""
     others = cycle(_OTHERS)
     return {label: method_colour(label) or next(others) for label in labels}
 
 
 def marks_of(labels: Sequence[str]) -> dict[str, str]:
-    """Return a marker for each label."""
     return dict(zip(labels, cycle(_MARKS), strict=False))
 
 
-def draw(folder: Path, name: str, figure: Figure, alt: str) -> Plot:
-    """Write a figure to `folder` as `name`.png, and return it for the page."""
+def draw(folder: Path, name: str, figure: Figure) -> str:
+    """Write a figure to `folder` as `name`.png, and return its data URI for a page."""
     image = png(figure)
     (folder / f"{name}.png").write_bytes(image)
-    return Plot(data_uri(image, "image/png"), alt)
+    return data_uri(image, "image/png")
 
 
 def plots_of(run: Run) -> dict[str, str]:
@@ -97,13 +86,14 @@ def plots_of(run: Run) -> dict[str, str]:
             models = ("base", "tuned" if after is None or after.which == "final" else after.which)
             figures[f"scores-{comparison.suite}".replace("/", "-")] = scores_figure(scores, models, colour)
     (run.folder / "plots").mkdir(exist_ok=True)
-    return {name: draw(run.folder / "plots", name, figure, "").uri for name, figure in figures.items()}
+    return {name: draw(run.folder / "plots", name, figure) for name, figure in figures.items()}
 
 
 @contextmanager
-def styled() -> Iterator[None]:
-    """Use our sizes and colours as defaults of matplotlib inside the block."""
+def page_figure(height: float, width: float = WIDTH) -> Iterator[Figure]:
+    """Yield an empty figure, by default as wide as the page; inside the block, matplotlib has our sizes and colours."""
     import matplotlib as mpl
+    from matplotlib.figure import Figure
 
     settings: dict[Any, Any] = {
         **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
@@ -115,20 +105,10 @@ def styled() -> Iterator[None]:
         "axes.titlepad": 8.0,
     }
     with mpl.rc_context(settings):
-        yield
-
-
-@contextmanager
-def page_figure(height: float) -> Iterator[Figure]:
-    """Yield an empty figure as wide as the page, in our style."""
-    from matplotlib.figure import Figure
-
-    with styled():
-        yield Figure(figsize=(WIDTH, height), layout="constrained")
+        yield Figure(figsize=(width, height), layout="constrained")
 
 
 def loss_figure(history: History, colour: str = INK) -> Figure:
-    """Draw training and evaluation loss over steps and the learning rate below. `history` is HF's log_history."""
     train, evaluated, rate = (_series(history, key) for key in ("loss", "eval_loss", "learning_rate"))
     with page_figure(3.6) as figure:
         top, strip = figure.subplots(2, sharex=True, height_ratios=(6, 1))
@@ -173,15 +153,10 @@ def protection_figure(protection: Mapping[str, Mapping[str, Any]], shares: Seque
                 0.5, 100 * share, f"protect: {share:g}", transform=axis.get_yaxis_transform(), va="bottom", color=GREY
             )
         bottom = min(75, 25 * math.floor(min(value for line in names for _, value in line) / 25))
-        heights = _apart([line[-1][1] for line in names], 0.07 * (100 - bottom))
-        for number, ((line, merged), height) in enumerate(zip(names.items(), heights, strict=True)):
-            blocks, values = zip(*line, strict=True)
+        for number, (line, merged) in enumerate(names.items()):
             colour = _OTHERS[number % len(_OTHERS)]
-            axis.plot(blocks, values, color=colour, lw=1.6, marker="o", ms=3)
-            axis.annotate(
-                ", ".join(merged), (blocks[-1], height), (8, 0), textcoords="offset points", va="center", color=colour,
-                annotation_clip=False,
-            )  # fmt: skip
+            axis.plot(*zip(*line, strict=True), color=colour, lw=1.6, marker="o", ms=3, label=", ".join(merged))
+        figure.legend(loc="outside right upper")
         last = max(block for line in names for block, _ in line)
         axis.set(xlabel="layer", ylim=(bottom, 100 + (100 - bottom) / 25), xlim=(-0.5, last + 0.5))
         axis.yaxis.set_major_formatter("{x:g} %")
@@ -190,18 +165,6 @@ def protection_figure(protection: Mapping[str, Mapping[str, Any]], shares: Seque
         title = f"What the update cannot touch: share of the energy of {of} inputs"
         axis.set_title(title, loc="left", fontsize=10, fontweight="bold")
     return figure
-
-
-def _apart(values: Sequence[float], least: float) -> list[float]:
-    """Return the values, moved down where two are closer than `least`; their order stays.
-
-    >>> _apart([50.0, 80.0, 79.0], 6.0)
-    [50.0, 80.0, 74.0]
-    """
-    placed, last = dict.fromkeys(range(len(values)), 0.0), math.inf
-    for index in sorted(placed, key=lambda index: -values[index]):
-        last = placed[index] = min(values[index], last - least)
-    return list(placed.values())
 
 
 def forgetting_figure(history: History, colour: str = INK) -> Figure:
@@ -222,13 +185,11 @@ SCORE = "eval_suite_"  # in the log: the score of a benchmark during training, i
 
 
 def suites_of(history: History) -> list[str]:
-    """Return the benchmarks that were scored during training."""
     keys = dict.fromkeys(key for entry in history for key in entry if key.startswith(SCORE))
     return [key.removeprefix(SCORE) for key in keys if not key.endswith("_stderr")]
 
 
 def suite_figure(history: History, names: Sequence[str]) -> Figure:
-    """Draw the scores during training over steps with one standard error on either side."""
     colours, marks = colours_of(names), marks_of(names)
     with page_figure(2.6) as figure:
         axis = figure.subplots()
@@ -246,7 +207,6 @@ def suite_figure(history: History, names: Sequence[str]) -> Figure:
 
 
 def names_of(scores: Sequence[Score]) -> list[str]:
-    """Return the names of scores; with that of the benchmark if there are several."""
     has_several = len({score.benchmark for score in scores}) > 1
     return [(f"{score.benchmark}: " if has_several else "") + label(score.any["name"]) for score in scores]
 
@@ -297,14 +257,12 @@ def png(figure: Figure) -> bytes:
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Write the numbers of a plot."""
     text = io.StringIO()
     csv.writer(text).writerows([header, *rows])
     write_text(path, text.getvalue())
 
 
 def _series(history: History, key: str) -> tuple[list[int], list[float]]:
-    """Return the steps and values of the log entries with `key`."""
     entries = [(int(entry["step"]), float(entry[key])) for entry in history if key in entry]
     return [step for step, _ in entries], [value for _, value in entries]
 

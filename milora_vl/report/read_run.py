@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from milora_vl.common.atomic_write import json_lines
 from milora_vl.common.errors import UserError
 from milora_vl.common.evaluator import Gain, evaluator
 
@@ -37,7 +37,6 @@ class Evaluation:
             yield from ((benchmark, metric) for metric in benchmark["metrics"] if not metric.get("detail"))
 
     def of(self, benchmark: Json) -> list[Json]:
-        """Return the answers to one benchmark."""
         reference = benchmark.get("reference", benchmark["name"])
         return [line for line in self.answers if line.get("benchmark") == reference]
 
@@ -75,7 +74,6 @@ class Comparison:
         return [Score(key[0], old.get(key), new.get(key)) for key in {**new, **old}]
 
     def benchmark(self, name: str) -> dict[str, Json]:
-        """Return the results of both models on one benchmark, by `before` and `after`."""
         sides = {"before": self.before, "after": self.after}
         entries = [(which, side.results.get("benchmarks", ())) for which, side in sides.items() if side]
         return {which: entry for which, of_side in entries for entry in of_side if entry["name"] == name}
@@ -122,7 +120,6 @@ def is_fraction(metric: Json) -> bool:
 
 
 def read_run(folder: Path) -> Run:
-    """Read a run folder. Raises UserError if it is not a run folder or if a file cannot be parsed."""
     if not any((folder / name).exists() for name in _KNOWN):
         found = "contains no file of a run" if folder.is_dir() else "is not a folder"
         hint = (
@@ -140,7 +137,7 @@ def read_run(folder: Path) -> Run:
         comparisons=comparisons,
         forgetting=_read(folder / "forgetting.json", {}),
         earlier=tuple(_earlier(folder, comparisons)),
-        held_out=tuple(line for line in _lines(folder / HELD_OUT) if "reply" in line),
+        held_out=tuple(line for line in json_lines(folder / HELD_OUT) if "reply" in line),
     )
     return replace(run, gain=_gain(run))
 
@@ -181,14 +178,7 @@ def _step(name: str) -> int:
 
 
 def _evaluation(folder: Path) -> Evaluation:
-    return Evaluation(folder.name, _read(folder / "results.json", {}), tuple(_lines(folder / "predictions.jsonl")))
-
-
-def _lines(file: Path) -> Iterator[Json]:
-    """Yield the lines of a JSON lines file, without an incomplete last one of a killed process."""
-    for line in file.read_text(encoding="utf-8").split("\n") if file.exists() else ():
-        with suppress(ValueError):
-            yield json.loads(line)
+    return Evaluation(folder.name, _read(folder / "results.json", {}), tuple(json_lines(folder / "predictions.jsonl")))
 
 
 def _earlier(folder: Path, comparisons: Sequence[Comparison]) -> Iterator[tuple[Path, Score]]:
@@ -216,7 +206,6 @@ def _headlines(evaluation: Evaluation) -> Iterator[tuple[tuple[str, Any], Json]]
 
 
 def _read(path: Path, default: Any) -> Any:
-    """Return the content of a JSON or YAML file, or `default` without it."""
     if not path.exists():
         return default
     text = path.read_text(encoding="utf-8")

@@ -17,8 +17,6 @@ from milora_vl.report.read_run import Json, Run, tasks_of
 
 @dataclass(frozen=True, slots=True)
 class Commands:
-    """One command line each. `repeat` writes into a new folder, because a run is never overwritten."""
-
     as_typed: str
     repeat: str
     evaluate: str
@@ -30,7 +28,6 @@ class Commands:
 
 
 def commands(run: Run) -> Commands:
-    """Return the command of this run and the commands that use it."""
     # The run's own weights, or its newest checkpoint while the run is unfinished.
     weights = run.folder if holds_weights(run.folder) else newest_checkpoint(run.folder) or run.folder
     base = str(run.environment.get("model") or run.recipe.get("model") or "MODEL")
@@ -101,7 +98,6 @@ def of_earlier(folder: Path, request: EvaluationRequest) -> dict[Path, Evaluatio
 
 
 def is_file(suite: str) -> bool:
-    """Return whether an entry of `eval.suites` is a file of own questions."""
     return Path(suite).suffix in (".json", ".jsonl")
 
 
@@ -127,7 +123,6 @@ def _last_questions(run: Run) -> tuple[QuestionSet, str | None]:
 
 
 def _picture(run: Run) -> str | Path:
-    """Return a picture of the evaluation, or a placeholder."""
     sides = [side for each in run.comparisons for side in (each.after, each.before) if side]
     files = (Path(line["image_file"]) for side in sides for line in side.answers if line.get("image_file"))
     if (file := next(files, None)) is None:

@@ -21,7 +21,6 @@ def percent(share: float) -> str:
 
 
 def amount(metric: Json, value: float) -> str:
-    """Return a value of a stored metric as text: fractions as percent, points unchanged."""
     return f"{in_units(metric, value):,.1f}" + (" %" if is_fraction(metric) else "")
 
 
@@ -40,12 +39,10 @@ def number(metric: Json | None) -> str:
 
 
 def points(metric: Json, difference: float, sign: str = "+") -> str:
-    """Return a difference of a score in points."""
     return f"{in_units(metric, difference):{sign},.1f}".replace("-", "−")
 
 
 def change(score: Score) -> str:
-    """Return the signed change of a score in points."""
     if score.before is None or score.after is None:
         return "–"
     return points(score.any, score.after["value"] - score.before["value"])
@@ -152,7 +149,6 @@ def tasks_table(run: Run) -> Table:
 
 
 def policy_table(run: Run) -> Table:
-    """Return a table with one row for all modules of equal settings."""
 
     def settings(target: Json) -> tuple[Any, ...]:
         numbers = (target.get(name) or 0.0 for name in ("rank", "alpha", "learning_rate", "protect"))
@@ -178,7 +174,6 @@ def policy_table(run: Run) -> Table:
 
 
 def _rate(rate: float) -> str:
-    """Return a learning rate as people write it, such as 2e-4."""
     text = f"{rate:.3g}" if rate >= 1e-3 else f"{rate:.2e}".replace(".00e", "e")
     return text.replace("e-0", "e-") if rate else "–"
 

@@ -97,7 +97,6 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code. Raises UserError if the recipe or the flags are not usable."""
     words = list(sys.argv[1:] if argv is None else argv)
     options = COMMAND.parse(words)
     recipe = Recipe.parse(*read_recipe(options.recipe))
@@ -145,7 +144,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _checked_cells(options: argparse.Namespace, sweep: Sweep) -> list[Cell]:
-    """Return the cells. Raises UserError with all problems before the first step."""
     recipe, cells = sweep.recipe, list[Cell]()
     needed = {
         "model: the base model": recipe.model,

@@ -29,8 +29,6 @@ _EDITS = ("method", "protect", "rank", "alpha", "dropout")
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One training. `rank` is None if the method has no rank, or if the recipe sets it."""
-
     method: str
     learning_rate: float
     rank: int | None
@@ -93,7 +91,6 @@ def variants(recipe: Recipe) -> dict[str, dict[str, Any]]:
 
 
 def recipe_of(recipe: Recipe, cell: Cell) -> Recipe:
-    """Return the recipe of one cell. Raises UserError with all its problems."""
     fields = dict(variants(recipe)[cell.method])
     train = dict(recipe.train)
     for over in (recipe.sweep.train, fields.pop("train", {}), {"seed": cell.seed}):

@@ -102,7 +102,6 @@ def forgetting_at(front: Sequence[Spot], loss: float) -> float | None:
 
 
 def curves_of(results: Mapping[Cell, CellNumbers]) -> Curves:
-    """Return the curve of each seed of each arm; a seed without a finite number has none."""
     spots: dict[str, dict[int, list[Spot]]] = {}
     for cell, result in results.items():
         spot = Spot(float(result["validation_loss"]), float(result["forgetting"]))
@@ -157,7 +156,7 @@ def equal_loss_table(results: Mapping[Cell, CellNumbers], reference: str) -> Tab
         cell: {**row, "validation_loss": 1 - score} for cell, row in results.items() if (score := float(row["score"]))
     }
     columns = {
-        f"{kind}, equal {what}": ratio_texts(ratios, reference)
+        f"{kind}, equal {what}": {arm: ratio.text for arm, ratio in ratios.items() if ratio} | {reference: "1"}
         for what, cells in (("loss", results), ("score", by_score))
         for kind, ratios in ratios_to(reference, cells).items()
     }
@@ -183,13 +182,7 @@ def equal_loss_table(results: Mapping[Cell, CellNumbers], reference: str) -> Tab
     return Table(("arm", "lowest loss", "best score", *columns, "reached"), tuple(rows), caption)
 
 
-def ratio_texts(ratios: Mapping[str, Ratio | None], reference: str) -> dict[str, str]:
-    """Return the ratios as cells of a table; the reference has 1."""
-    return {arm: "1" if arm == reference else ratio.text if ratio else "–" for arm, ratio in ratios.items()}
-
-
 def _two_digits(x: float) -> str:
-    """Format with two significant digits and without an exponent: 0.013, 0.50, 1.2, 15."""
     if not 0 < x < math.inf:
         return f"{x:g}"
     return f"{x:.{max(0, 1 - math.floor(math.log10(x)))}f}"

@@ -13,20 +13,9 @@ from milora_vl.common.atomic_write import write_json
 from milora_vl.common.cli import page as pages
 from milora_vl.common.cli.table import Table
 from milora_vl.core.policy.rules import label_of
-from milora_vl.report.plots import (
-    GREY,
-    INK,
-    PAPER,
-    Plot,
-    colours_of,
-    draw,
-    marks_of,
-    method_colour,
-    page_figure,
-    write_csv,
-)
+from milora_vl.report.plots import GREY, PAPER, colours_of, draw, marks_of, page_figure, write_csv
 from milora_vl.sweep.cells import Cell, CellNumbers
-from milora_vl.sweep.curves import Ratio, equal_loss_table, ratios_to
+from milora_vl.sweep.curves import equal_loss_table, ratios_to
 from milora_vl.sweep.results import Answers, Arm, Mean, Pair, arms, pairs
 from milora_vl.sweep.runner import Sweep
 
@@ -56,7 +45,6 @@ class Compared:
 
 
 def of_sweep(sweep: Sweep, cells: Sequence[Cell], seeds: int, command: str) -> Compared:
-    """Return the current state of a sweep: the requested cells, and finished cells of earlier commands."""
     cells = list(dict.fromkeys([*cells, *sweep.finished({cell.seed for cell in cells})]))
     results = {cell: result for cell in cells if (result := sweep.result(cell)) is not None}
     failed = {cell: failure for cell in cells if (failure := sweep.failure(cell)) is not None}
@@ -71,20 +59,18 @@ def of_sweep(sweep: Sweep, cells: Sequence[Cell], seeds: int, command: str) -> C
 
 
 def write(compared: Compared) -> tuple[Path, Table]:
-    """Write the page and the files of the finished cells; return the path of the page and the table of methods."""
     requested = list(dict.fromkeys(cell.label for cell in compared.cells))  # the others are compared with the first
     all_arms = sorted(arms(compared.results, compared.seeds), key=lambda arm: requested.index(arm.label))
     tests = pairs(all_arms, compared.answers)
     table = arms_table(compared, all_arms)
     at_equal_loss = equal_loss_table(compared.results, compared.reference) if compared.reference else None
     ratios = ratios_to(compared.reference, compared.results) if compared.reference else {}
-    figures = _figures(compared, all_arms, ratios)
     content = {
         "title": compared.title, "lede": lede(all_arms, compared.metric),
         "done": len(compared.results), "count": len(compared.cells),
         "cells_are": compared.cells_are, "table": table, "tests": pairs_table(tests),
-        "curves": at_equal_loss, "ratios": figures.pop("ratios", None),
-        "figures": list(figures.values()), "command": compared.command,
+        "curves": at_equal_loss,
+        "figures": _figures(compared, all_arms), "command": compared.command,
         "failed": [(cell.name, failure["said"]) for cell, failure in compared.failed.items()],
         "edges": [arm.label for arm in all_arms if arm.at_edge],
     }  # fmt: skip
@@ -110,7 +96,6 @@ def write(compared: Compared) -> tuple[Path, Table]:
 
 
 def lede(all_arms: Sequence[Arm], metric: str) -> str:
-    """Return the result in one line: the best scores, highest first."""
     best = [(arm.label, arm.best.score) for arm in all_arms if arm.best is not None]
     best.sort(key=lambda entry: -entry[1].value)
     words = ", ".join(f"{label} {score.text}" for label, score in best[:3])
@@ -119,7 +104,6 @@ def lede(all_arms: Sequence[Arm], metric: str) -> str:
 
 
 def arms_table(compared: Compared, all_arms: Sequence[Arm]) -> Table:
-    """Return a table with one row per method: its share of protected inputs, its best rate, and its results there."""
     seeds = compared.seeds
     shares = {cell.label: result["protect"] for cell, result in compared.results.items() if "protect" in result}
     rows: list[tuple[str, ...]] = []
@@ -140,7 +124,6 @@ def arms_table(compared: Compared, all_arms: Sequence[Arm]) -> Table:
 
 
 def pairs_table(compared: Sequence[Pair]) -> Table:
-    """Return a table with one row per pair: the paired difference of the test answers."""
     rows = []
     for pair in compared:
         found = pair.difference
@@ -159,24 +142,16 @@ def pairs_table(compared: Sequence[Pair]) -> Table:
     return Table(("difference", "mean over items", "95 % interval", "p", "items", "seeds"), tuple(rows), words)
 
 
-def _figures(
-    compared: Compared, all_arms: Sequence[Arm], ratios: Mapping[str, Mapping[str, Ratio | None]]
-) -> dict[str, Plot]:
-    """Draw the figures that the results allow, by name."""
-    drawn = dict[str, Plot]()
-
-    def add(name: str, figure: Figure, caption: str) -> None:
-        drawn[name] = draw(compared.folder, name, figure, caption)
-
-    if compared.reference and ratios:
-        words = f"The ratios of the table: a line is a 95 % interval over seeds, 1 is {compared.reference}."
-        add("ratios", ratios_figure(ratios, [compared.reference], "Forgetting at equal validation loss"), words)
+def _figures(compared: Compared, all_arms: Sequence[Arm]) -> dict[str, str]:
+    """Draw the figures that the results allow, and return their data URIs by caption."""
+    drawn = {}
     if all_arms:
         words = "Score over forgetting, with 95 % intervals over seeds. The validation loss selects the filled marker."
-        add("score", score_figure({compared.forgets: all_arms}, compared.metric, compared.title), words)
+        figure = score_figure({compared.forgets: all_arms}, compared.metric, compared.title)
+        drawn[words] = draw(compared.folder, "score", figure)
     if any(len(arm.points) > 1 for arm in all_arms):
         words = "Each method over the learning rates. The validation loss alone selects the reported one."
-        add("rates", rates_figure(all_arms), words)
+        drawn[words] = draw(compared.folder, "rates", rates_figure(all_arms))
     return drawn
 
 
@@ -221,7 +196,6 @@ def score_figure(panels: Mapping[str, Sequence[Arm]], metric: str, title: str) -
 
 
 def _finite(arm: Arm) -> Arm:
-    """Leave out rates at which a training diverged."""
     points = (p for p in arm.points if math.isfinite(p.score.value) and math.isfinite(p.forgetting.value))
     return replace(arm, points=tuple(points))
 
@@ -238,50 +212,7 @@ def _logarithmic(axis: Axes, values: Sequence[float], ticks: Iterable[float], ro
     axis.set_xticks([], minor=True)
 
 
-def ratios_figure(panels: Mapping[str, Mapping[str, Ratio | None]], references: Iterable[str], title: str) -> Figure:
-    """Draw forgetting at equal loss, relative to the panel's reference: one row per arm, one panel per task.
-
-    One or two panels (of one task) are sorted by the first; of several tasks, the arms keep their order.
-    """
-    names = set(references)
-    reference = names.pop() if len(names) == 1 else None  # None: each panel has its own, with a row
-    shown = [{arm: ratio for arm, ratio in ratios.items() if ratio and arm != reference} for ratios in panels.values()]
-    labels = list(dict.fromkeys(label for ratios in shown for label in ratios))
-    if len(panels) < 3:
-        labels.sort(key=lambda label: shown[0][label].value if label in shown[0] else 0.0)
-    values = [ratio.value for ratios in shown for ratio in ratios.values()] + [0.6, 1.7]
-    low, high = min(values) / 1.5, max(values) * 1.5
-    with page_figure(1.4 + 0.27 * len(labels)) as figure:
-        axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-        for axis, name, ratios in zip(axes, panels, shown, strict=True):
-            axis.axvline(1, color=GREY, lw=1, ls="--", zorder=0)
-            for label, ratio in ratios.items():
-                row, colour = labels.index(label), method_colour(label) or INK
-                if ratio.low is not None and ratio.high is not None:
-                    axis.plot([max(ratio.low, low), min(ratio.high, high)], [row, row], color=colour, lw=1.6, alpha=0.6)
-                axis.plot(ratio.value, row, marker=">" if ratio.is_lower_bound else "o", color=colour, ms=6)
-                number = ratio.text.partition(" (")[0]
-                axis.text(0.99, row, number, transform=axis.get_yaxis_transform(), ha="right", va="center", color=INK)
-            axis.set(xscale="log", xlim=(low, high * (high / low) ** 0.45), ylim=(max(len(labels), 1) - 0.5, -0.5))
-            few = (0.5, 1, 2) if high < 12 * low else (0.25, 1, 4)
-            ticks = [tick for tick in (few if high < 30 * low else (0.01, 0.1, 1, 10)) if low <= tick <= high]
-            axis.set_xticks(ticks, [reference if reference and tick == 1 else f"{tick:g}×" for tick in ticks])
-            axis.set_xticks([], minor=True)
-            axis.set_title(name, loc="left", fontsize=9.5)
-            axis.tick_params(axis="y", length=0)
-            axis.spines["left"].set_visible(False)
-        axes[0].set_yticks(range(len(labels)), labels)
-        figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
-        of = reference or "the reference"
-        words = f"\N{LEFTWARDS ARROW} better.  Forgetting at equal validation loss, relative to {of}"
-        if any(ratio.is_lower_bound for ratios in shown for ratio in ratios.values()):
-            words += "; a triangle is a lower bound"
-        figure.supxlabel(words, x=0.01, ha="left", fontsize=8.5, color=GREY)
-    return figure
-
-
 def rates_figure(all_arms: Sequence[Arm]) -> Figure:
-    """Draw validation loss, test score and forgetting over the learning rate, one line per method."""
     labels = [arm.label for arm in all_arms]
     colours, marks = colours_of(labels), marks_of(labels)
     rates = {point.learning_rate for arm in all_arms for point in arm.points}

@@ -33,8 +33,6 @@ class Mean:
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One method at one rank and learning rate, over its finished seeds."""
-
     method: str
     rank: int | None
     learning_rate: float
@@ -59,8 +57,6 @@ class Arm:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """The paired difference b minus a of two arms at their best learning rates; items are means over common seeds."""
-
     a: str
     b: str
     difference: Difference
@@ -83,7 +79,6 @@ def mean_of(values: Sequence[float]) -> Mean:
 
 
 def arms(results: Mapping[Cell, CellNumbers], seeds: int) -> list[Arm]:
-    """Group the results by arm. The validation loss selects the best training among those with all seeds."""
     grouped: dict[str, dict[float, list[Cell]]] = {}
     for cell in results:
         grouped.setdefault(cell.label, {}).setdefault(cell.learning_rate, []).append(cell)
@@ -107,7 +102,6 @@ def _point(cells: Sequence[Cell], results: Mapping[Cell, CellNumbers]) -> Point:
 
 
 def pairs(all_arms: Sequence[Arm], answers: Answers) -> list[Pair]:
-    """Compare every arm with the first one, on the test items that both answered."""
     known = [(arm.label, arm.best) for arm in all_arms if arm.best is not None]
     found = []
     for label, best in known[1:]:
@@ -123,7 +117,6 @@ def pairs(all_arms: Sequence[Arm], answers: Answers) -> list[Pair]:
 
 
 def _mean_answers(answers: Answers, point: Point, seeds: Sequence[int]) -> dict[str, tuple[float, Any]]:
-    """Return per item its mean score over the seeds, and its group."""
     sums: dict[str, list[float]] = {}
     groups: dict[str, Any] = {}
     for seed in seeds:

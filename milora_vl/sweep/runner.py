@@ -58,7 +58,6 @@ class Sweep:
         return read_json(self.folder / "cells" / f"{cell.name}.json")
 
     def failure(self, cell: Cell) -> dict[str, Any] | None:
-        """Return the failure of a cell; None if it has a result or has not run."""
         return None if self.result(cell) else read_json(self.folder / "failed" / f"{cell.name}.json")
 
     def finished(self, seeds: Collection[int]) -> list[Cell]:
@@ -68,19 +67,16 @@ class Sweep:
         return [cell for cell in cells if cell.seed in seeds and self.result(cell)]
 
     def answers(self, cell: Cell) -> dict[str, tuple[float, Any]]:
-        """Return the answers of a finished cell to the first benchmark of the suite: id -> (score, picture)."""
         lines = require_lines(self.results_folder(cell))
         of_first = (line for line in lines if line["benchmark"] == lines[0]["benchmark"])
         return {line["id"]: (float(line["correct"]), line["group"]) for line in of_first if line["correct"] is not None}
 
     def training(self, cell: Cell) -> list[str]:
-        """Return the command that trains a cell, without the interpreter."""
         recipe, run = self.folder / "recipes" / f"{cell.name}.yaml", self.run_folder(cell)
         flags = ["--recipe", str(recipe), "--output_dir", str(run), "--resume_from_checkpoint", "auto"]
         return ["-m", "milora_vl.train", *flags]
 
     def evaluating(self, cell: Cell) -> list[str]:
-        """Return the command that evaluates a trained cell: a full training is a model of its own."""
         run = self.run_folder(cell)
         request = EvaluationRequest.of_run(run, self.recipe.model, self.questions, with_base=False)
         return ["-m", *evaluator.command(request)]

@@ -124,8 +124,6 @@ ERRORS = (ValueError, TypeError, KeyError, ImportError, NotImplementedError, OSE
 
 @dataclass(frozen=True, slots=True)
 class Argument:
-    """One field of TrainingArguments."""
-
     hint: Any
     default: Any
     choices: tuple[str, ...]
@@ -186,7 +184,6 @@ def default_rate(train: Mapping[str, Any], method: str | None) -> float:
 
 
 def boolean(text: str) -> bool:
-    """Return the value of `True`, `yes`, `1`, ... Raises ValueError for any other text."""
     return TypeAdapter(bool).validate_python(text)
 
 
@@ -258,8 +255,6 @@ def keywords(train: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """How processes share the model: the settings of DeepSpeed or of FSDP2, None without them."""
-
     deepspeed: dict[str, Any] | None = None
     fsdp: dict[str, Any] | None = None
     warnings: tuple[str, ...] = ()
@@ -292,23 +287,18 @@ def read_launch(train: Mapping[str, Any]) -> Launch:
 
 
 def _read_deepspeed(config: Mapping[str, Any] | str) -> Mapping[str, Any]:
-    """Return the DeepSpeed configuration of a packaged name (zero2, zero3, zero3_offload), a file or a mapping."""
     if isinstance(config, str) and config in llava_recipes.names("deepspeed"):
         packaged: Mapping[str, Any] = json.loads(llava_recipes.read(config, "deepspeed"))
         return packaged
     if isinstance(config, str) and not Path(config).is_file():
         near = suggest(Path(config).stem, llava_recipes.names("deepspeed"))
-        raise UserError(
-            f"expected {', '.join(llava_recipes.names('deepspeed'))} or a JSON file, got {config}",
-            code="deepspeed-unknown",
-            where=Key.of("train.deepspeed"),
-            hint=did_you_mean(near[:1]) or "name one of these, or a file that exists",
-        )
+        message = f"expected {', '.join(llava_recipes.names('deepspeed'))} or a JSON file, got {config}"
+        hint = did_you_mean(near[:1]) or "name one of these, or a file that exists"
+        raise UserError(message, where=Key.of("train.deepspeed"), hint=hint)
     return _read_object(config, "deepspeed")
 
 
 def _read_object(config: Mapping[str, Any] | str, key: str) -> Mapping[str, Any]:
-    """Return a mapping of settings, read from a JSON file where it names one. Raises UserError at the key."""
     content: Any = config
     if isinstance(config, str):
         try:
@@ -316,12 +306,9 @@ def _read_object(config: Mapping[str, Any] | str, key: str) -> Mapping[str, Any]
         except (OSError, ValueError) as error:
             content = error
     if not isinstance(content, Mapping):
-        raise UserError(
-            f"expected a JSON object or the name of a file with one, got {config!r}: {content}",
-            code="launch-settings",
-            where=Key(("train", key)),
-            hint="correct the file or the value",
-        )
+        message = f"expected a JSON object or the name of a file with one, got {config!r}: {content}"
+        hint = "correct the file or the value"
+        raise UserError(message, where=Key(("train", key)), hint=hint)
     return content
 
 
@@ -343,7 +330,6 @@ def _complete_deepspeed(content: Mapping[str, Any]) -> Launch:
 
 
 def fsdp_settings(strategy: str, config: Mapping[str, Any] | str | None) -> dict[str, Any]:
-    """Return Hugging Face's `fsdp_config` of FSDP2 for `--fsdp` and `--fsdp_config`, a mapping or a JSON file."""
     settings: dict[str, Any] = {"version": 2, "reshard_after_forward": RESHARDS[_strategy(strategy)]}
     for name, value in _read_object(config or {}, "fsdp_config").items():
         key = str(name).removeprefix("fsdp_")
@@ -358,7 +344,6 @@ def strategy_of(settings: Mapping[str, Any]) -> Strategy:
 
 
 def _strategy(value: str | bool) -> Strategy:
-    """Return the strategy that a value of --fsdp names. Raises UserError for another one."""
     words = [word for word in str(value).replace(",", " ").split() if word != "auto_wrap"]
     if words and words[0].lower() in ("yes", "true", "1"):
         words[0] = "full_shard"
@@ -384,7 +369,6 @@ def _fsdp_error(message: str, hint: str) -> UserError:
 
 
 def require_processes_for_fsdp(train: Mapping[str, Any]) -> None:
-    """Raise UserError if a single process would train with FSDP, which has nothing to shard then."""
     if train.get("fsdp") and int(os.environ.get("WORLD_SIZE", "1")) < 2:
         raise _fsdp_error(
             "needs several processes, and this is one", "start it with  torchrun --nproc_per_node N -m milora_vl.train"
@@ -553,7 +537,6 @@ def _environment_kept() -> Iterator[None]:
 
 @contextmanager
 def refused(kinds: tuple[type[Exception], ...] = ERRORS) -> Iterator[None]:
-    """Turn errors of Hugging Face about training arguments into a UserError."""
     try:
         yield
     except UserError:

@@ -67,8 +67,6 @@ _VERSION = 4  # increase it if equal settings can give other texts
 
 @dataclass(frozen=True)
 class _Sources:
-    """What the sources of a run read and write."""
-
     recipe: Recipe
     base: Base
     model: Any
@@ -171,10 +169,7 @@ def show_start(run: Run, model: Any, steps: int, screen: Screen) -> None:
 
 def _empty(message: str, where: Key) -> UserError:
     return UserError(
-        message,
-        code="calibration-empty",
-        where=where,
-        hint="name files with text, or remove the key: the base model then writes texts itself",
+        message, where=where, hint="name files with text, or remove the key: the base model then writes texts itself"
     )
 
 
@@ -188,12 +183,8 @@ def _text_rows(sources: _Sources) -> list[tuple[str, list[int]]]:
         try:
             texts[name] = Path(name).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(
-                f"cannot read {name}: {first_line(error)}",
-                code="file-unreadable",
-                where=Key.of("calibration.text"),
-                hint="name a file with text in UTF-8",
-            ) from None
+            message, hint = f"cannot read {name}: {first_line(error)}", "name a file with text in UTF-8"
+            raise UserError(message, code="file-unreadable", where=Key.of("calibration.text"), hint=hint) from None
     if not texts:
         return []
     for name, text in texts.items():
@@ -208,12 +199,9 @@ def _written_rows(sources: _Sources, count: int) -> list[tuple[str, list[int]]]:
     """Return texts that the base model writes: (name, ids). Texts that it recites from the probe are left out."""
     model, tokenizer = sources.model, sources.tokenizer
     if not isinstance(model, GenerationMixin):
-        raise UserError(
-            f"a {type(model).__name__} cannot write calibration texts",
-            code="calibration-cannot-generate",
-            where=Key.of("calibration"),
-            hint="set  calibration: {text: [FILE]}  or  {data: FILE}",
-        )
+        message = f"a {type(model).__name__} cannot write calibration texts"
+        hint = "set  calibration: {text: [FILE]}  or  {data: FILE}"
+        raise UserError(message, where=Key.of("calibration"), hint=hint)
     rows: list[list[int]] = []
     at_once = rows_at_once(model, LENGTH)
     for number, begin in enumerate(range(0, count, at_once)):
@@ -242,7 +230,6 @@ def with_pictures(records: Sequence[Record], count: int) -> list[Record]:
 
 
 def _is_usable(collate: RecordCollator[Any], record: Record) -> bool:
-    """Return whether a record has supervised tokens and pictures that can be read."""
     try:
         collate.require_usable(record)
     except DataError:
@@ -263,7 +250,6 @@ def _is_of_probe(record: Record) -> bool:
 
 
 def _captioned(sources: _Sources, records: Sequence[Record], folder: Path) -> list[Record]:
-    """Return records with the pictures of `records`, from `folder`, and captions of the base model."""
     recipe = sources.recipe
     turn = Turn("user", f"{IMAGE}\n{QUESTION}")
     pictures = [tuple(place_of(folder, name) for name in record.images) for record in records]
@@ -306,7 +292,6 @@ def _digest(path: str | Path) -> str:
 
 
 def _collated(collate: RecordCollator[Any], records: Sequence[Record], size: int) -> list[Mapping[str, Tensor]]:
-    """Return batches of the records, those with pictures first. The collator gives text a blank picture: not here."""
     found: list[Mapping[str, Tensor]] = []
     for group in ([r for r in records if r.images], [r for r in records if not r.images]):
         for start in range(0, len(group), size):
@@ -323,12 +308,9 @@ def shares_probe_text(text: str) -> bool:
 
 def _refuse_probe_text(text: str, source: str, where: Key) -> None:
     if shares_probe_text(text):
-        raise UserError(
-            f"{source} contains text of the probe that measures forgetting, so the measure would be biased",
-            code="calibration-probe-text",
-            where=where,
-            hint="use another text",
-        )
+        message = f"{source} contains text of the probe that measures forgetting, so the measure would be biased"
+        hint = "use another text"
+        raise UserError(message, where=where, hint=hint)
 
 
 @lru_cache(maxsize=1)

@@ -21,7 +21,6 @@ from transformers import ProgressCallback, TrainerCallback, TrainerControl, Trai
 
 from milora_data.batches.record_collator import RecordCollator
 from milora_vl.common.cli.command_line import amount
-from milora_vl.common.errors import Key, UserError
 from milora_vl.common.evaluator import TrainingQuestions, evaluator
 from milora_vl.core.calibration.activations import evaluated
 from milora_vl.forgetting.measure import logits_of, summary, token_sums
@@ -39,8 +38,6 @@ NUM_TOKENS, BLOCK_LENGTH, BATCH_SIZE = 1536, 128, 4
 
 
 class Probe:
-    """General text with the base model's predictions for it. Create it before the model is adapted."""
-
     def __init__(self, base: nn.Module, processor: Any) -> None:
         texts, tokenizer = general_text(), split_processor(processor)[0]
         self.batches = list(
@@ -74,7 +71,6 @@ class ForgettingCallback(TrainerCallback):
         self.probe, self.every, self.trainer = probe, every, trainer
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Measure if this step is due. The random state and the mode of the model do not change."""
         if state.global_step % self.every == 0 or state.global_step >= state.max_steps:
             trainer, due = self.trainer, control.should_log
             trainer.log(self.probe.measure(trainer.model, trainer.compute_loss_context_manager))
@@ -82,25 +78,15 @@ class ForgettingCallback(TrainerCallback):
 
 
 def training_questions(recipe: Recipe) -> TrainingQuestions | None:
-    """Return the questions to ask during training, None if the recipe asks for none."""
     config = recipe.eval
     if config.suite_every is None:
         return None
-    questions = evaluator().training_questions(
+    return evaluator().training_questions(
         suites_of(recipe),
         config.suite_limit,
         template=recipe.template,
         image_aspect_ratio=recipe.data.image_aspect_ratio,
     )
-    metric = str(recipe.train.get("metric_for_best_model") or "").removeprefix("eval_")
-    if metric.startswith("suite_") and metric.removeprefix("suite_") not in questions.names:
-        raise UserError(
-            f"{metric} is not measured: the suites have {', '.join(questions.names)}",
-            code="metric-unknown",
-            where=Key.of("train.metric_for_best_model"),
-            hint=f"for example  suite_{questions.names[0]}",
-        )
-    return questions
 
 
 class SuiteCallback(TrainerCallback):
@@ -161,8 +147,6 @@ def log_line(logs: Mapping[str, Any], step: int, steps: int, *, done: int | None
 
 
 class Lines(TrainerCallback):
-    """Write `log_line` for each entry, above a bar if there is one."""
-
     def __init__(self) -> None:
         self.first, self.start = 0, time.monotonic()
 
@@ -179,8 +163,6 @@ class Lines(TrainerCallback):
 
 
 class Bars(ProgressCallback):
-    """HF's bars, without its dictionaries of log entries."""
-
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **objects: Any
     ) -> None:
@@ -199,7 +181,6 @@ class Meter:
         self.counts = [before + more for before, more in zip(self.counts, counts, strict=True)]
 
     def take(self, totals: Sequence[float]) -> dict[str, float]:
-        """Return the log entries for `totals` (as `counts`, summed over processes) and reset the counts."""
         seconds = max(time.perf_counter() - self.start, 1e-9)
         self.start = time.perf_counter()
         self.counts = [0, 0, 0]
@@ -219,7 +200,6 @@ class LogBeforeSave(TrainerCallback):
     """
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Request a log line before a checkpoint and at the last step."""
         if control.should_save or state.global_step >= state.max_steps:
             control.should_log = True
 
@@ -235,8 +215,6 @@ class IntervalsOfThisRun(TrainerCallback):
 
 
 class RatesOfGroups(TrainerCallback):
-    """Keep the learning rate of each optimizer group for the next log line."""
-
     def __init__(self) -> None:
         self.rates: dict[str, float] = {}
 
@@ -262,7 +240,6 @@ class StopOnSignal(TrainerCallback):
         self.received = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Request a checkpoint and the end if any process has received the signal."""
         assert self.accelerator is not None
         if self.received:
             self.accelerator.set_trigger()

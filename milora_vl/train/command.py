@@ -21,7 +21,6 @@ from milora_vl.train.recipe import Recipe, read_recipe
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the action of the command line and return the exit code. Raises UserError for mistakes the user can fix."""
     request = parse(argv)
     if request.action in ("print_recipe", "list_models", "list_recipes"):
         return show(request)
@@ -37,7 +36,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def show(request: Request) -> int:
-    """Print a recipe with every key, the named models, or the packaged recipes with the first line of their comment."""
     as_json = request.format == "json"
     if request.action == "print_recipe":
         text = _recipe_text(request, as_json=as_json)

@@ -63,8 +63,6 @@ WHAT_HAPPENED = {
 
 @dataclass(frozen=True, slots=True)
 class RunData:
-    """The training and evaluation records, and counts of skipped records."""
-
     train: Sequence[Record]
     evaluation: Sequence[Record] | None
     skipped: int = 0  # an image is missing, with --bad_images skip
@@ -102,7 +100,6 @@ class RunData:
 
 
 def read_records(config: DataConfig) -> RunData:
-    """Return the records that `config` names. Raises UserError for everything in the files that would fail later."""
     require_named(config)
     assert config.path is not None
     held_out = None if config.eval_path is None else _load_checked(config.eval_path, config)  # it is small: first
@@ -119,13 +116,11 @@ def read_records(config: DataConfig) -> RunData:
 
 
 def require_named(config: DataConfig) -> None:
-    """Raise UserError if the recipe names no training data."""
     if config.path is None:
         raise UserError("no training data", code="data-no-path", hint="set --data_path, or data.path in the recipe")
 
 
 def source_text(config: DataConfig) -> str:
-    """Return the data as text: its file, or the files of its sources with their weights."""
     if not isinstance(config.path, list):
         return str(config.path)
     return ", ".join(f"{source.weight:g} x {source.path}" for source in config.path)
@@ -266,14 +261,12 @@ def strict_collator(recipe: Recipe, base: Base, processor: Any) -> RecordCollato
 
 
 def warnings_of(collator: RecordCollator[Any]) -> list[str]:
-    """Return one warning for each kind of event that the collator counted during training."""
     return [
         f"{count:,} times while training: {WHAT_HAPPENED[event]}" for event, count in collator.counts().items() if count
     ]
 
 
 def lengths(recipe: Recipe, collate: RecordCollator[Any], records: Sequence[Record]) -> list[int] | None:
-    """Return the number of tokens per record if the recipe packs records or groups them by length, else None."""
     if not (recipe.data.packing or recipe.train.get("train_sampling_strategy") == "group_by_length"):
         return None
     beside = Path(recipe.data.path) if isinstance(recipe.data.path, str) else None
@@ -281,7 +274,6 @@ def lengths(recipe: Recipe, collate: RecordCollator[Any], records: Sequence[Reco
 
 
 def packed(recipe: Recipe, records: Sequence[Record], lengths: Sequence[int]) -> tuple[PackedRecords, str]:
-    """Pack the records into rows of 2 x max_length tokens, ordered by the data seed. Also return a summary line."""
     capacity = 2 * recipe.data.max_length
     seed = recipe.train.get("data_seed")
     rows = pack(lengths, capacity, value_of(recipe.train, "seed") if seed is None else seed)
@@ -308,7 +300,6 @@ def check(collate: RecordCollator[Any], recipe: Recipe, data: RunData) -> None:
 
 
 def usable(collate: RecordCollator[Any], records: Sequence[Record]) -> list[Record]:
-    """Return the records that a batch can use; all of them if there is none."""
     kept = []
     for record in records:
         with suppress(DataError):
@@ -404,7 +395,6 @@ def process_settings(args: TrainingArguments) -> dict[str, Any]:
 
 
 def guarded(loader: Any) -> Any:
-    """Return HF's loader with our timeout, our start of its processes, and counts of its batches."""
     inner = loader.base_dataloader if isinstance(loader, DataLoaderAdapter) else loader
     inner.collate_fn = CountingCollator(inner.collate_fn)
     if inner.num_workers:
@@ -433,7 +423,6 @@ def _end_with_the_main_process() -> None:
 
 
 def stream_of(recipe: Recipe, args: TrainingArguments) -> RecordStream:
-    """Return the stream of this process: its share of the records, in an order given by the data seed."""
     assert recipe.data.path is not None
     return record_stream(
         _sources_of(recipe.data.path),
@@ -464,7 +453,6 @@ def stream_loader(stream: RecordStream, collator: Any, args: TrainingArguments, 
         if not path.is_file():
             raise UserError(
                 f"{path.name} is missing; it holds the position of this process in the stream",
-                code="checkpoint-incomplete",
                 where=str(checkpoint),
                 hint="resume from another checkpoint, with as many processes as before",
             )

@@ -106,7 +106,6 @@ def show(settings: Settings) -> int:
 
 
 def _next(run: Run, request: Request, batching: Batching, costs: Costs) -> tuple[str, str]:
-    """Return what the next command is for, and the command."""
     start = command(request)
     if run.recipe.data.path is None:
         start += " --data_path DATA.json" + (" --image_folder FOLDER" if run.base.reads_pictures else "")
@@ -118,7 +117,6 @@ def _next(run: Run, request: Request, batching: Batching, costs: Costs) -> tuple
 
 
 def _missing(recipe: Recipe, base: Base) -> list[Problem]:
-    """Return problems that would stop loading the model, or the evaluation after training."""
     problems: list[Problem] = []
     try:
         require_usable(recipe, base)
@@ -135,7 +133,6 @@ def _missing(recipe: Recipe, base: Base) -> list[Problem]:
 
 
 def _is_absent(error: UserError) -> bool:
-    """Return whether the error says that files are not on this machine and the hub does not answer."""
     return error.first.code == "model-not-available"
 
 
@@ -144,7 +141,6 @@ def _policy_rows(run: Run, sizes: dict[str, int]) -> list[tuple[str, ...]]:
 
 
 def _show_policy(screen: Screen, run: Run) -> None:
-    """Show the policy table, PEFT's line, and the numbers of adapter and fully trained parameters."""
     base, targets = run.base.meta, run.targets
     sizes = trained_sizes(targets, base)
     screen.policy(_policy_rows(run, sizes), frozen_towers(base, targets))
@@ -241,7 +237,6 @@ def _first_batch(records: Sequence[Record], collate: RecordCollator[Any], image_
 
 
 def _tokenizer_at_hand(name: str) -> Any | None:
-    """Return the tokenizer if it is on this machine, else None: a dry run downloads nothing."""
     if name in MADE_IN_MEMORY:
         return tiny_tokenizer()
     source = name if Path(name).is_dir() else hub_id(name)
@@ -260,7 +255,6 @@ def _tokenizer_at_hand(name: str) -> Any | None:
 
 
 def command(request: Request) -> str:
-    """Return the command line without --dry-run; with torchrun if it plans for several devices."""
     words, planned = [], ("--dry-run", "--devices", "--gpu-memory", "--format")
     for word, before in zip(request.words, ("", *request.words), strict=False):
         name, is_value = word.replace("_", "-").split("=")[0], not word.startswith("-")

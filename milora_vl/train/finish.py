@@ -36,22 +36,12 @@ WITHOUT = "without:  remove --push_to_hub; to upload the finished run later: hf 
 
 
 def open_repository(train: Mapping[str, Any], folder: Path, token: str | None) -> None:
-    """Create the repository of --push_to_hub if it is missing, before the model loads."""
     if token:
         os.environ["HF_TOKEN"] = token
     if not train.get("push_to_hub") or os.environ.get("RANK", "0") != "0":
         return
     from huggingface_hub import HfApi
 
-    with hub_errors_explained("--push_to_hub", WITHOUT, exit_code=2):
-        access = HfApi().whoami().get("auth", {}).get("accessToken") or {}
-    if access.get("role") == "read":
-        raise UserError(
-            f"it needs a token that can write: this one ({access.get('displayName', '')}) can only read",
-            code="hub-read-only-token",
-            where="--push_to_hub",
-            hint=f"log in with another token:   hf auth login\n{WITHOUT}",
-        )
     name = train.get("hub_model_id") or folder.absolute().name
     with hub_errors_explained(f"--push_to_hub: cannot open the repository {name}", WITHOUT, exit_code=2):
         HfApi().create_repo(name, private=train.get("hub_private_repo"), exist_ok=True)
@@ -65,9 +55,7 @@ def hub_errors_explained(what: str, remedy: str, *, exit_code: int = 1) -> Itera
     except UserError:
         raise
     except Exception as error:  # the classes of the client and its HTTP library differ by version
-        raise UserError(
-            first_line(error), code="hub-request-failed", where=what, hint=remedy, exit_code=exit_code
-        ) from None
+        raise UserError(first_line(error), where=what, hint=remedy, exit_code=exit_code) from None
 
 
 def push(folder: Path, repository: str, revision: str | None) -> str:
@@ -107,7 +95,7 @@ def run_failures(args: TrainingArguments) -> Iterator[None]:
         hint = f"the same step in less memory: {smaller}\n"
         hint += "or: --gradient_checkpointing True, --deepspeed zero3, a smaller --max_length"
         message = f"out of memory: {first_line(error)}"
-        raise UserError(message, code="run-out-of-memory", hint=hint, exit_code=1) from None
+        raise UserError(message, hint=hint, exit_code=1) from None
 
 
 def evaluation_commands(recipe: Recipe, output_dir: Path) -> list[list[str]]:
@@ -116,18 +104,13 @@ def evaluation_commands(recipe: Recipe, output_dir: Path) -> list[list[str]]:
     The questions of the runs that this one came after follow, for the trained model alone.
     """
     questions = [QuestionSet(suite, folder, recipe.eval.limit) for suite, folder in suites_of(recipe).items()]
-    requests = [EvaluationRequest.of_run(output_dir, recipe.model, each) for each in questions]
-    names = {Path(each.suite).stem for each in questions}
-    for each in of_earlier(output_dir, requests[0]).values() if requests else ():
-        name = Path(each.questions.suite or each.questions.benchmarks).stem  # of the folder of its results
-        if name not in names:
-            names.add(name)
-            requests.append(each)
-    return [["-m", *evaluator().command(request)] for request in requests]
+    requests = {each.suite: EvaluationRequest.of_run(output_dir, recipe.model, each) for each in questions}
+    for each in of_earlier(output_dir, next(iter(requests.values()))).values() if requests else ():
+        requests.setdefault(each.questions.suite or each.questions.benchmarks, each)
+    return [["-m", *evaluator().command(request)] for request in requests.values()]
 
 
 def evaluate(recipe: Recipe, folder: RunFolder, screen: Screen) -> list[str]:
-    """Start each evaluation that the recipe asks for as a separate process. Returns the commands that failed."""
     failed = []
     for command in evaluation_commands(recipe, folder.path):
         gc.collect()  # the trainer holds itself in a circle
@@ -139,7 +122,6 @@ def evaluate(recipe: Recipe, folder: RunFolder, screen: Screen) -> list[str]:
 
 
 def write_results(recipe: Recipe, folder: RunFolder, screen: Screen, style: str, failed: list[str]) -> int:
-    """Write the model card and the report, and print where everything is. Returns the exit code."""
     show_results(folder, recipe, screen, style)
     for command in failed:
         screen.warn(f"the evaluation failed, the training is saved; to evaluate again: {command}")
@@ -147,7 +129,6 @@ def write_results(recipe: Recipe, folder: RunFolder, screen: Screen, style: str,
 
 
 def push_results(folder: RunFolder, repository: str, revision: str | None, screen: Screen) -> bool:
-    """Push the run folder to the hub; a failure is a warning, since the training is saved."""
     try:
         with screen.step(f"pushing to {repository}"):
             screen.say(f"pushed   {push(folder.path, repository, revision)}")
@@ -178,7 +159,6 @@ def show_results(folder: RunFolder, recipe: Recipe, screen: Screen, style: str =
 
 
 def write_pages(folder: RunFolder, recipe: Recipe, screen: Screen) -> Path | None:
-    """Write README.md and report.html. Return the path of report.html, or None if it could not be written."""
     folder.write_text(CARD, model_card.render(folder.path, recipe.model_dump()))
     return try_write_report(folder.path, screen.warn)
 

@@ -92,8 +92,6 @@ class PolicyEdits:
 
 @dataclass(frozen=True)
 class Request:
-    """What the command line asks for."""
-
     recipe: str | None = None
     overrides: dict[str, Any] = field(default_factory=dict)  # nested as the recipe is
     flags: dict[str, str] = field(default_factory=dict)  # dotted keys of `overrides` -> their flags
@@ -111,7 +109,6 @@ class Request:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return the parser with all flags; `_` and `-` are interchangeable in flag names."""
     parser = cli_flags.parser(PROG, DESCRIPTION, EPILOG)
     parser.usage = "%(prog)s [flags]"
     group = parser.add_argument_group("the run")
@@ -217,7 +214,6 @@ def parse(argv: Sequence[str] | None) -> Request:
 
 
 def _require_known(run: dict[str, Any], edits: dict[str, Any]) -> None:
-    """Raise UserError for a value or a combination of the run's own flags that is not possible."""
     words = {"format": ("human", "json"), "device": ("cpu", "cuda"), "method": METHODS}
     for name, known in words.items():
         value = {**run, **edits}.get(name)
@@ -273,7 +269,6 @@ def edited(rules: Sequence[RuleDict] | None, edits: PolicyEdits) -> list[RuleDic
 
 
 def is_adapter(rule: RuleDict) -> bool:
-    """Return whether a rule makes an adapter, or refines one (a later rule may set only a rank)."""
     return rule.get("method") in ADAPTERS or ("method" not in rule and any(f in rule for f in ADAPTER_FIELDS))
 
 

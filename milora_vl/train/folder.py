@@ -36,8 +36,6 @@ PACKAGES = ("milora-vl", "torch", "transformers", "peft", "accelerate", "timm", 
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """A folder for a run, and the checkpoint that the run resumes from."""
-
     path: Path
     checkpoint: Path | None = None
     incomplete: tuple[tuple[Path, str], ...] = ()  # skipped checkpoints, with the reason
@@ -49,7 +47,6 @@ class RunFolder:
         return self.checkpoint is None or not (self.path / "policy.json").is_file()
 
     def write_json(self, name: str, content: Any) -> None:
-        """Write a JSON file atomically: a killed process leaves the old file or the new one."""
         atomic_write.write_json(self.path / name, content, hides_secrets=name == ENVIRONMENT)
 
     def write_text(self, name: str, text: str) -> None:
@@ -57,7 +54,6 @@ class RunFolder:
 
 
 def default_path(recipe: Recipe, now: datetime) -> Path:
-    """Return runs/MODEL/METHOD/TIME, such as `runs/llava-1.5-7b/milora-r128/2026-11-25_043607`."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         message = "a run on several devices needs --output_dir"
         raise UserError(message, code="flag-required", where="--output_dir", hint="add:  --output_dir FOLDER")
@@ -122,14 +118,12 @@ def _require_complete(folder: Path) -> Path:
         raise UserError(f"no such folder: {folder}", code="path-missing", where=where, hint=hint)
     if reason := checkpoints.why_incomplete(folder):
         hint = "use another checkpoint, or  --resume_from_checkpoint auto  for the newest complete one"
-        raise UserError(f"cannot resume from {folder}: {reason}", code="checkpoint-incomplete", where=where, hint=hint)
+        raise UserError(f"cannot resume from {folder}: {reason}", where=where, hint=hint)
     return folder
 
 
 @dataclass(kw_only=True)
 class FirstFiles:
-    """The first files of a run. Only a new run writes the files in `content` (policy.json)."""
-
     folder: RunFolder
     recipe: Recipe
     environment: dict[str, Any]
@@ -162,7 +156,7 @@ def created(path: Path) -> Iterator[None]:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         message = f"cannot create {path}: {error.strerror}"
-        raise UserError(message, code="path-not-writable", where="--output_dir") from None
+        raise UserError(message, where="--output_dir") from None
     try:
         with locked(path):
             yield
@@ -198,7 +192,6 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that decide about results."""
     found = {"python": sys.version.split()[0]}
     for package in PACKAGES:
         try:

@@ -86,7 +86,6 @@ def gathered_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, content: Mapping[str, Any]) -> None:
-    """Load a state dict with complete tensors into the optimizer of a sharded model. All processes must call it."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -56,47 +56,28 @@ TAKEN = (
 )  # fmt: skip
 OF_SECTIONS = {
     "data": (
-        "max_length",
-        "image_aspect_ratio",
-        "min_pixels",
-        "max_pixels",
-        "video_min_pixels",
-        "video_max_pixels",
-        "fps",
+        "max_length", "image_aspect_ratio", "min_pixels", "max_pixels", "video_min_pixels", "video_max_pixels", "fps",
         "num_frames",
     ),
     "train": ("bf16", "fp16"),
-}
+}  # fmt: skip
 RATES = ("learning_rate", "weight_decay")
 
 
 def settings_of(folder: Path, flag: str = "--adapter") -> dict[str, Any]:
     """Return the settings of the adapter in `folder`, as a recipe: of its run, or what its own files say."""
     if flag == "--after" and (folder / "config.json").is_file() and not has_config(folder):
-        raise UserError(
-            f"{folder} holds a whole model, without an adapter",
-            code="adapter-missing",
-            where=flag,
-            hint=f"train on it as a base:  --model {folder}",
-        )
+        message, hint = f"{folder} holds a whole model, without an adapter", f"train on it as a base:  --model {folder}"
+        raise UserError(message, code="adapter-missing", where=flag, hint=hint)
     require_adapter(folder, flag, "milora_vl.train", flag)
     if holds_projector_alone(folder):
-        raise UserError(
-            f"{folder} holds a projector alone",
-            code="adapter-missing",
-            where=flag,
-            hint=f"use  --projector_weights {folder}",
-        )
+        message, hint = f"{folder} holds a projector alone", f"use  --projector_weights {folder}"
+        raise UserError(message, code="adapter-missing", where=flag, hint=hint)
     is_other = holds_llava_adapter(folder)
     sidecar = None if is_other else read_sidecar(folder)
     if sidecar is None:
         why = "is in the layout of another program" if is_other else f"has no {FILE_NAME}, which lists what trains"
-        raise UserError(
-            f"{folder} {why}",
-            code="adapter-plain-lora",
-            where=flag,
-            hint=to_merge(folder),
-        )
+        raise UserError(f"{folder} {why}", where=flag, hint=to_merge(folder))
     refuse_retired(folder, sidecar)
     require_trainable(folder, sidecar, is_trainable=flag == "--adapter")
     run = recipe_of_run(folder)
@@ -141,7 +122,6 @@ def settings_after(folder: Path) -> tuple[dict[str, Any], list[str]]:
 
 
 def settings_resumed(run: Path) -> dict[str, Any]:
-    """Return the settings of a run with `--after` that resumes: from its own folder, the earlier one may be gone."""
     recipe = recipe_of_run(run)
     return {name: value for name, value in recipe.items() if name in TAKEN} | _of_sections(recipe)
 
@@ -175,7 +155,6 @@ def contradictions(adapter: str, settings: Mapping[str, Any], recipe: Recipe) ->
 
 
 def to_merge(adapter: Path) -> str:
-    """Return the command that makes a base model of an adapter, for training with other rules."""
     command = command_line("milora_vl.export", adapter, "--to", "merged", "--output_dir", "MERGED")
     return f"{command}\nthen  --model MERGED"
 
@@ -354,51 +333,29 @@ def _require_rules(recipe: Recipe, after: Path, targets: Sequence[Target]) -> No
     saved = read_sidecar(after)
     assert saved is not None
 
-    def rule_with(method: str) -> Key:
-        numbers = [number for number, rule in enumerate(recipe.policy or ()) if rule.get("method") == method]
-        return Key(("policy", numbers[0], "method")) if numbers else Key.of("policy")
-
-    for places, where, hint in (
-        (saved.targets, Key.of("after"), to_merge(after)),
-        (targets, rule_with("dora"), "use another method"),
-    ):
-        found = [target.path for target in places if target.method == "dora"]
-        if found:
-            raise UserError(
-                f"DoRA scales the rows of a weight, so its update cannot be added to another one: {found[0]}",
-                code="after-method",
-                where=where,
-                hint=hint,
-            )
+    if found := [target.path for target in (*saved.targets, *targets) if target.method == "dora"]:
+        message = f"DoRA scales the rows of a weight, so its update cannot be added to another one: {found[0]}"
+        raise UserError(message, where=Key.of("after"), hint=f"use another method, or merge first:\n{to_merge(after)}")
+    in_full = [number for number, rule in enumerate(recipe.policy or ()) if rule.get("method") == "full"]
+    where = Key(("policy", in_full[0], "method")) if in_full else Key.of("policy")
     if all(target.rank is None for target in targets):
-        raise UserError(
-            "the rules train weights in full, which changes what the earlier runs have learned",
-            code="after-full-module",
-            where=rule_with("full"),
-            hint="train adapters, for example  --method milora",
-        )
+        message = "the rules train weights in full, which changes what the earlier runs have learned"
+        raise UserError(message, where=where, hint="train adapters, for example  --method milora")
     before = [target.path for target in saved.targets]
     for path in [target.path for target in targets if target.rank is None]:
         if module_path(path, before) or any(module_path(other, [path]) for other in before):
-            raise UserError(
-                f"{path} would train in full, but an earlier run has trained it: the new weight would replace that one",
-                code="after-full-module",
-                where=rule_with("full"),
-                hint="give it an adapter, or leave its rule out; without a policy the run takes the earlier one's",
-            )
+            message = f"{path} would train in full, but an earlier run has trained it: the new weight would replace it"
+            hint = "give it an adapter, or leave its rule out; without a policy the run takes the earlier one's"
+            raise UserError(message, where=where, hint=hint)
 
 
 def _missing(run: str, why: str) -> UserError:
     return UserError(
-        f"the records of {run} are needed to protect what it has learned, and {why}",
-        code="after-no-records",
-        where=Key.of("after"),
-        hint=HINT,
+        f"the records of {run} are needed to protect what it has learned, and {why}", where=Key.of("after"), hint=HINT
     )
 
 
 def has_other_records(adapter: Path, fingerprint: str) -> bool:
-    """Return whether the run of an adapter is known to have trained on other records."""
     before = (read_environment(adapter) or read_environment(adapter.parent)).get("records")
     return before is not None and before != fingerprint
 

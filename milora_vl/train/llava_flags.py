@@ -6,7 +6,7 @@ A script like scripts/v1_5/finetune_lora.sh runs with only its program name chan
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from milora_vl.common.errors import UserError
@@ -34,7 +34,6 @@ FLAGS: dict[str, tuple[type, str]] = {
     "lazy_preprocess": (bool, "no effect: records are always encoded during training"),
     "group_by_modality_length": (bool, "build batches of one modality and similar length"),
     "mpt_attn_impl": (str, "no effect: MPT models are not supported"),
-    "cache_dir": (str, "no effect; set HF_HOME"),
 }
 # The one value of LLaVA-1.5's scripts that is accepted, and why no other is.
 ONLY: dict[str, tuple[Any, str]] = {
@@ -44,7 +43,6 @@ ONLY: dict[str, tuple[Any, str]] = {
     "mm_projector_type": ("mlp2x_gelu", "Hugging Face's LLaVA has a projector of two layers"),
     "mm_patch_merge_type": ("flat", "as in LLaVA-1.5; for the others use a llava-hf/llava-v1.6-* model"),
 }
-WITHOUT_EFFECT = ("cache_dir",)
 # LLaVA's flag -> field of the recipe's `parts`.
 PARTS = {
     "vision_tower": "vision_tower",
@@ -58,12 +56,9 @@ _IN_FULL = "without --lora_enable the whole language tower trains in full, embed
 
 @dataclass(frozen=True, slots=True)
 class Meaning:
-    """What the flags of a LLaVA command line mean for a run."""
-
     rules: list[dict[str, Any]]
     quantization: str | None = None
     line: str = ""
-    warnings: list[str] = field(default_factory=list)
 
 
 def meaning(flags: Mapping[str, Any], *, rank: int | None, alpha: float | None, dropout: float | None) -> Meaning:
@@ -77,13 +72,13 @@ def meaning(flags: Mapping[str, Any], *, rank: int | None, alpha: float | None, 
         raise UserError(f"expected 16, 8 or 4, got {bits}", code="flag-value", where="--bits")
     quantization = f"{bits}bit" if bits != 16 else None
     if not decide_what_trains(flags):
-        return Meaning([], quantization, warnings=_warnings(flags))
+        return Meaning([], quantization)
     rules, explanation = _rules(flags, rank, alpha, dropout)
     if all(rule["method"] == "full" for rule in rules):
         _refuse_adapter_flags(flags, explanation, {"rank": rank, "alpha": alpha, "dropout": dropout})
     if quantization:
         explanation += f", with the base quantised to {bits} bits"
-    return Meaning(rules, quantization, f"LLaVA flags: {explanation}", _warnings(flags))
+    return Meaning(rules, quantization, f"LLaVA flags: {explanation}")
 
 
 def decide_what_trains(flags: Mapping[str, Any]) -> bool:
@@ -111,12 +106,9 @@ def _rules(
     projector: list[dict[str, Any]] = [{"modules": "projector", "method": "full"}]
     alone = [name for name in ("tune_mm_mlp_adapter", "freeze_backbone") if flags.get(name)]
     if alone and flags.get("freeze_mm_mlp_adapter") and not flags.get("lora_enable"):
-        raise UserError(
-            f"nothing would train with --{alone[0]} and --freeze_mm_mlp_adapter",
-            code="policy-nothing-trains",
-            where=f"--{alone[0]}",
-            hint="remove one of the two flags",
-        )
+        message = f"nothing would train with --{alone[0]} and --freeze_mm_mlp_adapter"
+        hint = "remove one of the two flags"
+        raise UserError(message, code="policy-nothing-trains", where=f"--{alone[0]}", hint=hint)
     if flags.get("tune_mm_mlp_adapter"):
         return projector, "--tune_mm_mlp_adapter True trains only the projector"
     if flags.get("freeze_mm_mlp_adapter"):
@@ -145,8 +137,3 @@ def _refuse_adapter_flags(flags: Mapping[str, Any], explanation: str, adapter: M
     alone = flags.get("tune_mm_mlp_adapter") or flags.get("freeze_backbone")
     hint = f"remove {unused}" if alone else "add --lora_enable True, or --method milora"
     raise UserError(f"no rule makes an adapter: {explanation}", code="policy-no-adapter-rule", where=unused, hint=hint)
-
-
-def _warnings(flags: Mapping[str, Any]) -> list[str]:
-    unused = [f"--{name}" for name in WITHOUT_EFFECT if name in flags]
-    return [f"no effect: {' '.join(unused)}"] if unused else []

@@ -215,7 +215,6 @@ def memory(work: Workload) -> dict[str, float]:
 
 
 def frozen_weights(work: Workload) -> float:
-    """Return the bytes of frozen weights; PEFT keeps the original of a module that trains in full."""
     frozen = work.total if work.adapters else work.total - work.full
     if work.packed_bytes is None:
         return frozen * work.base_bytes
@@ -295,7 +294,6 @@ def workload_of(
     counts: Counts,
     batching: Batching,
 ) -> Workload:
-    """Return the workload of a run: resident memory is counted, the memory of a step is simulated."""
     model = base.meta
     sizes = trained_sizes(targets, model)
     adapters = sum(sizes[t.path] for t in targets if t.rank is not None)
@@ -486,9 +484,8 @@ def start_notes(run: Run, steps: int, start: float) -> list[str]:
     return [f"       --calibration_samples {FEWER_SAMPLES} saves about {saved} of the start; later starts reuse it"]
 
 
-def measured_flops(size: int = 1024, device: torch.device | str = "cpu") -> float:
-    """Return the float32 operations per second of a device, measured with a matrix product."""
-    a = torch.ones(size, size, device=device)
+def measured_flops(size: int = 1024, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> float:
+    a = torch.ones(size, size, device=device, dtype=dtype)
     times = []
     for _ in range(5):
         start = time.perf_counter()
@@ -520,8 +517,6 @@ def duration_text(seconds: float) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """What one device computes in one micro-step. `supervised` counts labelled positions over all records."""
-
     records: int
     tokens: int  # of one record, image tokens included
     supervised: int
@@ -549,8 +544,6 @@ class Resident:
 
 
 class _Ledger:
-    """Counts live bytes and their peak."""
-
     def __init__(self) -> None:
         self.live = self.gradients = 0
         self.peak = self.peak_with_gradients = self.peak_of_pictures = 0

@@ -26,14 +26,11 @@ DECIDES_POLICY = ("lora_enable", "tune_mm_mlp_adapter", "freeze_mm_mlp_adapter",
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """The one recipe of a run, and what the user has set of it."""
-
     request: Request
     recipe: Recipe
     is_set: frozenset[str]  # the top keys that an adapter, the recipe or a flag sets
     source: str = ""  # of the recipe, as errors name it
     notes: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
 
     @contextmanager
     def places(self) -> Iterator[None]:
@@ -78,7 +75,6 @@ def located(problems: Sequence[Problem], request: Request, source: str, recipe: 
 
 
 def merge(request: Request) -> Settings:
-    """Merge the layers of a run, and check all values. Raises UserError with all their problems."""
     content, source = read_recipe(request.recipe) if request.recipe else ({}, "")
     adapter, after = (str(request.overrides.get(n) or content.get(n) or "") for n in ("adapter", "after"))
     of_adapter: dict[str, Any] = {}
@@ -120,14 +116,7 @@ def merge(request: Request) -> Settings:
     if problems:
         raise UserError(problems=located(problems, request, source, recipe))
     line = [meaning.line] if meaning.line else []
-    return Settings(
-        request=request,
-        recipe=recipe,
-        is_set=is_set,
-        source=source,
-        notes=[*line, *notes],
-        warnings=meaning.warnings,
-    )
+    return Settings(request=request, recipe=recipe, is_set=is_set, source=source, notes=[*line, *notes])
 
 
 def _merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
@@ -142,7 +131,6 @@ def _merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _of_after(after: str, request: Request) -> tuple[dict[str, Any], list[str]]:
-    """Return the settings of the run that the new one comes after, and a note; a resumed run has them itself."""
     run = checkpoints.resumed_run(request.output_dir, request.resume)
     if run is not None and checkpoints.latest(run)[0] is not None:
         return inherit.settings_resumed(run), []
@@ -179,7 +167,6 @@ def _give_way(below: dict[str, Any], flags: Mapping[str, Any]) -> list[str]:
 
 
 def _meaning(request: Request, adapter: str) -> Meaning:
-    """Return what LLaVA's flags mean. Raises UserError for flags that something else has decided already."""
     flags, edits = dict(request.llava), request.edits
     if not flags:
         return Meaning([])
@@ -192,7 +179,7 @@ def _meaning(request: Request, adapter: str) -> Meaning:
             raise UserError(message, code="flag-conflict", where=" ".join(clash), hint=hint)
         # --rank and the like change the rules given, not those that LLaVA's flags would mean.
         meaning = llava_flags.meaning(flags, rank=None, alpha=None, dropout=None)
-        return Meaning([], meaning.quantization, "", meaning.warnings)
+        return Meaning([], meaning.quantization)
     if edits.method in ADAPTERS and (llava_flags.is_script(flags) or flags.get("freeze_backbone")):
         flags["lora_enable"] = True
     return llava_flags.meaning(flags, rank=edits.rank, alpha=edits.alpha, dropout=edits.dropout)

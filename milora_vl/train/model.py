@@ -34,8 +34,6 @@ from milora_vl.train.trainer import CheckpointKind
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """A model that is ready to train: a PeftModel, or the base model if only whole modules train."""
-
     model: Any
     targets: list[Target]
     checkpoint_kind: CheckpointKind
@@ -45,7 +43,6 @@ class Built:
 
 
 def load_base(recipe: Recipe, base: Base, dtype: torch.dtype, device: torch.device) -> tuple[nn.Module, Any]:
-    """Load the base model and its processor, and the projector from the recipe's `projector_weights`."""
     quantization = _quantization(recipe, base)
     model: Any = load_weights(recipe.model, dtype, quantization=quantization, device=device)
     model = (model if quantization is not None else model.to(device)).eval()
@@ -70,7 +67,6 @@ def _quantization(recipe: Recipe, base: Base) -> Any:
 
 
 def _set_attention(model: Any, recipe: Recipe) -> None:
-    """Set the implementations of the towers. transformers names them by the parts of the config."""
     name: Any = recipe.attn_implementation
     if not isinstance(name, str):
         config, language = model.config, recipe.attention_of("language")
@@ -81,12 +77,8 @@ def _set_attention(model: Any, recipe: Recipe) -> None:
         model.set_attn_implementation(name)
     except (ValueError, ImportError) as error:
         reason = first_line(error)
-        raise UserError(
-            f"{recipe.attn_implementation} is not available here: {reason}",
-            code="attention-unavailable",
-            where=Key.of("attn_implementation"),
-            hint="use sdpa or eager",
-        ) from None
+        message, hint = f"{recipe.attn_implementation} is not available here: {reason}", "use sdpa or eager"
+        raise UserError(message, where=Key.of("attn_implementation"), hint=hint) from None
 
 
 def checkpoint_kind_of(targets: Sequence[Target]) -> CheckpointKind:
@@ -140,7 +132,6 @@ def build(
 
 
 def _require_same_targets(adapter: Path, targets: Sequence[Target], stored: Sequence[Target]) -> None:
-    """Raise UserError if the rules of the recipe select other modules or settings than the adapter has."""
     here, there = ({t.path: replace(t, learning_rate=None, weight_decay=None) for t in ts} for ts in (targets, stored))
     differ = sorted(path for path in here | there if here.get(path) != there.get(path))
     if differ:
@@ -173,9 +164,6 @@ def _restore(model: Any, checkpoint: Path, checkpoint_kind: CheckpointKind) -> N
 
 def _require_sidecar(checkpoint: Path) -> None:
     if not (checkpoint / FILE_NAME).is_file():
-        raise UserError(
-            f"{FILE_NAME} is missing; it records which part of the adapter trains and which is the anchor",
-            code="checkpoint-incomplete",
-            where=str(checkpoint),
-            hint="restore the file, or resume from another checkpoint",
-        )
+        message = f"{FILE_NAME} is missing; it records which part of the adapter trains and which is the anchor"
+        hint = "restore the file, or resume from another checkpoint"
+        raise UserError(message, where=str(checkpoint), hint=hint)

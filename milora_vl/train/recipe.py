@@ -47,16 +47,12 @@ class Flag(NamedTuple):
 
 
 class SourceConfig(Strict):
-    """One of several data sources."""
-
     path: str
     weight: NonNegativeFloat = 1.0  # how often an epoch repeats its records
     image_folder: str | None = None
 
 
 class DataConfig(Strict):
-    """The training and evaluation data."""
-
     path: Annotated[
         str | Annotated[list[SourceConfig], Field(min_length=1)] | None,
         Flag(RECORDS, name="data_path"),
@@ -142,7 +138,6 @@ class CalibrationConfig(Strict):
 
     @property
     def num_pictures(self) -> int:
-        """Return the largest number of training pictures that the base model describes."""
         return self.pictures if self.pictures is not None else PICTURES if self.data is None else 0
 
 
@@ -244,7 +239,6 @@ class Recipe(Strict):
         return template_name(value)
 
     def attention_of(self, tower: Literal["language", "vision"]) -> str:
-        """Return the name of the attention implementation of a tower, as transformers knows it."""
         named = self.attn_implementation
         return named if isinstance(named, str) else named.get(tower, "sdpa")
 
@@ -253,7 +247,9 @@ class Recipe(Strict):
         """Return a recipe from nested mappings. Raises UserError with all problems, located in `source` if given."""
         recipe, problems = checked(content)
         if problems:
-            raise UserError(problems=[_located(problem, source) for problem in problems])
+            keys = [p.where if source and isinstance(p.where, Key) else None for p in problems]
+            located = [replace(p, where=f"{k} in {source}") if k else p for p, k in zip(problems, keys, strict=True)]
+            raise UserError(problems=located)
         return recipe
 
     def to_yaml(self) -> str:
@@ -363,11 +359,3 @@ def read_recipe(name: str, flag: str = "--recipe") -> tuple[dict[str, Any], str]
     found = "a folder without a recipe.yaml" if Path(name).is_dir() else "no packaged recipe and no file has this name"
     hint += "\nsee: python -m milora_vl.train --list-recipes"
     raise UserError(f"unknown recipe {name!r}: {found}", code="recipe-unknown", where=flag, hint=hint)
-
-
-def _located(problem: Problem, source: str) -> Problem:
-    return (
-        problem
-        if not source or not isinstance(problem.where, Key)
-        else replace(problem, where=f"{problem.where} in {source}")
-    )

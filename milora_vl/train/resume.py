@@ -59,7 +59,6 @@ class Earlier:
 
     @property
     def gets_steps(self) -> bool:
-        """Return whether there is something left to train: a finished run continues only for more steps."""
         return not self.is_finished or bool({"train.max_steps", "train.num_train_epochs"} & self.changes.keys())
 
 
@@ -104,7 +103,6 @@ def read_earlier(
             command = command.replace("python", f"torchrun --nproc_per_node {wrote}", 1)
         raise UserError(
             f"{name} was trained with other settings and cannot continue with these:\n{lines}",
-            code="resume-other-settings",
             hint=f"to resume:           repeat the old values; {folder / 'recipe.yaml'} holds all of them:\n"
             f"                     {command}\n{NEW_RUN}",
         )
@@ -122,7 +120,6 @@ def differences(before: Recipe, now: Recipe) -> Changes:
 
 
 def is_free(key: str, recipe: Recipe) -> bool:
-    """Return whether a resumed run may have another value of a key."""
     by_evaluation = recipe.train.get("lr_scheduler_type") in SCHEDULES_BY_EVALUATION
     if OF_EVALUATION.fullmatch(key):
         return not (by_evaluation or recipe.train.get("load_best_model_at_end"))
@@ -187,7 +184,6 @@ def require_same_records(earlier: Earlier, data: RunData) -> None:
     numbers = f": it had {before:,}, now there are {count:,}" if before != count else ""
     raise UserError(
         f"these are not the records that {earlier.checkpoint or earlier.folder} was trained on{numbers}",
-        code="resume-other-records",
         hint=f"to resume:           restore the old records{where}\n{NEW_RUN}",
     )
 
@@ -200,7 +196,6 @@ def require_same_steps(checkpoint: Path, recipe: Recipe, steps: int) -> None:
         raise UserError(
             f"the checkpoint belongs to a run of {planned:,} steps, this run has {steps:,}; the learning rates of the "
             f"{value_of(recipe.train, 'lr_scheduler_type')} schedule depend on the last step",
-            code="resume-other-steps",
             where=str(checkpoint),
             hint=f"to resume:           --max_steps {planned}\n{NEW_RUN}",
         )
@@ -222,26 +217,19 @@ def require_same_checkpoint(run: Path, names: Sequence[str | None]) -> None:
 
 
 def warnings(checkpoint: Path, *, processes: int, stage: int) -> list[str]:
-    """Return warnings about differences from an uninterrupted run."""
     stage = 2 if stage == 1 else stage
     wrote, before = num_processes(checkpoint), zero_stage(checkpoint)
     old, new = (f"with ZeRO-{one}" if one else "without DeepSpeed" for one in (before, stage))
     if before != stage:
-        raise UserError(
-            f"the checkpoint was written {old}; this run is {new} and cannot restore the optimizer",
-            code="resume-other-zero-stage",
-            where=str(checkpoint),
-            hint=f"to resume:  {f'--deepspeed zero{before}' if before else 'remove --deepspeed'}",
-        )
+        message = f"the checkpoint was written {old}; this run is {new} and cannot restore the optimizer"
+        hint = f"to resume:  {f'--deepspeed zero{before}' if before else 'remove --deepspeed'}"
+        raise UserError(message, where=str(checkpoint), hint=hint)
     if wrote == processes:
         return []
     if stage:
-        raise UserError(
-            f"the optimizer state has one part for each of {wrote} processes, and this run has {processes}",
-            code="resume-other-processes",
-            where=str(checkpoint),
-            hint=f"to resume:  torchrun --nproc_per_node {wrote} ...",
-        )
+        message = f"the optimizer state has one part for each of {wrote} processes, and this run has {processes}"
+        hint = f"to resume:  torchrun --nproc_per_node {wrote} ..."
+        raise UserError(message, where=str(checkpoint), hint=hint)
     return [
         f"{checkpoint.name} was written with {wrote} processes, now there are {processes}: the random states are "
         "initialized again, so dropout differs from an uninterrupted run"

@@ -41,7 +41,6 @@ from milora_vl.train.trainer import MiloraTrainer
 
 
 def train(settings: Settings) -> int:
-    """Run a training from its settings to its report. Returns the exit code."""
     start, screen = time.monotonic(), Screen()
     run = make_run(settings, is_started=True)
     if run.earlier is not None and not run.earlier.gets_steps:  # a requeued job has nothing left to do
@@ -119,7 +118,6 @@ def freeze_unseen_projector(run: Run, records: RunData, screen: Screen) -> Run:
 
 
 def read_earlier_tasks(run: Run, screen: Screen) -> tuple[Run, EarlierRecords]:
-    """Read the records of the runs that this one comes after; the run then names their places."""
     earlier = inherit.read_earlier_records(run.tasks, run.recipe, screen, are_used=run.reads_calibration)
     return replace(run, tasks=earlier.tasks), earlier
 
@@ -135,7 +133,6 @@ def compose_base(run: Run, screen: Screen) -> Run:
 
 
 def load_base(run: Run, records: RunData, screen: Screen) -> tuple[nn.Module, Any]:
-    """Check the records with the processor of the base, then load its weights, on the CPU if they are sharded."""
     recipe, args = run.recipe, run.args
     data.check(data.strict_collator(recipe, run.base, run.base.processor), recipe, records)
     device = torch.device("cpu") if args.deepspeed or args.fsdp else args.device
@@ -341,7 +338,6 @@ def make_trainer(
 def add_measurements(
     trainer: MiloraTrainer, run: Run, probe: Probe | None, questions: TrainingQuestions | None, processor: Any
 ) -> None:
-    """Let the trainer measure forgetting and the scores of suites while it trains."""
     config = run.recipe.eval
     if probe is not None and config.forgetting_every:
         trainer.add_callback(ForgettingCallback(probe, config.forgetting_every, trainer))
@@ -376,12 +372,9 @@ def run_loop(run: Run, trainer: MiloraTrainer, batching: Batching, files: FirstF
         screen.say(checkpoints.resume_hint(run.folder.path))
         raise
     if trainer.stop_on_signal.stopped and trainer.state.global_step < batching.steps:
-        raise UserError(
-            f"stopped by SIGTERM at step {trainer.state.global_step}, which is saved",
-            code="run-stopped-by-signal",
-            hint="to resume, repeat the command with  --resume_from_checkpoint auto",
-            exit_code=128 + signal.SIGTERM,
-        )
+        message = f"stopped by SIGTERM at step {trainer.state.global_step}, which is saved"
+        hint = "to resume, repeat the command with  --resume_from_checkpoint auto"
+        raise UserError(message, hint=hint, exit_code=128 + signal.SIGTERM)
     for warning in data.warnings_of(trainer.data_collator):  # type: ignore[arg-type]
         screen.warn(warning)
 
@@ -412,7 +405,6 @@ def write_state(trainer: MiloraTrainer, files: FirstFiles) -> None:
 
 
 def save_weights(run: Run, trainer: MiloraTrainer, batching: Batching, files: FirstFiles, start: float) -> None:
-    """Write the final weights, the processor and HF's state at the root of the run folder."""
     folder, args = run.folder, trainer.args
     with finish.run_failures(args):
         best = trainer.state.best_model_checkpoint if args.load_best_model_at_end else None

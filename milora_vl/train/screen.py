@@ -60,7 +60,6 @@ class Screen:
             self.say(f"{name:<{width}}  {value}")
 
     def policy(self, rows: Sequence[tuple[str, ...]], frozen: Sequence[str]) -> None:
-        """Print the table of the rules (see `policy_rows`) with the frozen towers, then what trains in words."""
         cells = [row[:-1] for row in rows] + [(tower, "-", "frozen", *[""] * 5) for tower in frozen]
         drawn(self.console, COLUMNS[:-1], cells, left=("modules", "method"))
         for modules, *_, trains in rows:
@@ -113,7 +112,6 @@ def _span(values: Sequence[float], form: str = "{:g}", unit: str = "") -> str:
 
 
 def protected_directions(targets: Sequence[Target], protection: Mapping[str, Protection]) -> dict[str, float]:
-    """Return the mean share of protected input directions over the layers of each tower."""
     shares: dict[str, list[float]] = {}
     for target in targets:
         if target.path in protection:

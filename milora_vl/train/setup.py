@@ -48,7 +48,6 @@ from milora_vl.train.recipe import BaseKLConfig, CalibrationConfig, PartsConfig,
 
 # Name of the feature selection in LLaVA -> in Hugging Face.
 FEATURES = {"patch": "default", "cls_patch": "full"}
-HIGH_FULL_RATE = 5e-5
 SMALL, SMALL_RATE = 1e9, 2e-3  # parameters of a small model, and the rate that it wants: docs/choose.md
 FLASH_PACKAGES = {f"flash_attention_{n}": f"flash-attn-{n}".removesuffix("-2") for n in (2, 3, 4)}
 QUANT = "pip install -e '.[quant]'"
@@ -132,7 +131,7 @@ def make_run(settings: Settings, *, is_started: bool) -> Run:
     args = arguments.build(derived.train, path, is_started=is_started)
     dtype, devices = arguments.dtype_name(recipe), num_devices(request)
     earlier = resume.read_earlier(run_folder, request.resume, partial(_as_composed, recipe, base), dtype, devices)
-    warnings += [*notes, *derived.warnings, *rate_warnings(targets, recipe, request)]
+    warnings += [*notes, *derived.warnings]
     if is_started and args.bf16 and args.device.type == "cpu" and fastest_dtype(args.device) != torch.bfloat16:
         warnings.append("bf16 is emulated by this CPU, which is slow (faster: --dtype float32 --bf16 False)")
     if is_started and args.world_size == 1 and args.device.type == "cuda" and torch.cuda.device_count() > 1:
@@ -158,7 +157,6 @@ def make_run(settings: Settings, *, is_started: bool) -> Run:
 
 
 def num_devices(request: Request) -> int:
-    """Return the number of devices: the planned one, by default WORLD_SIZE of the launcher, or one."""
     return request.devices or int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -182,7 +180,6 @@ def with_dtype(recipe: Recipe, request: Request) -> Recipe:
 
 
 def fit(settings: Settings) -> tuple[Recipe, Base, list[Target], list[str]]:
-    """Return the recipe as it fits its base model, the base, the targets of the policy on it, and warnings."""
     recipe, problems, targets, notes = settings.recipe, list[Problem](), list[Target](), list[str]()
     with at_flag(Key.of("model")):
         base = _base_of_run(recipe)
@@ -198,7 +195,7 @@ def fit(settings: Settings) -> tuple[Recipe, Base, list[Target], list[str]]:
             check(recipe, base, targets)
     if problems:
         raise UserError(problems=problems)
-    return recipe, base, targets, [*settings.warnings, *notes, *_warnings(recipe, base, targets)]
+    return recipe, base, targets, [*notes, *_warnings(recipe, base, targets)]
 
 
 def _base_of_run(recipe: Recipe) -> Base:
@@ -292,7 +289,7 @@ def _check_pictures(recipe: Recipe, base: Base, targets: Sequence[Target]) -> No
         if recipe.template != OWN:
             message = f"{name} ({base.config.model_type}) is trained with its own prompt format, not {recipe.template}"
             hint = f"use --template {OWN}, or remove the setting"
-            raise UserError(message, code="template-not-for-model", where=Key.of("template"), hint=hint)
+            raise UserError(message, where=Key.of("template"), hint=hint)
         if ratio != "pad":
             message = f"{ratio} is for LLaVA; the processor of {name} decides the shape of pictures"
             where, hint = Key.of("data.image_aspect_ratio"), "remove the setting"
@@ -332,22 +329,17 @@ def _check_calibration(recipe: Recipe, base: Base, targets: Sequence[Target]) ->
 
 
 def _check_quantization(recipe: Recipe, base: Base, targets: Sequence[Target]) -> None:
-    """Raise UserError for a quantised weight that would train in full: integers have no gradient."""
     if recipe.quantization == "none":
         return
     quantized = set(quantized_layers(base.meta))
     packed = [target.path for target in targets if target.rank is None and target.path in quantized]
     if packed:
-        raise UserError(
-            f"{amount(len(packed), 'quantised module')} would train in full, first {packed[0]}",
-            code="quantization-full-training",
-            where=Key.of("quantization"),
-            hint="train an adapter on quantised weights: --lora_enable True, or --method milora",
-        )
+        message = f"{amount(len(packed), 'quantised module')} would train in full, first {packed[0]}"
+        hint = "train an adapter on quantised weights: --lora_enable True, or --method milora"
+        raise UserError(message, where=Key.of("quantization"), hint=hint)
 
 
 def _warnings(recipe: Recipe, base: Base, targets: Sequence[Target]) -> list[str]:
-    """Return warnings about settings without effect, and about pictures that fit this model badly."""
     messages = _tower_warnings(recipe.parts, base)
     if base.parts is not None and recipe.template == OWN:
         messages.append(f"--template {OWN}: a composed base uses vicuna_v1, not the template of {base.name}")
@@ -398,7 +390,6 @@ def _is_tower(config: Any, name: str) -> bool:
 
 
 def with_rates(targets: Sequence[Target], train: Mapping[str, Any]) -> list[Target]:
-    """Return the targets; the learning rate and weight decay of the run fill the gaps of the rules."""
     decay = value_of(train, "weight_decay")
     return [
         replace(
@@ -408,15 +399,6 @@ def with_rates(targets: Sequence[Target], train: Mapping[str, Any]) -> list[Targ
         )
         for target in targets
     ]
-
-
-def rate_warnings(targets: Sequence[Target], recipe: Recipe, request: Request) -> list[str]:
-    """Return a warning about full training with the rate of an adapter."""
-    rate = max((t.learning_rate or 0.0 for t in with_rates(targets, recipe.train)), default=0.0)
-    if request.edits.method != "full" or rate <= HIGH_FULL_RATE:
-        return []
-    usual = f"LLaVA uses {arguments.LLAVA_FULL_RATE:g} (--learning_rate)"
-    return [f"full training with a learning rate of {rate:g}; {usual}"]
 
 
 def default_notes(recipe: Recipe, base: Base, request: Request) -> list[str]:
@@ -456,20 +438,14 @@ def require_installed(recipe: Recipe, *, is_started: bool) -> None:
     known = ["eager", *(name for name in AttentionInterface().valid_keys() if "|" not in name)]
     for name in {recipe.attention_of("language"), recipe.attention_of("vision")}:
         if name not in known and "/" not in name:  # OWNER/NAME is a kernel of the hub
-            raise UserError(
-                f"unknown attention implementation {name!r}; transformers knows {', '.join(sorted(known))}",
-                code="attention-unknown",
-                where=Key.of("attn_implementation"),
-                hint=did_you_mean(suggest(name, known)) or "use sdpa",
-            )
+            message = f"unknown attention implementation {name!r}; transformers knows {', '.join(sorted(known))}"
+            hint = did_you_mean(suggest(name, known)) or "use sdpa"
+            raise UserError(message, where=Key.of("attn_implementation"), hint=hint)
         package = "kernels" if "/" in name else FLASH_PACKAGES.get(name, "torch")
         if not (_is_installed(package) or _is_installed("kernels")):
-            message, where = (
-                f"{name} needs the package {package}, which is not installed",
-                Key.of("attn_implementation"),
-            )
+            message = f"{name} needs the package {package}, which is not installed"
             hint = f"pip install {package}, or pip install kernels, or --attn_implementation sdpa"
-            raise UserError(message, code="package-missing", where=where, hint=hint)
+            raise UserError(message, code="package-missing", where=Key.of("attn_implementation"), hint=hint)
     named = train.get("report_to") or []
     trackers = [name for name in ([named] if isinstance(named, str) else named) if name not in ("all", "none")]
     try:
@@ -521,10 +497,6 @@ def require_evaluation(recipe: Recipe) -> None:
         hint = "name one in the recipe:  eval: {suites: [quick], data: FOLDER, suite_every: N}"
         where = Key.of("eval.suite_every")
         raise UserError("there is no suite to score", code="flag-needs-another", where=where, hint=hint)
-    stems = [Path(suite).stem for suite in suites]
-    if twice := next((stem for stem in stems if stems.count(stem) > 1), None):
-        message = f"two entries would write their results to eval/{twice}"
-        raise UserError(message, where=Key.of("eval.suites"), hint="rename one of the files")
     for suite, data in suites_of(recipe).items():
         questions = QuestionSet(suite, data)
         evaluator().require_questions(questions, at=Key.of("eval.suites"), data_at=Key.of("eval.data"))
@@ -545,7 +517,6 @@ class Batching:
 
     @classmethod
     def of(cls, recipe: Recipe, num_records: int | None, num_devices: int) -> Batching:
-        """Return the arithmetic of a run for a number of records, or of packed rows."""
         train = recipe.train
         return cls(
             num_records=None if recipe.data.streaming else num_records,
@@ -565,7 +536,6 @@ class Batching:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Return the optimizer steps of one epoch, or all steps of the run if the data is a stream."""
         if self.num_records is None:
             return self.max_steps
         round_ = math.floor if self.drop_last else math.ceil

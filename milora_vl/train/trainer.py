@@ -123,7 +123,6 @@ class MiloraTrainer(RatesOfRules, CheckpointTrainer):
         return self.model
 
     def get_train_dataloader(self) -> Any:
-        """Return HF's loader, a loader that groups by length, or a loader of this process's share of a stream."""
         args, dataset, collator = self.args, self.train_dataset, self.data_collator
         if isinstance(dataset, RecordStream):
             self._stream = data.stream_loader(dataset, collator, args, self.resume_from)
@@ -152,7 +151,6 @@ class MiloraTrainer(RatesOfRules, CheckpointTrainer):
             self.data_collator = collator
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Train on a batch as HF does, with texts of the base beside it."""
         texts = None if self.base_kl is None else self.base_kl.next_batch(self.state.global_step, self.args)
         if texts is not None:
             inputs = {**inputs, "base_kl": texts}
@@ -182,13 +180,9 @@ class MiloraTrainer(RatesOfRules, CheckpointTrainer):
 
         summed, num_tokens = summed_loss(forward, inputs, chunked=self.chunked)
         if num_tokens == 0:
-            raise UserError(
-                "nothing in the batch is supervised",
-                code="train-no-supervised-tokens",
-                where=f"step {self.state.global_step + 1}",
-                hint="the answers are empty or cut off; see --max_length and python -m milora_data check",
-                exit_code=1,
-            )
+            message = "nothing in the batch is supervised"
+            hint = "the answers are empty or cut off; see --max_length and python -m milora_data check"
+            raise UserError(message, where=f"step {self.state.global_step + 1}", hint=hint, exit_code=1)
         loss = summed / (num_tokens if num_items_in_batch is None else num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # DDP averages gradients; the count is already global
@@ -244,7 +238,6 @@ class MiloraTrainer(RatesOfRules, CheckpointTrainer):
         return output
 
     def _over_processes(self, numbers: Sequence[float]) -> list[float]:
-        """Return the sums over all processes. One process alone asks no GPU."""
         if self.args.world_size == 1:
             return list(numbers)
         sums: Tensor = self.accelerator.reduce(torch.tensor(numbers, dtype=torch.float32, device=self.args.device))
@@ -253,7 +246,6 @@ class MiloraTrainer(RatesOfRules, CheckpointTrainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Evaluate as HF does. If a score of a suite chooses the best checkpoint, the result has the scores too."""
         metrics: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         if self.suites is not None and "suite_" in (self.args.metric_for_best_model or ""):
             metrics |= self.suites.scores()
@@ -268,13 +260,9 @@ class MiloraTrainer(RatesOfRules, CheckpointTrainer):
                 logs["base_kl"] = total / self.args.world_size
         super().log(logs, start_time)
         if not math.isfinite(logs.get("loss", 0.0)):
-            raise UserError(
-                f"the loss is {logs['loss']}",
-                code="train-loss-not-finite",
-                where=f"step {self.state.global_step}",
-                hint="start a new run with a lower --learning_rate, or with --bf16 instead of --fp16",
-                exit_code=1,
-            )
+            message = f"the loss is {logs['loss']}"
+            hint = "start a new run with a lower --learning_rate, or with --bf16 instead of --fp16"
+            raise UserError(message, where=f"step {self.state.global_step}", hint=hint, exit_code=1)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save as HF does, but of shards gather only what trains, and ask no hub whether the vocabulary has grown.

@@ -95,17 +95,6 @@ def test_pictures_go_to_their_own_questions(llava: Made) -> None:
     assert len(set(got)) == 3
 
 
-def test_a_picture_after_the_common_beginning(llava: Made) -> None:
-    model, processor = llava
-    red, blue = Image.new("RGB", (32, 32), "red"), Image.new("RGB", (32, 32), "blue")
-    prompts = [
-        Prompt((Turn("user", f"<image>\n{text}"), Turn("assistant", "yes"), Turn("user", "<image>\nAnd?")), (red, blue))
-        for text in ("What?", "Why?", "Where?")
-    ]
-    alone = generate(model, processor, prompts, batch_size=1, max_new_tokens=8)
-    assert generate(model, processor, prompts, batch_size=3, max_new_tokens=8) == alone
-
-
 def test_each_batch_is_reported_with_the_places_of_its_prompts(llava: Made) -> None:
     seen: dict[int, str] = {}
     got = generate(
@@ -177,11 +166,3 @@ def test_through_an_adapter_and_around_it(tiny_llava: Callable[..., Made]) -> No
 def test_a_picture_for_a_text_model_is_refused(tiny_llama: Callable[..., Made]) -> None:
     with raises_code("model-reads-only-text"):
         generate(*tiny_llama(), questions(1, True))
-
-
-def test_a_streamer_takes_one_prompt(llava: Made) -> None:
-    from transformers import TextStreamer
-
-    streamer = TextStreamer(llava[1].tokenizer)
-    with pytest.raises(ValueError, match="one prompt, got 2"):
-        generate(*llava, questions(2, True), streamer=streamer)

@@ -17,7 +17,7 @@ from milora_data.records.record import Turn
 from milora_eval.answers.runner import loglikelihoods
 from milora_vl import Policy, apply_milora, save_adapter
 from milora_vl.chat.command import main as chat
-from milora_vl.chat.session import Chat, open_video
+from milora_vl.chat.session import Chat
 from milora_vl.common.errors import UserError
 from milora_vl.interop.load_model import load_model
 from milora_vl.models.generate import Prompt, generate
@@ -136,38 +136,8 @@ def test_a_picture_that_the_processor_refuses_is_an_error_before_weights_load(
             asked(qwen, "--image", pictures / "0.png", "--image", thin, *question)
 
 
-def test_a_conversation_goes_on_after_a_picture_that_the_processor_refuses(
-    qwen: Path, pictures: Path, thin: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO(f"/add {thin}\n/image {thin}\nA?\n"))
-    assert asked(qwen, "--image", pictures / "0.png") == 0
-    out, err = capsys.readouterr()
-    assert out == answer_to(qwen, pictures, "<image>\nA?", images=(0,)) + "\n"
-    assert [line.partition(":")[2].split()[0] for line in err.splitlines() if line.startswith("error")] == [
-        "/add",
-        "/image",
-    ]
-
-
 def test_a_mark_in_an_answer_is_a_text() -> None:
     assert Chat.answer_turn("Write <image> there.").text == "Write [image] there."
-
-
-def test_a_picture_that_the_processor_refuses_is_named(qwen: Path, pictures: Path, thin: Path) -> None:
-    model, processor = load_model(qwen)
-    prompts = [Prompt((Turn("user", "<image>\nA?"),), (name,)) for name in (pictures / "0.png", thin)]
-    with raises_code("", where=str(thin)):
-        generate(model, processor, prompts, max_new_tokens=5)
-
-
-def test_a_conversation_can_be_shown_one_more_picture(
-    qwen: Path, pictures: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO(f"A?\n/add {pictures / '1.png'}\nB?\n/quit\n"))
-    assert asked(qwen, "--image", pictures / "0.png") == 0
-    first = answer_to(qwen, pictures, "<image>\nA?", images=(0,))
-    second = answer_to(qwen, pictures, "<image>\nA?", first, "<image>\nB?", images=(0, 1))
-    assert capsys.readouterr().out == f"{first}\n{second}\n"
 
 
 def test_marks_in_a_question_are_places_of_its_pictures(
@@ -250,36 +220,10 @@ def test_chat_shows_a_video_file(qwen: Path, tmp_path: Path, capsys: Captured, m
         asked(tmp_path / "model", *words, "What?")
 
 
-def test_flags_of_videos_that_do_not_fit_are_refused(qwen: Path, clip: Path, tmp_path: Path) -> None:
-    film = tmp_path / "film.mp4"
-    film.write_bytes(b"\0")
-    for words in ((clip, "--num_frames", 2), (film, "--num_frames", 2, "--fps", 2)):
-        with raises_code("flag-conflict", where="--num_frames"):
-            asked(qwen, "--video", *words, "What?")
-
-
-def test_frames_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
-    for number in (1, 2, 10, 9):
-        Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"frame{number}.png")
-    video = open_video(tmp_path)
-    assert [frame.getpixel((0, 0))[0] for frame in video.frames] == [1, 2, 9, 10]
-
-
-def test_a_folder_without_frames_of_one_size_is_no_video(qwen: Path, pictures: Path, tmp_path: Path) -> None:
-    with raises_code("", where=str(tmp_path), hint="ffmpeg"):
-        asked(qwen, "--video", tmp_path, "What?")
-    with raises_code("video-frame-sizes", where=str(pictures)):
-        asked(qwen, "--video", pictures, "What?")
-    with raises_code("flag-needs-another", where="--fps"):
-        asked(qwen, "--fps", "2", "What?")
-    with raises_code("flag-conflict", where="--video"):
-        asked(qwen, "--web", "--video", tmp_path)
-
-
 def test_another_template_is_refused(qwen: Path) -> None:
     with pytest.raises(UserError) as error:
         asked(qwen, "--template", "vicuna_v1", "What?")
-    assert error.value.first.code == "template-not-for-model"
+    assert "vicuna_v1" in str(error.value)
 
 
 def test_a_chat_has_the_limits_of_the_training(qwen: Path, pictures: Path, tmp_path: Path, capsys: Captured) -> None:

@@ -7,7 +7,7 @@ from typing import NoReturn
 
 import pytest
 
-from milora_vl.common.hub_host import hub_is_known
+from milora_vl.common.cli.web import hub_is_known
 
 
 @pytest.mark.parametrize(

@@ -20,9 +20,9 @@ from milora_data.batches.processor_collator import ProcessorCollator
 from milora_data.encode.chat_template_mask import VIDEO_MARK, parts_of
 from milora_data.pictures.files import ImageError, StoredPicture
 from milora_data.records.record import ROLES, Record, Turn, parse_record
+from milora_vl.common.compat.transformers import pass_texts_unchanged
 from milora_vl.common.errors import DataError
 from milora_vl.core.policy.towers import find_towers
-from milora_vl.models.cross_attention import pass_texts_unchanged
 from milora_vl.models.losses import add_chunked_loss, summed_loss
 from support.problems import raises_code
 from support.versions import needs_places

@@ -1,13 +1,24 @@
-"""The pages have the numbers of the studies, and README and those that advise no measured number beside them."""
+"""The pages have the numbers of the studies, and README and those that advise no measured number beside them.
+
+The pictures of docs/how-it-works.md and README's chart are drawn without labels over each other.
+"""
 
 from __future__ import annotations
 
 import re
+import runpy
+from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from studies import figures
+
+PICTURES = runpy.run_path(str(figures.ROOT / "docs" / "site" / "pictures.py"))["PICTURES"]
 
 CODE = re.compile(r"^```.*?^```$|`[^`\n]+`", re.MULTILINE | re.DOTALL)
 # A ratio below one, a factor, a percentage, or a mean with its interval.
@@ -32,3 +43,53 @@ def test_a_changed_number_is_written_again(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(figures.FIGURES, "table", lambda: "| 0.5 |\n")
     page = "a\n<!-- figures: table -->\n| {} |\n<!-- end -->\nb\n"
     assert figures.written(page.format("0.4")) == page.format("0.5")
+
+
+def test_the_chart_has_one_point_for_each_method_and_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    header = "method,learning_rate,rank,seed,validation_loss,score,forgetting,forgetting_pictures"
+    rows = (
+        "plain,0.001,,0,1,0.3,0.1,1",
+        "plain,0.001,,1,1,0.5,0.2,1",
+        "plain,0.002,,0,1,0.4,0.1,1",
+        "lora-both,0.001,,0,1,0.4,0.3,2",
+    )
+    (tmp_path / "some.csv").write_text("\n".join((header, *rows)), encoding="utf-8")
+    monkeypatch.setattr(figures, "DOCS", tmp_path)
+    monkeypatch.setattr(figures, "DEFAULT_TASKS", (figures.Task("some", 1, 1, ("some",)),))
+    assert {method: list(map(len, rates)) for method, rates in figures.chart_points().items()} == {
+        "plain": [2, 1],
+        "lora-both": [1],
+    }
+    of_text, _ = figures.chart().axes
+    points, _, (across, upwards) = of_text.containers[0].lines
+    assert [list(map(float, xy)) for xy in points.get_xydata()] == [pytest.approx([0.15, 0.4]), [0.1, 0.4]]
+    assert across.get_segments()[0][:, 0].tolist() == pytest.approx([0.1, 0.2])
+    assert upwards.get_segments()[0][:, 1].tolist() == pytest.approx([0.3, 0.5])
+
+
+@pytest.mark.parametrize("draw", [figures.chart, *PICTURES.values()], ids=lambda draw: draw.__name__)
+def test_no_label_is_over_another_or_outside(draw: Callable[[], Figure]) -> None:
+    figure = draw()
+    FigureCanvasAgg(figure).draw()
+    axes = figure.axes
+    ticks = [(axis, tick) for one in axes for axis in (one.xaxis, one.yaxis) for tick in axis.get_major_ticks()]
+    beyond = {
+        label
+        for axis, tick in ticks
+        if not min(axis.get_view_interval()) <= tick.get_loc() <= max(axis.get_view_interval())
+        for label in (tick.label1, tick.label2)
+    }
+    hidden = {
+        label for one in axes if not one.axison for axis in (one.xaxis, one.yaxis) for label in axis.findobj(Text)
+    }
+    shown = set(figure.findobj(Text)) - beyond - hidden
+    boxes = [(text.get_text(), text.get_window_extent()) for text in shown if text.get_text() and text.get_visible()]
+    assert [(a, b) for (a, one), (b, other) in combinations(boxes, 2) if one.overlaps(other)] == []
+    assert [name for name, box in boxes if box.x0 < 0 or box.x1 > figure.bbox.x1] == []
+    assert len(boxes) > 5
+
+
+def test_the_page_shows_every_picture() -> None:
+    page = (figures.ROOT / "docs" / "how-it-works.md").read_text(encoding="utf-8")
+    assert re.findall(r"\]\(pictures/(\w+)\.png\)", page) == ["towers", "boxes", "spectrum", "cloud", "steps"]
+    assert all((figures.ROOT / "docs" / "pictures" / f"{name}.png").is_file() for name in PICTURES)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -81,17 +80,6 @@ def test_a_text_model_is_merged_and_given_to_the_script(text: Path, llama_cpp: P
     shown = capsys.readouterr().err
     assert f"next: llama-server -m {tmp_path / 'out' / 'model-q8_0.gguf'}\n" in shown
     assert "by rounding" not in shown
-
-
-def test_the_rounding_of_the_merge_is_shown(text: Path, llama_cpp: Path, tmp_path: Path, capsys) -> None:
-    load_model(text / "base", dtype=torch.bfloat16)[0].save_pretrained(tmp_path / "half")
-    load_model(text / "base")[1].save_pretrained(tmp_path / "half")
-    adapter = trained(tmp_path / "half", tmp_path / "a")
-    export(adapter, "gguf", tmp_path / "out", Options(llama_cpp=llama_cpp))
-    shown = re.search(r"change of a weight by rounding is ([-+.\de]+)", capsys.readouterr().err)
-    assert shown is not None
-    rounding = export(adapter, "merged", tmp_path / "merged").rounding
-    assert float(shown[1]) == pytest.approx(rounding, rel=0.05)
 
 
 @pytest.mark.parametrize(("outtype", "error"), [("f32", 0.0), ("q8_0", 1e-3)])

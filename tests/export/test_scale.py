@@ -112,17 +112,6 @@ def test_an_exported_adapter_stays_protected(tiny_llama: Factory, tmp_path: Path
         assert max(leaks(again, protected)) < (0.01 if name == "low" else 1e-5)
 
 
-def test_a_plain_adapter_scales_too(made, tmp_path: Path) -> None:
-    q = "model.language_model.layers.0.self_attn.q_proj"
-    model = get_peft_model(load_model(made.root / "base")[0], LoraConfig(r=3, lora_alpha=5, target_modules=[q]))
-    move(model, 0.2)
-    model.save_pretrained(tmp_path / "plain")
-    assert export(tmp_path / "plain", "adapter", tmp_path / "out", Options(scale=2.0)).origin == "plain"
-    twice, once = (merged(made, tmp_path / name)[f"{q}.weight"] for name in ("out", "plain"))
-    change = once - made.before[f"{q}.weight"]
-    assert torch.allclose(twice - made.before[f"{q}.weight"], 2 * change, atol=1e-6)
-
-
 def test_what_is_no_product_of_factors_is_refused(made, tmp_path: Path) -> None:
     q = "model.language_model.layers.0.self_attn.q_proj"
     for name, changes in {"dora": {"use_dora": True}, "bias": {"bias": "lora_only"}}.items():

@@ -181,32 +181,3 @@ def test_new_rows_are_the_mean_of_those_of_their_own_matrix(tmp_path: Path) -> N
         (grown,) = (tensor for name, tensor in after.items() if name.endswith(end))
         count = len(before[old])
         torch.testing.assert_close(grown[count:], before[old].mean(0).expand(len(grown) - count, -1))
-
-
-def adapter_on(kind: str, root: Path) -> Path:
-    """An adapter on a LLaVA that is composed of a tiny tower of that kind and a tiny Llama."""
-    from milora_vl import apply_milora, load_model, save_adapter
-
-    words = ["--vision", tower(kind, root / "tower"), "--language", str(language("llama", root / "language"))]
-    weights = ["--vision_weights", "random"] if kind.startswith("timm/") else []
-    assert compose.main([*words, *weights, "--output_dir", str(root / "base")]) == 0
-    rules = [{"modules": "language", "method": "milora", "protect": 0, "rank": 2}]
-    save_adapter(apply_milora(load_model(root / "base")[0], rules), root / "adapter")
-    return root / "adapter"
-
-
-def test_an_export_for_llava_knows_the_tower_that_its_base_was_composed_of(tmp_path: Path) -> None:
-    from milora_vl.export import Options, export
-
-    adapter = adapter_on("clip", tmp_path)
-    export(adapter, "llava", tmp_path / "llava-lora")
-    config = json.loads((tmp_path / "llava-lora" / "config.json").read_text(encoding="utf-8"))
-    assert config["mm_vision_tower"] == str(tmp_path / "tower")
-    assert (config["mm_vision_select_layer"], config["mm_vision_select_feature"]) == (-2, "patch")
-    (tmp_path / "tower").rename(tmp_path / "elsewhere")
-    with raises_code("", says=f"composed of {tmp_path}/tower, which is not there\nadd  --vision_tower"):
-        export(adapter, "llava", tmp_path / "again")
-    export(adapter, "llava", tmp_path / "again", Options(vision_tower=str(tmp_path / "elsewhere")))
-    export(adapter, "merged", tmp_path / "merged")
-    kept = json.loads((tmp_path / "merged" / "config.json").read_text(encoding="utf-8"))
-    assert kept["vision_tower_name"] == str(tmp_path / "tower")

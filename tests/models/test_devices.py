@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +10,6 @@ import torch
 from milora_vl.models.devices import device_named, dtype_named, fastest_dtype
 from milora_vl.train.flags import parse
 from milora_vl.train.setup import make_run, with_dtype
-from support import programs
 from support.machine import fastest
 from support.plans import plan, settings
 
@@ -37,12 +34,6 @@ def test_the_fastest_dtype_of_a_recipe_is_settled_for_this_machine(answer: str, 
         assert fastest_dtype(CPU) == getattr(torch, answer)
     assert found.recipe.dtype == answer
     assert found.derived.train.get("bf16", False) == (answer == "bfloat16")
-
-
-def test_programs_that_a_test_starts_have_its_fastest_dtype(bfloat16_is_fastest: None) -> None:
-    words = ["-c", "from pathlib import Path; print(Path('/proc/cpuinfo').read_text(encoding='utf-8'))"]
-    fresh = subprocess.run([sys.executable, *words], capture_output=True, text=True)
-    assert programs.run(words).stdout == fresh.stdout == "flags : avx512_bf16\n"
 
 
 def test_bf16_on_a_cpu_that_emulates_it_is_warned_of(tmp_path: Path) -> None:

@@ -7,20 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from milora_vl import Policy, apply_milora, load_adapter, merge, save_adapter
-from milora_vl.common.errors import UserError
 from milora_vl.core.policy.towers import find_towers
 from milora_vl.core.weights.matrices import is_linear
-from milora_vl.export import Options, export
-from milora_vl.train.command import main as train
-from support.adapter_cases import anchors, move
+from support.adapter_cases import anchors
 from support.family_configs import FAMILIES, TEXT_ONLY, batch, build
 from support.programs import run as run_program
-from support.versions import CALLS_BY_KEYWORD, needs_places
+from support.versions import CALLS_BY_KEYWORD
 
 LACKS = {"idefics2": not CALLS_BY_KEYWORD}
 ALL = [name for name in (*FAMILIES, *TEXT_ONLY) if not LACKS.get(name)]
@@ -67,13 +63,6 @@ def test_a_language_rule_hits_exactly_the_language_layers(name: str) -> None:
     assert not [path for path in hit if any(word in path for word in ("vision", "visual", "image_tower"))]
 
 
-def test_experts_that_no_adapter_can_sit_on_are_told_of() -> None:
-    with pytest.warns(
-        UserWarning, match=r"2 modules hold experts as 3-D weights \(first: model.layers.0.mlp.experts\)"
-    ):
-        Policy.parse(rules("gpt_oss")).resolve(build("gpt_oss"))
-
-
 @pytest.mark.parametrize("name", FAMILIES)
 def test_projector_and_vision_are_found_and_apart(name: str) -> None:
     model, family = build(name), FAMILIES[name]
@@ -85,18 +74,6 @@ def test_projector_and_vision_are_found_and_apart(name: str) -> None:
     assert not {t.path for t in vision} & {t.path for t in projector}
     assert all(family.projector not in target.path for target in vision)
     assert find_towers(model).layout.split()[0]  # a row of the table
-
-
-@pytest.mark.parametrize("name", [name for name in ("gemma3", "idefics2") if name in ALL])
-def test_exports_of_projectors_with_modules_inside_one_that_trains(name: str, tmp_path: Path) -> None:
-    model = apply_milora(build(name), rules(name))
-    move(model)
-    save_adapter(model, tmp_path / "ours")
-    expected = logits(model, name)
-    for form in ("adapter", "rank-4"):
-        export(tmp_path / "ours", form, tmp_path / form, Options(base=build(name)))
-        stock = PeftModel.from_pretrained(build(name), tmp_path / form)
-        assert torch.allclose(logits(stock, name), expected, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -147,17 +124,3 @@ def test_from_start_to_merge_and_in_stock_peft(name: str, trained: Path) -> None
     stock = load_file(trained / name / "stock.safetensors")
     for how, tensor in {"reloaded": ours["reloaded"], "merged": ours["merged"], **stock}.items():
         assert torch.allclose(tensor, ours["trained"], atol=1e-5), how
-
-
-@needs_places
-def test_a_model_without_a_processor_is_refused_before_it_loads(tmp_path: Path) -> None:
-    build("paligemma").config.save_pretrained(tmp_path / "base")
-    (tmp_path / "train.json").write_text(
-        '[{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}]'
-    )
-    words = ["--model", str(tmp_path / "base"), "--data_path", str(tmp_path / "train.json"), "--rank", "2"]
-    words += ["--image_folder", str(tmp_path), "--output_dir", str(tmp_path / "run")]
-    for more in ([], ["--dry-run"]):
-        with pytest.raises(UserError) as error:
-            train([*words, *more])
-        assert error.value.first.code == "model-unreadable"

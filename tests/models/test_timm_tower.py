@@ -16,7 +16,6 @@ from milora_vl.compose import __main__ as compose
 from milora_vl.export import Options, export
 from milora_vl.models.timm_tower import TimmTower, TimmTowerConfig
 from support.adapter_cases import move
-from support.problems import raises_code
 from support.programs import run as run_program
 
 POLICY = (
@@ -116,42 +115,9 @@ def test_what_is_loaded_here_names_no_code_when_it_is_saved(made: SimpleNamespac
     assert "auto_map" not in json.loads((tmp_path / "saved" / "config.json").read_text(encoding="utf-8"))
 
 
-def test_a_base_beside_an_adapter_gets_the_code_too(made: SimpleNamespace, tmp_path: Path) -> None:
-    done = export(made.root / "adapter", "rank-4", tmp_path / "out", Options(with_base=True, remote_code=True))
-    assert done.loads_with == "trust_remote_code"
-    assert (tmp_path / "out" / "base" / "timm_llava.py").is_file()
-    assert "auto_map" in json.loads((tmp_path / "out" / "base" / "config.json").read_text(encoding="utf-8"))
-
-
-def test_code_that_nothing_needs_is_refused(made: SimpleNamespace, tiny_folder: Path, tmp_path: Path) -> None:
-    with raises_code("flag-no-effect", where="--remote_code", message="does not apply to --to rank-4"):
-        export(made.root / "adapter", "rank-4", tmp_path / "out", Options(remote_code=True))
-    save_adapter(apply_milora(load_model(tiny_folder)[0], POLICY), tmp_path / "adapter")
-    with raises_code("flag-no-effect", where="--remote_code", message="loads in plain transformers"):
-        export(tmp_path / "adapter", "merged", tmp_path / "out", Options(remote_code=True))
-    assert not (tmp_path / "out").exists()
-    assert export(tmp_path / "adapter", "merged", tmp_path / "out").loads_with == "transformers"
-    assert export(tmp_path / "adapter", "rank-1", tmp_path / "small").loads_with is None
-
-
-def test_gradients_for_inputs_skip_the_tower(made: SimpleNamespace) -> None:
-    """Checkpointing calls it; transformers 5.6 looks for embeddings in the network of timm."""
-    model: Any = load_model(made.root / "base")[0]
-    model.enable_input_require_grads()
-    with pytest.raises(NotImplementedError):
-        model.model.vision_tower.get_input_embeddings()
-
-
 @pytest.fixture(scope="module")
 def tower() -> Any:
     return TimmTower(TimmTowerConfig.of("tf_efficientnet_lite0", image_size=64, grid=2, levels=(2, 3))).eval()
-
-
-def test_levels_have_one_scale_and_order(tower: Any) -> None:
-    features = tower(torch.randn(2, 3, 64, 64)).last_hidden_state
-    assert features.shape == (2, 4, 40 + 112 + 1280)
-    for level in features.split([40, 112, 1280], dim=-1):
-        torch.testing.assert_close(level.mean(-1), torch.zeros(2, 4), atol=1e-4, rtol=0)
 
 
 def test_a_frozen_tower_keeps_its_batch_statistics_in_training(tower: Any) -> None:

@@ -79,15 +79,6 @@ def test_code_in_the_states_of_a_checkpoint_ends_a_run_in_a_line(tmp_path: Path)
         torch.load("optimizer.pt", weights_only=True)
 
 
-@pytest.mark.parametrize("content", [b"", b"no weights", b"PK\x03\x04"])
-def test_a_file_that_is_cut_off_gets_no_advice_to_read_it_all_the_same(content: bytes, adapter: Path) -> None:
-    (adapter / "adapter_model.safetensors").unlink()
-    (adapter / "adapter_model.bin").write_bytes(content)
-    with raises_code("weights-unreadable", says=r"adapter_model\.bin: cannot be read \(cut off\?\): .") as error:
-        stored_tensors(adapter)
-    assert "weights_only" not in str(error.value)
-
-
 def test_a_model_that_brings_code_is_refused_without_a_question(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -49,23 +49,3 @@ def test_a_failed_part_is_recorded_and_finished_ones_stay(
     assert asked == [*gpu.PARTS, "questions", "demo"], "only what has no result runs again"
     assert json.loads(file.read_text())["demo"]["error"] == "the process died"
     assert "failed ValueError: too many questions" in capsys.readouterr().out
-
-
-def test_results_of_another_machine_are_not_mixed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "gpu.json"
-    file.write_text(stored := json.dumps({"demo": {"machine": {"card": "NVIDIA H100"}, "result": {"seconds": 1.0}}}))
-    with pytest.raises(SystemExit):
-        gpu.main([*TRY, str(file)])
-    assert "another machine" in capsys.readouterr().err
-    assert file.read_text() == stored
-
-
-def test_an_error_of_a_part_is_its_last_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def fails(_: object) -> dict[str, Any]:
-        raise ValueError("too many questions")
-
-    monkeypatch.setitem(gpu.PARTS, "questions", fails)
-    gpu.main([*TRY, "unused", "--part", "questions"])
-    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"error": "ValueError: too many questions"}

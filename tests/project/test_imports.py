@@ -60,47 +60,6 @@ print(*[name for name, value in values if isinstance(value, types.ModuleType)])
     assert python(code).split() == []
 
 
-WITH_TORCH_ALONE = """
-import importlib.metadata, re, sys
-
-def needed(name, found):
-    for line in importlib.metadata.requires(name) or []:
-        requirement = re.split(r"[^\\w.-]", line)[0].lower().replace("_", "-")
-        if "extra ==" not in line and requirement not in found:
-            found.add(requirement)
-            try:
-                needed(requirement, found)
-            except importlib.metadata.PackageNotFoundError:
-                pass
-    return found
-
-allowed = needed("torch", {"torch"})
-owners = importlib.metadata.packages_distributions()
-
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        names = {owner.lower().replace("_", "-") for owner in owners.get(name.partition(".")[0], [])}
-        if names and not names & allowed and name.partition(".")[0] != "milora_vl":
-            raise ModuleNotFoundError(f"{name} is not installed (blocked)", name=name)
-
-sys.meta_path.insert(0, Blocker())
-import torch
-from milora_vl.core.svd import decompose
-weight = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
-factors = decompose(weight, 4)
-error = (factors.U * factors.S @ factors.Vh - weight).abs().max()
-assert error < 1e-5, error
-print(*sys.modules)
-"""
-
-
-def test_the_svd_works_with_torch_alone() -> None:
-    """Every other installed package is hidden, numpy too."""
-    loaded = set(python(f"import warnings; warnings.simplefilter('ignore')\n{WITH_TORCH_ALONE}").split())
-    assert "milora_vl.core.svd" in loaded
-    assert not {"numpy", "peft", "transformers", "pydantic", "yaml"} & loaded
-
-
 EFFECTS = """
 import importlib, json, logging, os, random, signal, sys, warnings
 from pathlib import Path

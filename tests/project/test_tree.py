@@ -26,8 +26,6 @@ INNER_IMPORTS = {
     "data_tools/milora_data/__init__.py": "the collator needs torch",
     "eval/milora_eval/commands/run.py": QUICK_HELP,
     "eval/milora_eval/evaluator.py": "a report has the words of an evaluation and asks nothing",
-    "eval/milora_eval/lm_eval.py": QUICK_HELP,
-    "eval/milora_eval/vlmevalkit.py": "tables are read and written without torch",
     "milora_vl/analyze/__main__.py": QUICK_HELP,
     "milora_vl/chat/command.py": QUICK_HELP,
     "milora_vl/compose/__main__.py": QUICK_HELP,

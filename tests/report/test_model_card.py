@@ -45,17 +45,6 @@ def test_the_front_matter_has_the_schema_of_the_hub(tmp_path: Path) -> None:
     assert card.read_text().count("model-index") == 1
 
 
-def test_a_folder_is_no_base_model_for_the_hub(tmp_path: Path) -> None:
-    (tmp_path / "environment.json").write_text(json.dumps({"base": str(tmp_path)}))
-    assert "base_model" not in yaml.safe_load(model_card.render(tmp_path, RECIPE.model_dump()).split("---")[1])
-
-
-def test_records_of_a_stream_are_not_counted(tmp_path: Path) -> None:
-    for data, words in ({"eval": 0}, "`tiny` fine-tuned.\n"), ({"train": 12}, "`tiny` fine-tuned on 12 records.\n"):
-        (tmp_path / "environment.json").write_text(json.dumps({"data": data}))
-        assert words in model_card.render(tmp_path, RECIPE.model_dump())
-
-
 def test_the_card_names_layers_that_protect_less_than_their_rule(tmp_path: Path) -> None:
     for energy, is_named in ((0.96, False), (0.9123, True)):
         policy = {"targets": [{"path": "q", "protect": 0.95}], "protection": {"q": {"energy": energy}}}
@@ -83,9 +72,3 @@ def test_scores_come_in_and_an_edited_card_stays_edited(tmp_path: Path) -> None:
     table.unlink()
     model_card.update_scores(tmp_path)
     assert "1.0" in card.read_text()
-
-
-def test_a_card_of_someone_elses_is_not_touched(tmp_path: Path) -> None:
-    (tmp_path / "README.md").write_text("theirs")
-    model_card.update_scores(tmp_path)
-    assert (tmp_path / "README.md").read_text() == "theirs"

@@ -42,18 +42,6 @@ def test_short_and_odd_runs_can_be_drawn() -> None:
     opened(plots.scores_figure([Score("pope", whole, None)]))
 
 
-def test_smoothing_keeps_a_straight_line_and_calms_noise() -> None:
-    line = [float(i) for i in range(50)]
-    assert plots._smooth(line) == pytest.approx(line)
-    assert max(plots._smooth([float(i % 2) for i in range(60)])[5:-5]) < 0.6
-
-
-def test_each_plot_of_a_run_is_a_file_beside_its_page(run: Run) -> None:
-    made = plots.plots_of(run)
-    assert set(made) == {"loss", "scores-emoji"}
-    assert {file.name for file in (run.folder / "plots").iterdir()} == {f"{name}.png" for name in made}
-
-
 def test_a_run_with_protected_inputs_shows_their_share(run: Run, tmp_path: Path) -> None:
     path = "model.language_model.layers.{}.mlp.up_proj"
     inputs = {"directions": 5, "inputs": 9, "energy": 0.95, "held_out": 0.8, "kept": 0.1, "overlap": 0.0}
@@ -73,9 +61,3 @@ def test_rows_of_several_benchmarks_have_their_names() -> None:
     (axis,) = plots.scores_figure(two).axes
     words = [label.get_text() for label in axis.get_yticklabels()]
     assert words == ["old: accuracy", "old: answer in first line", "new: accuracy"]
-
-
-def test_a_method_has_one_colour_wherever_it_stands() -> None:
-    first, second = plots.colours_of(["lora", "milora", "runs/a"]), plots.colours_of(["runs/b", "lora-decay"])
-    assert first["lora"] == second["lora-decay"] != first["milora"]
-    assert not {first["runs/a"], second["runs/b"]} & set(plots.METHOD_COLOURS.values())

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 
 from milora_eval.benchmarks.own_data import OwnData
 from milora_eval.scores.results import numbers
@@ -69,17 +68,6 @@ def page_of(run: Path) -> Page:
     return page
 
 
-def test_the_first_loss_and_the_time_of_a_training_say_what_they_are(run: Path) -> None:
-    shutil.rmtree(run / "eval")
-    edit(run / "environment.json", lambda content: content.update(seconds=300.0, seconds_before_training=120.0))
-    for first, words in (1, "from 2.00 to 1.00;"), (10, "from 2.00 (mean of the first 10 steps) to 1.00;"):
-        log = [{"step": first, "loss": 2.0}, {"step": 25, "loss": 1.0, "eval_loss": 1.5}]
-        dump(run / "trainer_state.json", {"log_history": log})
-        text = page_of(run).text
-        assert f"Over 25 steps the training loss went {words} on the evaluation records it is 1.50" in text
-    assert "5 min 00 scpu, 2 threads, 2 min 00 s of it before the first step" in text
-
-
 def test_the_page_tells_the_result_in_words(finished: Path) -> None:
     page = Page((finished / "report.html").read_text(encoding="utf-8"))
     text = re.sub(r"\s+", " ", page.text)
@@ -134,11 +122,6 @@ def test_a_run_that_was_stopped_says_so(run: Path) -> None:
     assert "Not finished: 10 steps so far; not evaluated yet." in page_of(run).text
 
 
-def test_records_that_the_training_skipped_are_counted(run: Path) -> None:
-    (run / "trainer_state.json").write_text(json.dumps({"log_history": [{"step": 10, "skipped_records": 3.0}]}))
-    assert ", 3 more while training" in page_of(run).text
-
-
 @pytest.mark.parametrize("only", OPTIONAL)
 def test_one_file_alone_makes_a_page(finished: Path, tmp_path: Path, only: str) -> None:
     run, source = tmp_path / "young", finished / only
@@ -153,42 +136,6 @@ def test_one_evaluation_alone_says_how_to_make_the_other(run: Path, which: str) 
     page = page_of(run)
     assert "has not been evaluated" in page.text
     assert "--with_base" in page.text
-
-
-def test_a_run_without_final_shows_its_latest_checkpoint(run: Path) -> None:
-    for number_of_step in (20, 100):
-        shutil.copytree(run / "eval/emoji/final", run / f"eval/emoji/checkpoint-{number_of_step}")
-    shutil.rmtree(run / "eval/emoji/final")
-    text = page_of(run).text
-    assert "checkpoint-100" in text
-    assert "checkpoint-20" not in text
-
-
-def test_pictures_that_moved_and_a_cut_off_answer_do_not_matter(run: Path) -> None:
-    file = run / "eval/emoji/final/predictions.jsonl"
-    file.write_text(re.sub(r'"image_file": "[^"]*"', '"image_file": "/nowhere/a.png"', file.read_text())[:-40])
-    assert "picture not found" in page_of(run).text
-
-
-@pytest.mark.usefixtures("real_plots")
-def test_large_pictures_are_made_small(run: Path, tmp_path: Path) -> None:
-    big = tmp_path / "big.png"
-    Image.effect_noise((1500, 1500), 90).save(big)
-    file = run / "eval/emoji/final/predictions.jsonl"
-    file.write_text(re.sub(r'"image_file": "[^"]*"', f'"image_file": "{big}"', file.read_text()))
-    assert write_report(run).stat().st_size < 3_000_000
-
-
-def test_points_are_no_percent_and_several_suites_stand_side_by_side(run: Path) -> None:
-    entry = {"name": "perception", "value": 1480.25, "stderr": None, "n": 2114, "unit": "points"}
-    benchmark = {"name": "mme", "version": "1", "metrics": [entry]}
-    dump(run / "eval/mme/final/results.json", {"suite": "mme", "benchmarks": [benchmark]})
-    text = page_of(run).text
-    assert "1,480.2" in text
-    assert "1,480.2 %" not in text
-    assert "has not been evaluated yet" in text
-    assert number({"value": 1480.25, "stderr": 12.0, "unit": "points"}) == "1,480.2 (±12.0)"
-    assert number({"value": 1.0, "stderr": 0.0}) == "100.0 %"  # two of two right: no spread to see
 
 
 def test_credits_come_from_the_data(run: Path) -> None:
@@ -215,13 +162,6 @@ def test_a_report_that_cannot_be_drawn_ends_no_measurement(run: Path, capsys: py
     assert f"no report; run python -m milora_vl.report {run} to see why" in capsys.readouterr().err
     regenerate_report(run.parent)  # no run's folder
     assert capsys.readouterr().err == ""
-
-
-def test_the_evaluation_is_repeated_as_it_was(run: Path) -> None:
-    assert "--dtype" not in commands(read_run(run)).evaluate
-    for results in run.glob("eval/*/*/results.json"):
-        edit(results, lambda content: content.update(limit=40, generation={"dtype": "bfloat16"}))
-    assert "--dtype bfloat16 --limit 40" in commands(read_run(run)).evaluate
 
 
 def test_an_evaluation_on_data_of_ones_own_is_repeated_by_its_file(run: Path) -> None:
@@ -251,15 +191,6 @@ def test_commands_of_an_unfinished_run_use_its_newest_checkpoint(run: Path) -> N
     assert f"--output_dir {run}" in typed.evaluate.replace(str(newest), "")
     (run / "adapter_model.safetensors").touch()
     assert f"--adapter {run} " in commands(read_run(run)).chat
-
-
-def test_commands_fit_what_the_run_saved(run: Path) -> None:
-    assert f"--model smol-llava --adapter {run}" in commands(read_run(run)).chat
-    (run / "config.json").write_text("{}")
-    assert f"--model {run} --image" in commands(read_run(run)).chat
-    assert f"--model {run} --base smol-llava" in commands(read_run(run)).evaluate
-    edit(run / "environment.json", lambda content: content.update(command=["train.py", "--model", "a b"]))
-    assert commands(read_run(run)).as_typed == "python -m milora_vl.train --model 'a b'"
 
 
 def test_the_command_prints_the_page_and_what_comes_next(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -67,13 +67,6 @@ def test_a_finished_task_is_not_trained_again(
     assert chains[cell]["forgetting_2"] == pytest.approx(first["forgetting_2"], rel=1e-3)
 
 
-def test_records_of_earlier_tasks_are_a_source_of_their_own(topics: NamedTopics) -> None:
-    study = STUDY.model_copy(update={"arms": {"after": {"chain": {"earlier": 40}}}})
-    sources = sequence._calibration([topics], topics.calibration(), study, Cell("after", 1e-2, None, 0))
-    rows = {name: sum(len(batch["input_ids"]) for batch in batches) for name, batches in sources.items()}
-    assert rows == {"base": sum(len(batch["input_ids"]) for batch in topics.calibration()), "1": 40}
-
-
 def test_the_table_has_the_scores_of_each_task(chains: dict[Cell, Any]) -> None:
     table = page.chains_table(STUDY, chains)
     assert table.header[2:5] == ("1 after 1", "1 after 2", "2 after 2")

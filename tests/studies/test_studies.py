@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import multiprocessing
-from concurrent.futures import as_completed
 from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
 
 from milora_vl.common.errors import UserError
 from milora_vl.sweep.cells import Cell
 from studies import __main__ as command
 from studies import page, runner
 from studies.runner import Folder, run_study
-from studies.study import Study, chosen, read_study, study_names
+from studies.study import Study, read_study, study_names
 
 SMALL: dict[str, Any] = {
     "question": "Which?", "task": "smollm2", "steps": 1, "batch_size": 4, "seeds": 2, "reference": "lora",
@@ -89,52 +86,6 @@ def test_cells_are_shared_kept_if_they_fail_and_made_anew_if_their_arm_changes(t
     assert theirs == ours | {"method": "b"}, "down to the seconds it took"
     changed = small(arms={"a": {}, "lora": {"rank": 1}}, seeds=1)
     assert run(Folder(tmp_path / "one", changed)) == ["lora-lr0.001-seed0"]
-
-
-def test_a_killed_worker_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For example the system kills it if memory runs out; its finished cells are kept."""
-
-    def killed(futures: Any) -> Any:
-        for worker in multiprocessing.active_children():
-            worker.kill()
-        return as_completed(futures)
-
-    monkeypatch.setattr(runner, "as_completed", killed)
-    with pytest.raises(UserError, match="memory ran out"):
-        run_study(Folder(tmp_path, small()), 2, retry=False, on_done=lambda *_: None)
-
-
-def test_arms_may_have_rates_training_and_policy_of_their_own() -> None:
-    study = small(arms={
-        "full": {"policy": [{"modules": "language", "method": "full"}], "learning_rates": [1e-4]},
-        "decay": {"method": "lora", "train": {"weight_decay": 0.1}, "seeds": 1},
-        "head": {"policy": [{"modules": "head", "method": "full", "learning_rate": 1e-3}]},
-    }, reference="full")  # fmt: skip
-    assert {cell.learning_rate for cell in study.cells() if cell.method == "full"} == {1e-4}
-    assert [cell.seed for cell in study.cells() if cell.method == "decay"] == [0]
-    assert study.training("decay").weight_decay == 0.1
-    assert study.rules("head", 5e-3) == [{"modules": "head", "method": "full", "learning_rate": 1e-3}]
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"stepz": 3}, "stepz"),
-        ({"arms": {"lora": {"rnak": 3}}}, "rnak"),
-        ({"arms": {"lora": {"train": {"steps": "x"}}}}, "steps"),
-        ({"seeds": 0}, "seeds"),
-        ({"reference": "lorra"}, "lorra"),
-    ],
-)
-def test_a_wrong_study_is_refused(changes: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValidationError, match=said):
-        small(**changes)
-
-
-def test_a_question_means_all_its_tasks_and_an_unknown_one_is_an_error() -> None:
-    assert chosen("curves") == [n for n in study_names() if n.startswith("curves.")]
-    with pytest.raises(UserError, match="curvs"):
-        chosen("curvs")
 
 
 def test_missing_data_is_told_before_any_worker_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

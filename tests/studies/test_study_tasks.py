@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import islice
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -10,14 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from milora_vl import Policy, apply_milora
-from milora_vl.models import loading
-from milora_vl.models.loading import meta_model
+from milora_vl import apply_milora
 from milora_vl.sweep.cells import Cell
-from studies.study import Study, read_study, study_names
-from studies.tasks.smollm2 import NamedTopics
+from studies.study import Study, read_study
 from studies.train import run_cell
-from support.machine import fastest
 
 pytestmark = pytest.mark.filterwarnings("ignore:too little calibration data")  # tiny tasks
 ARMS: dict[str, dict[str, Any]] = {
@@ -57,28 +52,6 @@ def test_the_term_changes_the_steps_that_have_it(topics: Any, cache: Path) -> No
     assert scores[0]["validation_loss"] != scores[1]["validation_loss"]
 
 
-@pytest.mark.parametrize("arm", ["protected", "own", "lora"])
-def test_arms_train_a_step_on_a_base_in_bfloat16(arm: str, tmp_path: Path) -> None:
-    with fastest("bfloat16"):
-        half = NamedTopics("tiny-text")
-    half.validation, half.test, half.probes["text"] = half.validation[:8], half.test[:8], half.probes["text"][:1]
-    assert {parameter.dtype for parameter in half.base.parameters()} == {torch.bfloat16}
-    result, _ = run_cell(half, STUDY, Cell(arm, 1e-2, None, 0), tmp_path)
-    assert result["forgetting"] > 0
-
-
-@TASKS
-def test_a_seed_decides_the_batches(name: str, request: pytest.FixtureRequest) -> None:
-    task = request.getfixturevalue(name)
-
-    def first(seed: int) -> list[torch.Tensor]:
-        batches = islice(task.batches(8, seed), 2)
-        return [batch["input_ids"] if isinstance(batch, dict) else batch[0]["input_ids"] for batch in batches]
-
-    assert all(torch.equal(a, b) for a, b in zip(first(1), first(1), strict=True))
-    assert not all(map(torch.equal, first(1), first(2)))
-
-
 @TASKS
 def test_an_adapter_has_forgotten_nothing_before_training(name: str, request: pytest.FixtureRequest) -> None:
     task = request.getfixturevalue(name)
@@ -98,17 +71,6 @@ def test_training_learns_the_task_and_forgets_something(minilm: Any, tmp_path: P
     assert result["validation_loss"] < before.validation_loss
     assert result["forgetting"] != 0
     assert items.keys() == before.items.keys()
-
-
-@pytest.mark.parametrize("study", [n for n in study_names() if n.endswith((".smollm2", ".minilm"))])
-def test_the_rules_of_every_arm_name_layers_of_the_model(study: str, request: pytest.FixtureRequest) -> None:
-    read = read_study(study)
-    if study.endswith(".minilm"):
-        base = request.getfixturevalue("minilm").model()
-    else:
-        base = meta_model(loading.config_of("smollm2"))
-    for arm in read.arms:
-        assert len(Policy.parse(read.rules(arm, 1e-3)).resolve(base)) > 30
 
 
 def test_the_calibration_of_minilm_shares_nothing_with_its_measurement(minilm: Any) -> None:

@@ -28,8 +28,6 @@ class FakeHub:
         for part, status in self.refuses.items():
             if part in path:
                 return status, {"error": f"this hub refuses {part}"}
-        if path.endswith("whoami-v2"):
-            return 200, {"name": "me", "auth": {"accessToken": {"displayName": "laptop", "role": self.role}}}
         if path.endswith("repos/create"):
             return 200, {"url": f"{self.url}/me/{json.loads(body)['name']}", "id": "x"}
         if path.endswith("validate-yaml"):

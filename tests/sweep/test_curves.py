@@ -86,20 +86,6 @@ def test_a_ratio_read_above_the_curve_of_the_reference_is_a_lower_bound() -> Non
     assert above.text == "≥ 0.40"
 
 
-def test_the_interval_of_a_ratio_is_students_on_logarithms() -> None:
-    cells = results({"a": [[(1, 1.0)]] * 3, "b": [[(1, 0.1)], [(1, 0.2)], [(1, 0.4)]]})
-    ratio = ratios_to("a", cells)["forgetting"]["b"]
-    assert ratio is not None
-    assert ratio.value == pytest.approx(0.2)
-    assert ratio.low is not None
-    assert ratio.high is not None
-    half = 4.303 * math.log(2) / math.sqrt(3)
-    assert ratio.high / ratio.value == pytest.approx(math.exp(half), rel=1e-4)
-    table = equal_loss_table(cells, "a")
-    assert table is not None
-    assert table.rows[1][3] == ratio.text
-
-
 def test_nan_and_zero_are_not_read_as_numbers() -> None:
     cells = results({"a": [[(1.0, 1.0)]], "none": [[(0.9, 0.0)]], "bad": [[(math.nan, 0.1)]]})
     table = equal_loss_table(cells, "a")
@@ -115,16 +101,6 @@ def test_trainings_without_a_score_are_not_compared_at_equal_score() -> None:
         assert table is not None
         assert ("forgetting, equal score" in table.header) is has_column
         assert "forgetting, equal loss" in table.header
-
-
-def test_pages_show_the_curves(tmp_path: Path) -> None:
-    cells = results({"lora": [[(0.8, 1.0), (1.0, 0.5)]] * 2, "milora": [[(0.7, 0.3), (0.9, 0.04)]] * 2})
-    written, _ = page.write(
-        page.Compared(tmp_path, "t", list(cells), cells, {}, lambda _: {}, 2, "score", "nats", "command", "lora")
-    )
-    assert "Forgetting at equal validation loss" in written.read_text(encoding="utf-8")
-    assert (tmp_path / "ratios.png").is_file()
-    assert (tmp_path / "ratios.csv").read_text(encoding="utf-8").splitlines()[1].startswith("lora,")
 
 
 def test_what_is_forgotten_about_pictures_is_read_beside_text(tmp_path: Path) -> None:

@@ -6,8 +6,6 @@ import csv
 import json
 import shutil
 import sys
-from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +16,9 @@ from milora_vl.common.errors import UserError
 from milora_vl.common.evaluator import QuestionSet
 from milora_vl.core.policy import Policy
 from milora_vl.sweep import page
-from milora_vl.sweep.__main__ import _require_same_sweep as require_same_sweep
 from milora_vl.sweep.__main__ import main
 from milora_vl.sweep.cells import Cell, make_cells, recipe_of
-from milora_vl.sweep.results import arms, mean_of, pairs
+from milora_vl.sweep.results import arms, pairs
 from milora_vl.sweep.runner import Sweep, run_cells
 from milora_vl.train.recipe import Recipe
 from support.eval_questions import write_questions
@@ -66,21 +63,6 @@ def test_the_recipe_of_a_cell(method: str, rule: dict[str, Any], train: dict[str
     assert Recipe.parse(yaml.safe_load(made.to_yaml())) == made
 
 
-def test_a_variant_that_trains_in_full_is_evaluated_as_the_model_that_it_is(
-    sweep: Sweep, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The kind of a trained cell is known only after its training, so the evaluation command is built after it."""
-    stand_in = sweep.folder / "python"
-    cell = Cell("lora", 1e-3, None, 7)
-    run = sweep.run_folder(cell)
-    stand_in.write_text(f'#!/bin/sh\necho "$@"\nmkdir -p "{run}" && echo "{{}}" > "{run}/config.json"\n')
-    stand_in.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(stand_in))
-    run_cells(sweep, [cell], 1, retry=False, on_done=lambda *_: None)
-    log = (sweep.folder / "logs" / f"{cell.name}.log").read_text().splitlines()
-    assert f"-m milora_eval run --model {run} --base tiny --suite emoji --output_dir {run}" in log
-
-
 @pytest.mark.parametrize(
     ("inherited", "devices"),
     [("4,5", {"4", "5"}), ("GPU-8d1f, GPU-30c2,7", {"GPU-8d1f", "GPU-30c2"}), (None, {"0", "1"})],
@@ -104,15 +86,6 @@ def test_cells_share_the_gpus_and_cores_that_the_sweep_may_use(
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", inherited)
     run_cells(sweep, [Cell("lora", rate, None, 7) for rate in (1e-4, 1e-3)], 2, retry=False, on_done=lambda *_: None)
     assert set(lines.read_text().splitlines()) == {f"{device} 3" for device in devices}
-
-
-def test_means_have_students_intervals() -> None:
-    assert mean_of([1.0, 2.0, 3.0]).half == pytest.approx(4.303 / 3**0.5, rel=1e-4)
-    assert (mean_of([2.0]).half, mean_of([2.0]).value) == (None, 2.0)
-    assert mean_of([1.1e-6, 1.2e-6, 1.3e-6]).text == "1.2e-06 ± 2.5e-07"  # and not 0.000
-    assert mean_of([-1e-9, 2e-9]).text == "0.000 ± 0.000"  # rounding
-    assert mean_of([0.0, 0.0]).text == "0.000 ± 0.000"
-    assert mean_of([1e-4, 0.1]).text == "0.050 ± 0.635"
 
 
 @pytest.mark.usefixtures("real_plots")
@@ -283,27 +256,6 @@ def test_mistakes_are_told_before_anything_runs(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("rates", [(3e-4, 5e-4), (5e-4, 1e-3, 2e-3), (1e-4, 1.2e-4, 1.5e-4, 2e-4, 3e-4, 1e-3), (1e-3,)])
-def test_labels_of_learning_rates_and_forgetting_do_not_overlap(sweep: Sweep, rates: tuple[float, ...]) -> None:
-    cells = make_cells(sweep.recipe, ["milora"], list(rates), None, 1)
-    numbers = {"validation_loss": 0.5, "score": 0.5}
-    found = arms({cell: numbers | {"forgetting": 30 * cell.learning_rate} for cell in cells}, 1)
-    for figure in (page.rates_figure(found), page.score_figure({"text": found, "pictures": found}, "accuracy", "")):
-        figure.draw_without_rendering()
-        for axis in figure.axes:
-            assert not [label for label in axis.get_xticklabels(minor=True) if label.get_text()]
-            boxes = [label.get_window_extent() for label in axis.get_xticklabels() if label.get_text()]
-            assert boxes
-            assert all(left.x1 + 3 < right.x0 for left, right in pairwise(boxes))
-
-
-@pytest.mark.parametrize(("n", "t"), [(12, 2.20099), (21, 2.08596), (101, 1.98397)])
-def test_students_t_beyond_its_table(n: int, t: float) -> None:
-    values = [float(place % 2) for place in range(n)]
-    spread = (sum((value - sum(values) / n) ** 2 for value in values) / (n - 1) / n) ** 0.5
-    assert mean_of(values).half == pytest.approx(t * spread, rel=1e-3)
-
-
 def test_methods_are_compared_with_the_first_that_was_asked_for(sweep: Sweep) -> None:
     """The first cell of the first method has failed, so another method has a result earlier."""
     cells = make_cells(sweep.recipe, ["milora", "lora"], [1e-4, 1e-3], None, 1)
@@ -312,42 +264,6 @@ def test_methods_are_compared_with_the_first_that_was_asked_for(sweep: Sweep) ->
     written, table = page.write(page.of_sweep(sweep, cells, 1, "again"))
     assert [row[0] for row in table.rows] == ["milora", "lora"]
     assert "lora − milora" in written.read_text()
-
-
-@pytest.mark.parametrize(
-    ("name", "fields", "code", "words"),
-    [
-        ("whole", {"method": "full", "protect": 0.5}, "flag-no-effect", "--protect: no effect"),
-        ("whole", {"method": "full", "weight_deca": 0.1}, "", "weight_deca: no effect"),
-        ("a/b", {"method": "lora"}, "", "cannot hold a /"),
-    ],
-)
-def test_variants_that_would_be_ignored_or_cannot_be_kept(
-    name: str, fields: dict[str, Any], code: str, words: str
-) -> None:
-    recipe = Recipe.parse({**RECIPE, "sweep": {"suite": "emoji", "variants": {name: fields}}})
-    with raises_code(code, says=words):
-        recipe_of(recipe, Cell(name, 1e-3, None, 7))
-
-
-def test_a_folder_keeps_to_what_a_variant_meant(tmp_path: Path) -> None:
-    """The name of its variant identifies a cell, so a changed variant must not reuse the old results."""
-
-    def sweep_with(alpha: int, **more: dict[str, Any]) -> Sweep:
-        variants = {"strong": {"method": "lora", "alpha": alpha}, **more}
-        recipe = Recipe.parse({**RECIPE, "sweep": {"suite": "emoji", "variants": variants}})
-        return Sweep(tmp_path, recipe, QuestionSet("emoji"))
-
-    def remember(sweep: Sweep) -> None:
-        (tmp_path / "sweep.json").write_text(json.dumps(require_same_sweep(sweep)))
-
-    remember(sweep_with(16))
-    remember(sweep_with(16, another={"method": "dora"}))
-    require_same_sweep(sweep_with(16))
-    with raises_code("", where="--output_dir", message="another variant strong"):
-        require_same_sweep(sweep_with(64))
-    with raises_code("", where="--output_dir", message="another recipe or suite"):
-        require_same_sweep(replace(sweep_with(16), questions=QuestionSet("pope")))
 
 
 def test_a_cell_whose_folder_was_removed_is_to_be_run_again(sweep: Sweep) -> None:
@@ -360,12 +276,3 @@ def test_a_cell_whose_folder_was_removed_is_to_be_run_again(sweep: Sweep) -> Non
     assert [sweep.result(cell) is not None for cell in cells] == [False, True]
     _, table = page.write(page.of_sweep(sweep, cells, 1, "again"))
     assert [row[0] for row in table.rows] == ["lora"]
-
-
-def test_a_killed_training_says_so(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
-    (cell,) = make_cells(sweep.recipe, ["milora"], [1e-3], None, 1)
-    monkeypatch.setattr(Sweep, "training", lambda *_: ["-c", "import os; os.kill(os.getpid(), 9)"])
-    run_cells(sweep, [cell], 1, retry=False, on_done=lambda *_: None)
-    failure = sweep.failure(cell)
-    assert failure is not None
-    assert "memory ran out" in failure["said"]

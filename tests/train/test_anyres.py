@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,9 @@ from milora_data.batches.lengths import lengths_of
 from milora_data.pictures.files import picture_size
 from milora_data.pictures.pixels import PixelMaker, Tiling
 from milora_data.records.record import Turn, parse_record
-from milora_eval.answers.runner import loglikelihoods
 from milora_vl import load_model
 from milora_vl.models.generate import Prompt, generate
-from milora_vl.models.image_tokens import image_tokens, tiling_of
-from milora_vl.models.loading import config_of
+from milora_vl.models.image_tokens import tiling_of
 from milora_vl.train.command import main
 from support.problems import raises_code
 from support.tiny_next import GRIDS, saved, tiny_next
@@ -152,18 +149,6 @@ def test_answers_are_the_same_alone_and_together(parts: tuple[Any, Any], picture
     assert together == alone
 
 
-def test_the_likelihood_of_an_answer_sees_all_tiles(parts: tuple[Any, Any], pictures: Path) -> None:
-    model, processor = parts
-    prompt = Prompt((Turn("user", "<image>\nIs it?"),), (pictures / "0.png",))
-    ((likelihood, _),) = loglikelihoods(model, processor, [(prompt, " Yes.")])
-    batch = collator(processor, pictures)([record(0)])
-    learnt = batch.pop("labels")[0, 1:]
-    with torch.no_grad():
-        logits = model(**batch).logits[0, :-1].log_softmax(-1)
-    answer = [place for place in range(len(learnt)) if learnt[place] != -100][:-1]  # without the end of the sequence
-    assert likelihood == pytest.approx(float(logits[answer].gather(1, learnt[answer][:, None]).sum()), rel=1e-4)
-
-
 def test_it_trains_and_answers(tiny_data: Path, tmp_path: Path, capfd: Any) -> None:
     folder = saved(tmp_path / "next")
     extra = ["--model", str(folder), "--rank", "4", "--dropout", "0", "--image_aspect_ratio", "anyres"]
@@ -190,11 +175,3 @@ def test_the_treatment_of_pictures_must_fit_the_model(tiny_data: Path, tmp_path:
                 tiny_data, tmp_path / "run", "--model", str(folder), "--rank", "4", "--image_aspect_ratio", "plain"
             )
         )
-
-
-@pytest.mark.parametrize("name", ["llava-v1.6-vicuna-7b", "llava-v1.6-mistral-7b", "liuhaotian/llava-v1.6-vicuna-13b"])
-def test_the_named_models_are_known_without_a_network(name: str) -> None:
-    config = config_of(name)
-    assert config.model_type == "llava_next"
-    assert image_tokens(config) == 2340
-    assert json.loads(json.dumps(config.image_grid_pinpoints)) == REAL

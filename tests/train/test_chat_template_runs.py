@@ -8,25 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from PIL import Image
-from transformers import AutoProcessor, AutoTokenizer
+from transformers import AutoTokenizer
 
 from milora_data.encode.labels import encode
-from milora_data.records.record import Turn
 from milora_data.stream import load_records
-from milora_vl import load_model
 from milora_vl.chat.command import main as chat
-from milora_vl.common.errors import DataError, UserError
+from milora_vl.common.errors import UserError
 from milora_vl.export.command import main as export
-from milora_vl.forgetting import job
 from milora_vl.forgetting.__main__ import main as forgetting
 from milora_vl.models import loading
-from milora_vl.models.generate import Prompt, generate, prompt_ids
-from milora_vl.models.image_tokens import image_token_id, image_tokens
 from milora_vl.train import data as run_data
 from milora_vl.train.command import main
-from support.chat_models import LLAVA_HF, TINY, record, write_picture_model, write_text_model
+from support.chat_models import TINY, record, write_text_model
 from support.plans import fitted
 from support.problems import raises_code
 from support.train_runs import losses, training
@@ -35,11 +28,6 @@ from support.train_runs import losses, training
 @pytest.fixture(scope="module")
 def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_text_model(tmp_path_factory.mktemp("models") / "text")
-
-
-@pytest.fixture(scope="module")
-def picture_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_picture_model(tmp_path_factory.mktemp("models") / "pictures")
 
 
 @pytest.fixture(scope="module")
@@ -88,13 +76,6 @@ def test_a_run_learns_and_counts_in_the_template_of_its_recipe(
     )
 
 
-@pytest.mark.parametrize(
-    "how", [["--packing"], ["--train_sampling_strategy", "group_by_length"], ["--streaming"]], ids=lambda how: how[0]
-)
-def test_every_way_through_the_data_takes_it(how: list[str], text_model: Path, text_data: Path, tmp_path: Path) -> None:
-    assert main(text_words(text_model, text_data, tmp_path / "run", *how, "--max_length", "256")) == 0
-
-
 def test_the_trained_model_is_asked_with_the_same_prompts(
     text_run: Path, text_model: Path, tmp_path: Path, capsys: Any
 ) -> None:
@@ -109,27 +90,6 @@ def test_the_trained_model_is_asked_with_the_same_prompts(
         [{"role": "user", "content": "Hi"}], tokenize=True, return_dict=True, add_generation_prompt=True
     )["input_ids"]
     assert tokenizer.decode(ids) == "<s>[user] Hi</s>[assistant] "
-
-
-def test_a_model_with_pictures_trains_and_is_asked(
-    picture_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = tmp_path / "run"
-    more = ["--model", str(picture_model), "--template", "chat_template", "--rank", "4"]
-    assert main(training(tiny_data, run, *more)) == 0
-    assert AutoProcessor.from_pretrained(run).chat_template == LLAVA_HF
-    adapter = ["--model", str(picture_model), "--adapter", str(run)]
-    templates, answer_batches = [], job.answer_batches
-
-    def recorded(*arguments: Any, **settings: Any) -> Any:
-        templates.append(settings["template"])
-        return answer_batches(*arguments, **settings)
-
-    monkeypatch.setattr(job, "answer_batches", recorded)
-    assert forgetting([*adapter, "--on", "pictures", "--limit", "4"]) == 0
-    assert templates == ["chat_template"]
-    picture = str(tiny_data / "images" / "0.png")
-    assert chat([*adapter, "--image", picture, "--max_new_tokens", "4", "What is it?"]) == 0
 
 
 @pytest.mark.parametrize("model", ["tiny", "tiny-text"])
@@ -152,29 +112,3 @@ def test_a_tokenizer_without_one_is_refused_before_weights_load(
     with raises_code("template-missing", where="--template", message=model):
         main(["--model", model, "--template", "chat_template", "--rank", "4", "--dry-run"])
     assert not (tmp_path / "run").exists()
-
-
-def test_a_template_that_refuses_the_records_is_found_before_weights_load(
-    text_model: Path, text_data: Path, tmp_path: Path
-) -> None:
-    model = shutil.copytree(text_model, tmp_path / "model")
-    (model / "chat_template.jinja").write_text("{{ raise_exception('only cats may speak') }}")
-    with raises_code("chat-template-refuses", where="text.json:record 1", kind=DataError):
-        main(text_words(model, text_data, tmp_path / "run"))
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.slow
-def test_smol_llava_sees_pictures_in_its_own_template(tiny_data: Path, tmp_path: Path) -> None:
-    more = ["--model", "smol-llava", "--template", "chat_template", "--rank", "4", "--max_steps", "1"]
-    assert main(training(tiny_data, tmp_path / "run", *more)) == 0
-    model, processor = load_model("smol-llava", adapter=tmp_path / "run")
-    prompt = Prompt((Turn("user", "<image>\nWhat is it?"),), (Image.new("RGB", (32, 32), "red"),))
-    image = image_token_id(model.config)
-    ids = [
-        prompt_ids(prompt, processor.tokenizer, name, image_token_id=image, image_tokens=image_tokens(model.config))
-        for name in ("vicuna_v1", "chat_template")
-    ]
-    assert ids[0] == ids[1]
-    with torch.inference_mode():
-        assert generate(model, processor, [prompt], template="chat_template", max_new_tokens=4)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +11,9 @@ import pytest
 from milora_data.__main__ import main
 from milora_data.pictures.files import load_image
 from milora_data.stream import load_records
-from milora_eval.benchmarks.own_data import OwnData
-from milora_vl.common.errors import DataError, UserError
+from milora_vl.common.errors import UserError
 from milora_vl.train.command import main as train
 from support.drawn import dump, dump_lines, encoded
-from support.problems import raises_code
 from support.train_runs import losses, training
 
 
@@ -84,28 +80,6 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("fault", BROKEN)
-def test_a_record_with_a_broken_one_is_left_out_by_file_and_line(fault: str, tmp_path: Path, capsys: Any) -> None:
-    data, out = tmp_path / "chat.jsonl", tmp_path / "out"
-    dump_lines(data, [asked(url("red")), asked(BROKEN[fault]), asked(url("blue"))])
-    assert main(["convert", "--from", "messages", str(data), "--output_dir", str(out), "--format", "json"]) == 0
-    captured = capsys.readouterr()
-    assert f"left out: {data}:2: " in captured.err
-    assert BROKEN[fault] not in captured.err or fault == "empty"
-    content = json.loads(captured.out)
-    assert (content["records"], content["left_out"]) == (2, 1)
-    dump_lines(data, [asked(BROKEN[fault])])
-    with raises_code("convert-no-records", says=f"no record (.|\n)*{data}:1: "):
-        convert(data, tmp_path / "none")
-    assert not (tmp_path / "none" / "images").exists()
-
-
-def offered(text: str) -> list[str]:
-    """The command that a message offers, without the interpreter and `-m milora_data`."""
-    line = next(line for line in text.splitlines() if "milora_data convert" in line)
-    return shlex.split(line[line.index("python -m milora_data convert") :])[3:]
-
-
 @pytest.mark.parametrize(
     "how", [[], ["--bad_images", "skip"], ["--streaming", "True"]], ids=["plain", "skip", "stream"]
 )
@@ -147,27 +121,3 @@ def test_training_names_file_and_record_of_a_broken_one(fault: str, tmp_path: Pa
     assert "picture" in caught.value.first.message
     assert BROKEN[fault] not in str(caught.value) or fault == "empty"
     assert train(training(tmp_path, tmp_path / "skipped", *words, "--bad_images", "skip")) == 0
-
-
-def test_check_counts_them_and_offers_the_command(tmp_path: Path, capsys: Any) -> None:
-    data, out = tmp_path / "chat.jsonl", tmp_path / "out"
-    dump_lines(data, [asked(url("red")), asked(url("blue")), asked(BROKEN["no base64"])])
-    assert main(["check", str(data)]) == 1
-    captured = capsys.readouterr()
-    assert "picture embedded as base64" in captured.out
-    assert f"{data}:3" in captured.out
-    assert url("red") not in captured.out
-    assert main([str(out) if word == "OUT" else word for word in offered(captured.err)]) == 0
-    main(["check", str(data), "--fix", str(tmp_path / "clean.jsonl")])
-    assert len(list(load_records(tmp_path / "clean.jsonl"))) == 2
-    assert main(["show", str(tmp_path / "clean.jsonl")]) == 0
-
-
-@pytest.mark.parametrize("kind", ["llava", "table"])
-def test_questions_of_a_benchmark_get_the_command_too(kind: str, tmp_path: Path) -> None:
-    row = {"image": url("red") * 9, "question": "What colour?", "answer": "Red."}
-    dump(tmp_path / "mine.json", [in_llavas(url("red") * 9) if kind == "llava" else row])
-    with raises_code(
-        "image-embedded", says=f"question 1: .*base64(.|\n)*convert --from {kind} .*mine.json", kind=DataError
-    ):
-        OwnData(str(tmp_path / "mine.json")).load(tmp_path)

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import json
-import weakref
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from milora_vl.train import finish, run
 from milora_vl.train.command import main
 from milora_vl.train.finish import evaluation_commands
 from milora_vl.train.recipe import Recipe
@@ -40,8 +36,6 @@ def test_own_questions_are_checked_before_the_training(tmp_path: Path) -> None:
     require_evaluation(recipe)
     (command,) = evaluation_commands(recipe, tmp_path)
     assert " ".join(command[command.index("--suite") :]).startswith(f"--suite {file} --data photos --with_base")
-    with raises_code("", where="eval.suites", message="two entries"):
-        require_evaluation(Recipe.parse({"eval": {"suites": [str(file), str(tmp_path / "other" / "mine.json")]}}))
 
 
 def test_the_commands_name_what_was_trained(tmp_path: Path) -> None:
@@ -56,12 +50,12 @@ def test_the_commands_name_what_was_trained(tmp_path: Path) -> None:
 
 
 def test_a_run_after_others_is_asked_their_questions_too(tmp_path: Path) -> None:
-    first = {"run": "a", "template": "plain", "eval": {"suites": ["cells.json"], "data": "d", "limit": 5}}
+    first = {"run": "a", "template": "plain", "eval": {"suites": ["cells/eval.json"], "data": "d", "limit": 5}}
     (tmp_path / "milora.json").write_text(json.dumps({"tasks": [first, {"run": str(tmp_path)}]}))
-    recipe = Recipe.parse({"model": "tiny", "eval": {"suites": ["signs.json"], "data": "d"}})
+    recipe = Recipe.parse({"model": "tiny", "eval": {"suites": ["signs/eval.json"], "data": "d"}})
     own, earlier = (" ".join(command) for command in evaluation_commands(recipe, tmp_path))
-    assert own.endswith(f"--suite signs.json --data d --with_base --output_dir {tmp_path}")
-    assert earlier.endswith(f"--suite cells.json --data d --template plain --limit 5 --output_dir {tmp_path}")
+    assert own.endswith(f"--suite signs/eval.json --data d --with_base --output_dir {tmp_path}")
+    assert earlier.endswith(f"--suite cells/eval.json --data d --template plain --limit 5 --output_dir {tmp_path}")
     assert evaluation_commands(Recipe.parse({"model": "tiny"}), tmp_path) == [], (
         "a run that does not evaluate at its end"
     )
@@ -83,27 +77,3 @@ def test_a_recipe_with_an_evaluation_leaves_scores(method: list[str], tiny_data:
     assert (run / "eval" / "emoji" / "final" / "results.json").is_file()
     assert (run / "eval" / "emoji" / "base" / "results.json").is_file()
     assert "## Scores" in (run / "README.md").read_text()
-
-
-def test_the_model_is_freed_before_the_evaluation_starts(
-    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The evaluation is a process of its own on the same device."""
-    models: list[weakref.ref[Any]] = []
-    alive: list[bool] = []
-    make_trainer = run.make_trainer
-
-    def observed(*arguments: Any) -> Any:
-        trainer = make_trainer(*arguments)
-        models.append(weakref.ref(trainer.model))
-        return trainer
-
-    def evaluate(*_: Any) -> list[str]:
-        gc.collect()
-        alive.append(models[0]() is not None)
-        return []
-
-    monkeypatch.setattr(run, "make_trainer", observed)
-    monkeypatch.setattr(finish, "evaluate", evaluate)
-    assert main(training(tiny_data, tmp_path / "run", "--rank", "4", "--max_steps", "1")) == 0
-    assert alive == [False]

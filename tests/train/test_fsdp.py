@@ -157,15 +157,6 @@ def test_settings_that_are_not_tested_are_refused(strategy: str, config: object,
     assert caught.value.problems[0].code == "launch-fsdp"
 
 
-def test_the_words_of_hugging_face_choose_the_strategy() -> None:
-    for words in ("full_shard", "full_shard auto_wrap", "yes", "true"):
-        assert arguments.fsdp_settings(words, None) == {"version": 2, "reshard_after_forward": True}
-    layers = {"fsdp_version": 2, "fsdp_transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
-    settings = arguments.fsdp_settings("shard_grad_op", layers)
-    assert settings["reshard_after_forward"] is False
-    assert settings["transformer_layer_cls_to_wrap"] == ["LlamaDecoderLayer"]
-
-
 def test_a_configuration_without_fsdp_is_refused(tiny_data: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         main(training(tiny_data, tmp_path / "run", "--rank", "4", "--fsdp_config", '{"version": 2}'))

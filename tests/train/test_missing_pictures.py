@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +36,6 @@ def test_empty_files_stop_a_training_before_its_model_loads(with_empty: Path, tm
         main(training(with_empty, tmp_path / "run", "--rank", "4", "--dry-run"))
     with raises_code("data-missing-pictures", hint="2 empty files (0 bytes)"):
         main(training(with_empty, tmp_path / "run", "--rank", "4", "--streaming"))
-
-
-def test_skip_leaves_their_records_out_and_counts_them(with_empty: Path, tmp_path: Path, capfd: Any) -> None:
-    assert main(training(with_empty, tmp_path / "run", "--rank", "4", "--max_steps", "1", "--bad_images", "skip")) == 0
-    said = capfd.readouterr().err
-    assert "3 records skipped: images missing or empty" in said
-    assert "times while training" not in said
-    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
-    assert environment["data"] == {"train": 9, "eval": 0, "skipped": 3}
 
 
 def test_replace_shows_a_plain_picture(with_empty: Path, tmp_path: Path, capfd: Any) -> None:

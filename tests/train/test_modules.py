@@ -11,7 +11,6 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import modules
 
 
-@pytest.mark.xfail(reason="until the packages below are smaller", strict=False)
 @pytest.mark.parametrize(("kind", "most"), [("dry_run", 120), ("train", 135)])
 def test_a_run_imports_few_modules(kind: str, most: int) -> None:
     found = modules.imported(kind)

@@ -68,19 +68,6 @@ def test_the_rates_come_from_the_model_and_the_arguments_fill_the_gaps(tiny_llav
         parameter_groups(model, learning_rate=-1e-3)
 
 
-@pytest.mark.parametrize("method", ["full", "frozen"])
-def test_the_first_group_is_that_of_the_language_tower(tiny_llava: Callable[..., Any], method: str) -> None:
-    """HF logs its learning rate, although vision tower and projector come first in the model."""
-    rules: list[dict[str, Any]] = [
-        {"modules": "vision", "method": "full", "learning_rate": 1e-6},
-        {"modules": "projector", "method": "full", "learning_rate": 2e-5},
-        {"modules": "language", "method": "full", "learning_rate": 3e-5},
-        {"modules": "language.q_proj", "method": method},
-    ]
-    groups = parameter_groups(apply_milora(tiny_llava()[0], rules), learning_rate=1.0)
-    assert [group["lr"] for group in groups][:2] == [3e-5, 2e-5]
-
-
 def test_an_optimizer_without_the_rates_of_the_rules_warns_once_and_names_them(tiny_llava: Callable[..., Any]) -> None:
     model = apply_milora(tiny_llava()[0], TWO_RATES)
     assert first_step(torch.optim.AdamW(nn.Linear(2, 2).parameters(), lr=1.0)) == []  # of a foreign model
@@ -88,15 +75,6 @@ def test_an_optimizer_without_the_rates_of_the_rules_warns_once_and_names_them(t
     assert "learning_rate 2e-05 of projector (it has 0.0002)" in message
     assert "language" not in message
     assert first_step(torch.optim.AdamW(trained_parts(model), lr=1.0)) == []  # once for a model
-
-
-def test_an_ignored_weight_decay_warns_too(tiny_llava: Callable[..., Any]) -> None:
-    rules: list[dict[str, Any]] = [
-        {"modules": "language", "method": "milora", "protect": 0, "rank": 4, "weight_decay": 0.1}
-    ]
-    model = apply_milora(tiny_llava()[0], rules)
-    [message] = first_step(torch.optim.AdamW(trained_parts(model), weight_decay=0.0))
-    assert "weight_decay 0.1 of language (it has 0)" in message
 
 
 def test_the_groups_of_the_rules_do_not_warn_also_under_a_schedule(tiny_llava: Callable[..., Any]) -> None:

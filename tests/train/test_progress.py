@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from milora_vl.common import progress
 from milora_vl.train.callbacks import log_line
 from milora_vl.train.command import main
 from support.problems import raises_code
@@ -30,23 +29,6 @@ def test_a_log_entry_is_one_short_line() -> None:
     assert log_line({"loss": 1.0}, 60, 150, done=10, seconds=20).endswith("loss 1.0000  3.0 min left")
     assert log_line({"loss": 1.0}, 150, 150, done=100, seconds=20) == "step 150/150  loss 1.0000"
     assert "left" not in log_line({"eval_loss": 1.0}, 60, 150, done=10, seconds=20)
-
-
-def test_a_bar_in_a_log_file_is_a_line_now_and_then(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def advance() -> list[str]:
-        with progress.progress_bar("decomposing", 3, "matrices") as bar:
-            for _ in range(3):
-                bar.update()
-        return capsys.readouterr().err.splitlines(keepends=True)
-
-    assert advance() == []  # it is done before the first line
-    monkeypatch.setattr(progress, "INTERVAL", 0.0)
-    lines = advance()
-    states = dict.fromkeys(line.split(" [")[0] for line in lines)  # the last one comes again at the end
-    assert list(states) == [f"decomposing: {n}/3 matrices" for n in range(4)]
-    assert all(line.endswith("]\n") for line in lines)
 
 
 def test_a_training_without_data_says_only_that(capsys: pytest.CaptureFixture[str]) -> None:

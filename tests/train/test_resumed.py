@@ -86,15 +86,6 @@ def test_other_settings_are_refused_with_old_and_new_values_before_anything_is_r
     assert "loading" not in capfd.readouterr().err
 
 
-def test_the_command_of_the_refusal_repeats_the_old_values(whole: Path, data: Path, tmp_path: Path) -> None:
-    run = cut(whole, tmp_path / "run")
-    refused = refusal(*training(data, run, "--rank", "4", "--resume_from_checkpoint", "auto"))
-    assert main(refused[-2].split()[3:]) == 0
-    assert losses(run) == losses(whole)
-    assert same_weights(run, whole)
-    assert yaml.safe_load((run / "recipe.yaml").read_text()) == yaml.safe_load((whole / "recipe.yaml").read_text())
-
-
 def test_a_finished_run_is_not_taken_for_another_one(whole: Path, data: Path, tmp_path: Path) -> None:
     """A job that is queued again with other flags has not done what they say."""
     run = shutil.copytree(whole, tmp_path / "run")
@@ -177,16 +168,6 @@ def test_records_are_told_by_their_contents(whole: Path, data: Path, tmp_path: P
     assert same_weights(run, whole)
 
 
-def test_a_checkpoint_of_another_folder_brings_its_settings_along(whole: Path, data: Path, tmp_path: Path) -> None:
-    checkpoint = ["--resume_from_checkpoint", str(whole / "checkpoint-4")]
-    lines = refusal(*training(data, tmp_path / "other", "--rank", "4", *checkpoint))
-    assert any("policy[0].rank" in line for line in lines)
-    assert not (tmp_path / "other").exists()
-    assert main(training(data, tmp_path / "same", "--rank", "8", *checkpoint)) == 0
-    assert same_weights(tmp_path / "same", whole)
-    assert read_json(tmp_path / "same", "environment.json")["resumed"][0]["from"] == str(whole / "checkpoint-4")
-
-
 def test_a_checkpoint_without_its_recipe_is_refused(whole: Path, data: Path, tmp_path: Path) -> None:
     alone = shutil.copytree(whole / "checkpoint-4", tmp_path / "alone" / "checkpoint-4")
     resume = ["--resume_from_checkpoint", str(alone)]
@@ -196,19 +177,6 @@ def test_a_checkpoint_without_its_recipe_is_refused(whole: Path, data: Path, tmp
     shutil.copy(whole / "recipe.yaml", alone.parent)
     assert main(training(data, tmp_path / "run", "--rank", "8", *resume)) == 0
     assert same_weights(tmp_path / "run", whole)
-
-
-def test_the_default_rules_of_a_text_model_are_no_change(data: Path, tmp_path: Path) -> None:
-    """The projector's rule is left out of its recipe.yaml."""
-    records = [record for record in json.loads((data / "train.json").read_text()) if "image" not in record]
-    (data / "text.json").write_text(json.dumps(records))
-    flags = ["--model", "tiny-text", "--data_path", str(data / "text.json"), "--rank", "4"]
-    run = tmp_path / "run"
-    assert main(training(data, run, *flags)) == 0
-    for again in (training(data, run, *flags), ["--recipe", str(run), "--output_dir", str(run)]):
-        (run / WEIGHTS).unlink()
-        shutil.rmtree(run / "checkpoint-6")
-        assert main([*again, "--resume_from_checkpoint", "true"]) == 0
 
 
 @pytest.mark.parametrize(("save", "log", "saved", "logged"), [("1", "1", [5, 6], [5, 6]), ("2", "2", [6], [6])])

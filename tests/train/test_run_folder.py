@@ -10,7 +10,7 @@ import pytest
 
 from milora_vl.common.errors import UserError
 from milora_vl.core.adapter.checkpoints import is_finished
-from milora_vl.train.folder import RunFolder, choose, default_path
+from milora_vl.train.folder import choose, default_path
 from milora_vl.train.recipe import Recipe
 from support.checkpoint_files import write_checkpoint
 
@@ -25,13 +25,6 @@ def finish(path: Path) -> None:
     path.mkdir(parents=True, exist_ok=True)
     (path / "adapter_model.safetensors").write_bytes(b"")
     (path / "environment.json").write_text(json.dumps({"finished": "2026-01-01"}))
-
-
-def test_a_new_or_empty_folder_is_fine(tmp_path: Path) -> None:
-    assert choose(tmp_path / "new", None) == RunFolder(tmp_path / "new")
-    assert choose(tmp_path, "auto") == RunFolder(tmp_path)
-    (tmp_path / "eval").mkdir()  # a base model evaluated before the training
-    assert choose(tmp_path, None).checkpoint is None
 
 
 def test_a_finished_run_is_not_overwritten(tmp_path: Path) -> None:

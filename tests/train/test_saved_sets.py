@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,8 @@ import pytest
 from milora_data.__main__ import main as data_main
 from milora_data.stream import load_records
 from milora_vl.common.errors import DataError
-from milora_vl.forgetting.__main__ import main as forgetting
 from milora_vl.train.command import main
-from support.drawn import dump, encoded
+from support.drawn import encoded
 from support.problems import raises_code
 from support.train_runs import training
 
@@ -59,29 +57,11 @@ def test_its_records_come_in_order_with_their_pictures(saved: Path, tmp_path: Pa
     assert [record.id for record in load_records(f"{tmp_path / 'chosen'}/")] == list(chosen["id"])
 
 
-def test_every_command_reads_it(saved: Path, tmp_path: Path, capsys: Any) -> None:
-    assert data_main(["check", str(saved), "--format", "json"]) == 0
-    assert json.loads(capsys.readouterr().out)["with_pictures"] == 12
-    assert data_main(["show", str(saved), "--limit", "2", "--html", str(tmp_path / "page.html")]) == 0
-    assert "data:image" in (tmp_path / "page.html").read_text()
-    assert data_main(["convert", "--from", "hub", str(saved), "--output_dir", str(tmp_path / "out")]) == 0
-    assert len(list((tmp_path / "out" / "images").iterdir())) == 12
-    with raises_code("check-fix-unsupported", hint="milora_data convert --from hub"):
-        data_main(["check", str(saved), "--fix", str(tmp_path / "clean.json")])
-
-
 @pytest.mark.parametrize("how", [[], ["--streaming"], ["--packing", "--max_length", "256"]], ids=str)
 def test_a_training_reads_it(how: list[str], saved: Path, tmp_path: Path) -> None:
     flags = ["--data_path", str(saved), "--image_folder", str(tmp_path), "--rank", "4", "--max_steps", "2", *how]
     assert main(training(tmp_path, tmp_path / "run", *flags)) == 0
     assert main(training(tmp_path, tmp_path / "planned", *flags, "--dry-run")) == 0
-
-
-def test_it_is_a_source_of_a_mixture_and_of_forgetting(saved: Path, tmp_path: Path) -> None:
-    dump(tmp_path / "mix.yaml", {"sources": [{"path": "saved", "weight": 2}]})
-    assert len(list(load_records(tmp_path / "mix.yaml"))) == 24
-    flags = ["--on", "pictures", "--data_path", str(saved), "--limit", "2", "--output_dir", str(tmp_path / "out")]
-    assert forgetting(["--model", "tiny", "--base", "tiny", *flags]) == 0
 
 
 def test_of_several_splits_one_has_to_be_named(two_splits: Path, tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ from milora_vl.train.setup import require_evaluation
 from support.eval_questions import write_questions
 from support.problems import raises_code
 from support.train_runs import training
-from support.vlm_runs import write_model, write_pictures, write_records
 
 
 @pytest.fixture
@@ -78,17 +77,6 @@ def test_scores_are_in_the_log_and_the_report_and_change_no_loss(tiny_data: Path
     assert losses(with_suite) == losses(without)
     assert (with_suite / "plots" / "suite.png").is_file()
     assert "Scores of a small suite during training" in (with_suite / "report.html").read_text()
-
-
-@pytest.mark.slow
-def test_a_model_with_its_own_processor_is_scored_in_its_own_prompt_format(recipe: Path, tmp_path: Path) -> None:
-    model = write_model("qwen2_5_vl", tmp_path / "qwen")
-    write_pictures(tmp_path / "images")
-    write_records(tmp_path / "mixed.json")
-    words = ["--data_path", tmp_path / "mixed.json", "--image_folder", tmp_path / "images", "--rank", "2"]
-    more = ["--max_steps", "2", "--device", "cpu", "--eval_suite_every", "1", "--output_dir", tmp_path / "run"]
-    main(["--model", str(model), "--recipe", str(recipe), *map(str, [*words, *more])])
-    assert [entry["step"] for entry in log_of(tmp_path / "run") if "eval_suite_emoji" in entry] == [1, 2]
 
 
 @pytest.mark.slow

@@ -13,9 +13,7 @@ import pytest
 from milora_data.batches.image_text_collator import ImageTextCollator
 from milora_data.records.record import Record
 from milora_vl.common.errors import UserError
-from milora_vl.train import data as run_data
 from milora_vl.train.command import main
-from milora_vl.train.recipe import DataConfig
 from support.train_runs import lengthen_data, losses, training
 
 
@@ -56,15 +54,6 @@ def test_llavas_flag_makes_batches_of_one_kind(
     assert sorted(kinds, key=str) == [{False}, {False}, {True}, {True}]  # an epoch
 
 
-def test_broken_pictures_cost_no_run_and_are_counted(tiny_data: Path, tmp_path: Path, capfd: Any) -> None:
-    for name in ("0.png", "1.png", "5.png"):
-        (tiny_data / "images" / name).write_bytes((tiny_data / "images" / name).read_bytes()[:50])
-    run = tmp_path / "run"
-    extra = "--rank 4 --bad_images skip --per_device_train_batch_size 1 --max_steps 12".split()
-    assert main(training(tiny_data, run, *extra, "--dataloader_num_workers", "1")) == 0
-    assert "3 times while training: a record was skipped because one of its pictures" in capfd.readouterr().err
-
-
 def test_a_recipe_mixes_sources_by_weight(tiny_data: Path, tmp_path: Path) -> None:
     images = str(tiny_data / "images")
     sources = [
@@ -80,15 +69,6 @@ def test_a_recipe_mixes_sources_by_weight(tiny_data: Path, tmp_path: Path) -> No
     assert json.loads((run / "environment.json").read_text())["data"]["train"] == 24
 
 
-def test_the_demos_recipe_trains_on_data_of_ones_own(tiny_data: Path, tmp_path: Path, capfd: Any) -> None:
-    flags = training(tiny_data, tmp_path / "run", "--recipe", "smol-llava-demo", "--rank", "4", "--max_steps", "1")
-    assert main([*flags, "--data_path", str(tiny_data / "train.json")]) == 0
-    assert "data/emoji/val.json" in capfd.readouterr().err
-    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
-    assert environment["data"] == {"train": 12, "eval": 0, "skipped": 0}
-    assert "eval_path: null" in (tmp_path / "run" / "recipe.yaml").read_text()
-
-
 def test_records_without_an_answer_are_counted_as_that_and_not_as_missing_pictures(
     tiny_data: Path, tmp_path: Path
 ) -> None:
@@ -100,16 +80,3 @@ def test_records_without_an_answer_are_counted_as_that_and_not_as_missing_pictur
     assert "no answer" in problem.message
     assert "picture" not in problem.message
     assert "milora_data check" in problem.hint
-
-
-def test_a_stream_warns_of_broken_records_at_its_start(tiny_data: Path) -> None:
-    records = json.loads((tiny_data / "train.json").read_text())
-    turns = [{"from": "human", "value": "<image>\n<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]
-    records.insert(1, {"id": "bad", "image": ["0.png", "1.png", "2.png"], "conversations": turns})
-    (tiny_data / "train.json").write_text(json.dumps(records))
-    config = DataConfig(
-        path=str(tiny_data / "train.json"), image_folder=str(tiny_data / "images"), streaming=True, bad_images="skip"
-    )
-    data = run_data.read_records(config)
-    assert [finding.kind for finding in data.broken] == ["placeholders"]
-    assert any("1 broken record" in warning for warning in data.warnings())

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -74,28 +72,3 @@ def test_the_best_model_comes_back_and_half_precision_trains(uneven: Path, tiny_
         assert all(torch.equal(final[name], kept[name]) for name in kept)
         first, second = losses(tmp_path / "half"), losses(tmp_path / f"{kind}half")
         assert [loss for _, loss in second] == pytest.approx([loss for _, loss in first], rel=5e-3)
-
-
-def test_a_base_is_composed_whole_by_one_process(
-    tiny_llava: Callable[..., Any],
-    tiny_llama: Callable[..., Any],
-    tiny_data: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    from transformers import CLIPVisionModel
-
-    from milora_vl.models.tiny import tiny_tokenizer
-
-    monkeypatch.setenv("MILORA_CACHE", str(tmp_path / "cache"))
-    tiny_llama()[0].save_pretrained(tmp_path / "language")
-    tiny_tokenizer().save_pretrained(tmp_path / "language")
-    CLIPVisionModel(tiny_llava()[0].config.vision_config).save_pretrained(tmp_path / "clip")
-    extra = ["--model", str(tmp_path / "language"), "--vision_tower", str(tmp_path / "clip")]
-    extra += ["--lora_enable", "True", *EXTRA]
-    printed = train_in_two([training(tiny_data, tmp_path / "zero3", *extra, *TWO, *KINDS["zero3"])], tmp_path)
-    assert ", composed from " in printed
-    assert main(training(tiny_data, tmp_path / "one", *extra)) == 0
-    pairs = zip(losses(tmp_path / "zero3"), losses(tmp_path / "one"), strict=True)
-    assert max(abs(first - second) for (_, first), (_, second) in pairs) <= 1e-5
-    assert len(list((tmp_path / "cache" / "models").iterdir())) == 1

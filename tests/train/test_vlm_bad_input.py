@@ -16,7 +16,7 @@ from milora_eval.__main__ import main as evaluate
 from milora_vl.chat.command import main as chat
 from milora_vl.common.errors import UserError
 from milora_vl.train.command import main as train
-from support.problems import raises_code, raises_problem
+from support.problems import raises_code
 from support.versions import needs_places
 from support.vlm_families import model_of, processor_of
 from support.vlm_runs import record, write_pictures
@@ -108,16 +108,6 @@ def test_a_video_for_a_template_or_processor_without_videos_is_named(model: Path
     assert error.value.first.code in ("record-videos", "chat-template-no-pictures")
 
 
-def test_a_template_without_answers_is_refused(name: str, images: Path, tmp_path: Path) -> None:
-    model = without_weights(
-        name, tmp_path / "model", "{% for m in messages %}{% if m.role == 'user' %}Q{% endif %}{% endfor %}"
-    )
-    with raises_code("chat-template-no-answers"):
-        trained(model, images, record(ASKED, ["0.png"]), tmp_path)
-    with raises_code("chat-template-no-answers"):
-        asked(model, images, [{"question": "Hi?", "answer": "Yes."}], tmp_path)
-
-
 def test_a_processor_without_a_template_is_refused(name: str, images: Path, tmp_path: Path) -> None:
     model = without_weights(name, tmp_path / "model", None)
     with raises_code("processor-no-chat-template", hint="chat_template.jinja"):
@@ -128,22 +118,10 @@ def test_a_processor_without_a_template_is_refused(name: str, images: Path, tmp_
         chat(["--model", str(model), "What?"])
 
 
-def test_a_question_with_other_numbers_of_marks_and_pictures_is_named(
-    model: Path, images: Path, tmp_path: Path
-) -> None:
-    for rows in (
-        [{"question": "<image> or <image>?", "image": "0.png", "answer": "A."}],
-        [{"question": "<image>?", "answer": "A."}],
-    ):
-        with raises_code("record-image-count", where="own.json, question 1", message="<image>"):
-            asked(model, images, rows, tmp_path)
-
-
 SHOWN = {  # what the templates here write for a video
     "internvl": "<video>\n",
     "glm4v": "<|begin_of_video|><|video|><|end_of_video|>",
 }
-SEEN = [("human", "<video>\nWhat?"), ("gpt", "A cat.")]
 
 
 def with_videos(name: str, folder: Path) -> Path:
@@ -162,42 +140,8 @@ def words_of(model: Path, images: Path, tmp_path: Path, values: list[dict[str, A
 
 
 @pytest.fixture(scope="module")
-def glm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return with_videos("glm4v", tmp_path_factory.mktemp("glm4v"))
-
-
-@pytest.fixture(scope="module")
 def internvl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return with_videos("internvl", tmp_path_factory.mktemp("internvl"))
-
-
-def test_pictures_and_videos_that_a_model_takes_only_apart_are_named(
-    glm: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pictured, video = record(ASKED, ["0.png"]), {"video": ["0.png"] * 2} | record(SEEN, [])
-    words = words_of(glm, images, tmp_path, [*[pictured] * 120, video])
-    for policy in ("raise", "skip"):
-        with raises_code("records-mixed", "train.jsonl:1 and ", "no pictures beside videos", "train_batch_size 1"):
-            train([*words, "--bad_images", policy])
-    with raises_code("records-mixed", hint="without --packing"):  # a row is no batch of one record
-        train([*words, "--packing", "True", "--per_device_train_batch_size", "1"])
-    assert "loading" not in capsys.readouterr().err
-    with pytest.raises(UserError) as error:  # a batch of one is of one kind: only the weights are missing
-        train([*words, "--per_device_train_batch_size", "1"])
-    assert error.value.first.code == "model-unreadable"
-    words = words_of(
-        glm, images, tmp_path, [{"image": "0.png"} | video | record([("human", "<image><video>"), *ASKED[1:]], [])]
-    )
-    with raises_problem("train.jsonl:1", "no pictures beside videos", "leave out the pictures or the videos"):
-        train(words)
-
-
-def test_a_template_that_refuses_every_record_is_refused_under_each_policy(images: Path, tmp_path: Path) -> None:
-    model = without_weights("qwen2_5_vl", tmp_path / "model")  # its template here writes no videos
-    video = {"video": ["0.png"] * 2} | record(SEEN, [])
-    words = [*words_of(model, images, tmp_path, [video] * 3), "--bad_images", "skip"]
-    with raises_code("chat-template-no-pictures", "train.jsonl:1", hint="none of the 3 records"):
-        train(words)
 
 
 def test_what_a_template_rejects_is_found_in_every_record(
@@ -218,19 +162,3 @@ def test_what_a_template_rejects_is_found_in_every_record(
         with raises_code("record-not-one-question", "train.jsonl:151"):
             train([*words, *flags])
     assert "loading" not in capsys.readouterr().err
-
-
-def test_records_without_an_answer_within_max_length_are_refused(images: Path, tmp_path: Path) -> None:
-    model = without_weights("qwen2_5_vl", tmp_path / "model")
-    short, long = (
-        record([("human", "Hi?"), ("gpt", "A cat.")], []),
-        record([("human", "hi " * 99), ("gpt", "Yes.")], []),
-    )
-    held_out = tmp_path / "held_out.jsonl"
-    held_out.write_text(json.dumps(long))
-    words = [*words_of(model, images, tmp_path, [short]), "--max_length", "150"]
-    held = ["--eval_data_path", str(held_out), "--eval_strategy", "steps", "--eval_steps", "1"]
-    with raises_code("record-no-answer", "held_out.jsonl:1"):
-        train([*words, *held])
-    with raises_code("record-no-answer", "train.jsonl:1", hint="none of the 100 records"):
-        train([*words_of(model, images, tmp_path, [long] * 200), "--max_length", "150"])

@@ -13,8 +13,8 @@ from milora_data.formats.jsonfile import missing_file
 from milora_data.formats.tables import COLUMNS, Options, row_record
 from milora_data.pictures.files import StoredPicture
 from milora_data.records.record import Record, parse_record
+from milora_vl.common.cli.web import hub_is_known
 from milora_vl.common.errors import DataError, UserError, first_line, with_context
-from milora_vl.common.hub_host import hub_is_known
 
 HUB = "hub:"
 _BUILDERS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow"}

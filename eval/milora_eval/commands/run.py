@@ -97,7 +97,7 @@ examples:
 )
 # Flags that have no effect with and without --server.
 OF_LOADED = "model adapter base template device dtype with_base scale batch_size forgetting_tokens".split()
-OF_SERVED = ("served_model", "concurrency")
+OF_SERVED = ["served_model", "concurrency"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,5 +1,7 @@
 """What the commands print: hints (`did you mean`), the next command, and `run`: errors without a traceback, exit codes.
 
+`Menu` is several programs under one name: `--help` lists them, the first argument selects one.
+
 Data goes to stdout, everything else to stderr. Exit codes: 0 done, 1 the run failed, 2 bad usage.
 """
 
@@ -15,14 +17,17 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from typing import NoReturn
 
 from milora_vl.common.errors import Key, Problem, UserError
 from milora_vl.common.secrets import without_secrets
+
+CODES = "exit codes: 0 done, 1 the run failed or errors were found, 2 bad usage, 130 interrupted\n"
 
 
 def suggest(word: str, candidates: Iterable[str]) -> list[str]:
@@ -67,19 +72,10 @@ def require_folder(path: Path, flag: str | Key = "--output_dir", *, is_written: 
     existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     if not existing.is_dir():
         within = "" if existing == path else f"{path} is inside "
-        raise UserError(
-            f"{within}{existing}{', which' if within else ''} is a file, not a folder",
-            code="path-not-a-folder",
-            where=flag,
-            hint="use another folder",
-        )
+        message, hint = f"{within}{existing}{', which' if within else ''} is a file, not a folder", "use another folder"
+        raise UserError(message, code="path-not-a-folder", where=flag, hint=hint)
     if is_written and not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(
-            f"{existing} is not writable",
-            code="path-not-writable",
-            where=flag,
-            hint="use another folder, or change its permissions",
-        )
+        raise UserError(f"{existing} is not writable", where=flag, hint="use another folder, or change its permissions")
 
 
 def amount(number: int, what: str) -> str:
@@ -185,3 +181,57 @@ def run(main: Callable[[Sequence[str] | None], int]) -> NoReturn:
         report(problem)
         code = problem.exit_code
     sys.exit(code)
+
+
+@dataclass(frozen=True, slots=True)
+class Menu:
+    """`groups` maps heading and name to a module with a `main` and a description.
+
+    A module is imported only when it is selected. Names in `menus` are menus themselves; their programs are listed.
+    """
+
+    prog: str
+    about: str
+    groups: Mapping[str, Mapping[str, tuple[str, str]]]
+    examples: str
+    word: str = "COMMAND"
+    menus: tuple[str, ...] = ()
+
+    @property
+    def modules(self) -> dict[str, str]:
+        return {name: module for programs in self.groups.values() for name, (module, _) in programs.items()}
+
+    def usage(self) -> str:
+        listed = {heading: dict(self._lines(programs)) for heading, programs in self.groups.items()}
+        width = max(len(name) for lines in listed.values() for name in lines)
+        groups = "\n\n".join(
+            "\n".join([f"{heading}:", *(f"  {name:<{width}}  {about}" for name, about in lines.items())])
+            for heading, lines in listed.items()
+        )
+        see = f"options of each: {self.prog} {self.word} --help"
+        return f"usage: {self.prog} {self.word} ...\n\n{self.about}\n\n{groups}\n\n{see}\n\n{self.examples}\n{CODES}"
+
+    def main(self, argv: Sequence[str] | None = None) -> int:
+        arguments = list(sys.argv[1:] if argv is None else argv)
+        kind = self.word.lower()
+        if not arguments:
+            sys.stderr.write(self.usage() + "\n")
+            raise UserError(f"no {kind} given", hint=f"expected one of: {', '.join(self.modules)}")
+        name = arguments[0]
+        if name in ("-h", "--help"):
+            sys.stdout.write(self.usage())
+            return 0
+        if name not in self.modules:
+            inner = {words.split()[-1]: words for lines in self.groups.values() for words, _ in self._lines(lines)}
+            near = [inner[name]] if name in inner else suggest(name, self.modules)
+            suggestion = f"\ndid you mean {near[0]}?" if near else ""
+            raise UserError(f"unknown {kind}: {name}", hint=f"expected one of: {', '.join(self.modules)}{suggestion}")
+        return int(import_module(self.modules[name]).main(arguments[1:]))
+
+    def _lines(self, programs: Mapping[str, tuple[str, str]]) -> Iterator[tuple[str, str]]:
+        for name, (module, about) in programs.items():
+            if name not in self.menus:
+                yield name, about
+                continue
+            for inner in import_module(module).MENU.groups.values():
+                yield from ((f"{name} {program}", text) for program, (_, text) in inner.items())

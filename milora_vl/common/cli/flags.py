@@ -6,11 +6,9 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from decimal import Decimal
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, NoReturn
@@ -72,9 +70,6 @@ def device(text: str) -> str:
     return text
 
 
-_EXPONENT = re.compile(r"-(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
-
-
 class CommandParser(argparse.ArgumentParser):
     """`argparse` that accepts `-` for `_` in flags, allows no abbreviations, and suggests names for unknown flags."""
 
@@ -88,8 +83,6 @@ class CommandParser(argparse.ArgumentParser):
             name, equals, value = argument.partition("=")
             if name.startswith("--"):
                 arguments[position] = declared.get(name.replace("-", "_"), name) + equals + value
-            elif _EXPONENT.fullmatch(argument):  # argparse takes -1e-3 for a flag, and -0.001 for a number
-                arguments[position] = format(Decimal(argument), "f")
         try:
             return super().parse_known_args(arguments, namespace)
         except argparse.ArgumentError as error:
@@ -220,8 +213,6 @@ SHARED: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One argument of a command: its names and the keywords of argparse's `add_argument`."""
-
     names: tuple[str, ...]
     keywords: Mapping[str, Any]
 

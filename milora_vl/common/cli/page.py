@@ -23,7 +23,6 @@ def render(template: Path, content: Mapping[str, Any]) -> str:
 
 @cache
 def _environment(folder: Path) -> Environment:
-    """Return the environment of a folder with templates; it keeps what it has compiled."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     return Environment(
@@ -36,6 +35,5 @@ def _environment(folder: Path) -> Environment:
 
 
 def write(page: Path, text: str) -> None:
-    """Write a page atomically: a reader sees the old page or the new one."""
     text = text.encode("utf-8", "replace").decode("utf-8")  # captions may contain half a surrogate pair
     write_text(page, text, hides_secrets=True)

@@ -35,22 +35,18 @@ _LATEX = str.maketrans(
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Cells as text; the first cell of a row is its name. Each line of `caption` is a note."""
-
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     caption: str = ""
     title: str = ""
 
     def markdown(self) -> str:
-        """Return the table as Markdown, with its title above and its notes below."""
         lines = [f"**{self.title}**", ""] if self.title else []
         lines += [_row(self.header), "|---|" + "---:|" * (len(self.header) - 1), *map(_row, self.rows)]
         lines += ["", *(f"{note}  " for note in self.caption.splitlines())]
         return "\n".join(lines).rstrip() + "\n"
 
     def latex(self) -> str:
-        """Return a LaTeX tabular (booktabs) with the title and the notes as comments."""
         lines = [f"% {self.title}", rf"\begin{{tabular}}{{l{'r' * (len(self.header) - 1)}}}", r"\toprule"]
         body = [" & ".join(cell.translate(_LATEX) for cell in row) + r" \\" for row in (self.header, *self.rows)]
         lines += [body[0], r"\midrule", *body[1:], r"\bottomrule", r"\end{tabular}"]

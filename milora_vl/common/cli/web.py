@@ -1,11 +1,13 @@
-"""URLs in place of paths. Nothing is downloaded: a web address is refused with a download command."""
+"""Web addresses in place of paths, which are refused with a command to download them, and whether the hub answers."""
 
 from __future__ import annotations
 
 import re
 import shlex
+import socket
 from pathlib import Path
 from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from milora_vl.common.errors import Problem
 
@@ -31,6 +33,18 @@ def url_problem(path: str | Path) -> Problem | None:
     hint = f"download it:  curl -L -o {shlex.quote(name)} {shlex.quote(address)}\nand name:     {name}"
     return Problem(
         f"{address} is a web address; only files on this machine are read",
-        code="path-web-address",
         hint=hint if "." in name else "download it, and name the file or folder",
     )
+
+
+def hub_is_known() -> bool:
+    """Return whether the host of the hub resolves; without a network the client would retry for half a minute."""
+    from huggingface_hub.constants import ENDPOINT
+
+    if getproxies().keys() & {"https", "all"}:  # not `no`, the hosts that NO_PROXY excepts
+        return True
+    try:
+        socket.getaddrinfo(urlsplit(ENDPOINT).hostname, 443)
+    except OSError:
+        return False
+    return True

@@ -100,11 +100,9 @@ def _checkpoints(shims: ExitStack) -> None:
             return
         file = Path(checkpoint) / PROJECTOR
         if not file.is_file():
-            raise UserError(
-                f"has no {PROJECTOR}: the projector would start again from its first weights",
-                where=checkpoint,
-                hint="train again from the start, in another output_dir",
-            )
+            message = f"has no {PROJECTOR}: the projector would start again from its first weights"
+            hint = "train again from the start, in another output_dir"
+            raise UserError(message, where=checkpoint, hint=hint)
         with torch.no_grad():
             for name, tensor in torch.load(file, map_location="cpu", weights_only=True).items():
                 beside[name].copy_(tensor)

@@ -132,5 +132,4 @@ class FailedBatch(ExceptionWrapper):
         self.error = error
 
     def reraise(self) -> NoReturn:
-        """Raise the error; torch calls this in the main process."""
         raise self.error

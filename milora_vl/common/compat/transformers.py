@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -95,3 +96,37 @@ def use_one_gpu(args: TrainingArguments) -> None:
     An argument of the Trainer that switches DataParallel off would replace it.
     """
     args._n_gpu = 1
+
+
+@contextmanager
+def quiet_bars() -> Iterator[None]:
+    from transformers.utils import logging as bars
+
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()
+
+
+def silence_deepspeed() -> None:
+    """Hide DeepSpeed's message that there is no GPU: transformers imports DeepSpeed to save a model."""
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.module != "real_accelerator")
+
+
+def pass_texts_unchanged(model: nn.Module) -> None:
+    """Let the cross-attention of Llama 3.2 Vision, if the model has any, return rows without a picture as they came.
+
+    transformers skips these layers for a batch of texts alone. In a mixed batch it lets a text without a picture attend
+    to the pictures of its row, which are padding. A switch in its forward would replace this.
+    """
+    for module in model.modules():
+        if "cross_attn_attn_gate" in dict(module.named_parameters(recurse=False)):
+            module.register_forward_hook(_unchanged, with_kwargs=True)  # a second one changes nothing
+
+
+def _unchanged(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+    sees = kwargs["full_text_row_masked_out_mask"]  # (rows, 1, length, 1): 0 where a token attends to no picture
+    return output if sees is None else torch.where(sees[:, 0].any(dim=1, keepdim=True), output, args[0])

@@ -418,12 +418,8 @@ def install_loaded(layer: LoraLayer, adapter: str, B0: Tensor | None) -> None:
         B, E = (half.float() for half in factors(layer, adapter)[1].detach().chunk(2, dim=1))
         B0 = B0.to(E.device).reshape(E.shape)
         if torch.linalg.vector_norm(B0.float() + E - B) > 0.01 * torch.linalg.vector_norm(B):
-            raise AdapterError(
-                "the anchor does not belong to the factors: B0 + E is not B",
-                code="adapter-wrong-anchor",
-                where=ANCHORS_FILE,
-                hint=RESTORE,
-            )
+            message, hint = "the anchor does not belong to the factors: B0 + E is not B", RESTORE
+            raise AdapterError(message, code="adapter-wrong-anchor", where=ANCHORS_FILE, hint=hint)
         layer.lora_B[adapter].register_buffer(ANCHOR, lossless(B0, dtype))
 
 
@@ -464,13 +460,11 @@ def factors(layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
 
 
 def anchors_of(layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
-    """Return the anchor of an adapter: A0 (r, in) and B0 (out, r)."""
     first, second = layer.lora_A[adapter], layer.lora_B[adapter]
     return first.get_buffer(ANCHOR), second.get_buffer(ANCHOR)
 
 
 def has_anchor(layer: LoraLayer, adapter: str) -> bool:
-    """Return True if `adapter` has a trained difference and an anchor in this layer."""
     return adapter in layer.lora_A and isinstance(layer.lora_A[adapter], DifferenceFactor)
 
 

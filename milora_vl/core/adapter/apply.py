@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from milora_vl.core.adapter.anchored import install_factors
 from milora_vl.core.adapter.fixed_a import Protection, chosen_factors, fix_A, fixed_factors
 from milora_vl.core.adapter.folders import AdapterError
-from milora_vl.core.adapter.initialize import Initial, Progress, initialize
+from milora_vl.core.adapter.initialize import Initial, initialize
 from milora_vl.core.adapter.lora import lora_layer, make_lora, require_module, set_dropout
 from milora_vl.core.adapter.peft_model import MiloraMixin, adopt
 from milora_vl.core.adapter.rates import check_rates_at_first_step
@@ -43,7 +43,7 @@ def apply_milora(
     *,
     calibration: Calibration | None = None,
     cache_dir: str | Path | None = None,
-    progress: Progress = False,
+    progress: bool = False,
 ) -> Any:
     """Return `model` as a PeftModel whose adapters follow the policy. Its output is unchanged until training starts.
 
@@ -59,8 +59,7 @@ def apply_milora(
     {"input_ids": ..., "attention_mask": ...}; `calibration_texts(model)` writes them. Several lists of batches in a
     mapping by name weigh the same. The base model runs on them once.
 
-    Factors, spectra and every fixed A are cached in `cache_dir`. `progress` shows a progress bar on stderr; "lines"
-    also prints one line per layer.
+    Factors, spectra and every fixed A are cached in `cache_dir`. `progress` shows a progress bar on stderr.
 
     Weight decay pulls towards no update, that is towards W. An optimizer uses the learning rates and weight decays of
     the rules if it gets `parameter_groups(model, learning_rate=...)`; if not, a warning names them at its first step.
@@ -96,7 +95,7 @@ def apply_targets(
     calibration: Calibration | None = None,
     cache_dir: str | Path | None = None,
     calibration_cache: str | Path | None = None,
-    progress: Progress = False,
+    progress: bool = False,
 ) -> Any:
     """Return what `apply_milora` returns, for a policy that is resolved already.
 
@@ -187,7 +186,6 @@ def _describe(
 
 
 def _train_in_full(model: nn.Module, targets: Sequence[Target]) -> nn.Module:
-    """Set `requires_grad` for the modules of the targets, freeze everything else, and return the model."""
     model.requires_grad_(False)
     for target in targets:
         model.get_submodule(target.path).requires_grad_(True)

@@ -37,18 +37,15 @@ def step_of(folder: Path) -> int:
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """Return the checkpoint folders of a run, complete or not, in order of their steps."""
     folders = [folder for folder in run.glob("checkpoint-*") if folder.is_dir() and step_of(folder) >= 0]
     return sorted(folders, key=step_of)
 
 
 def newest_checkpoint(run: Path) -> Path | None:
-    """Return the newest checkpoint with weights, or None."""
     return next((folder for folder in reversed(checkpoints(run)) if holds_weights(folder)), None)
 
 
 def holds_weights(folder: Path) -> bool:
-    """Return whether a folder holds an adapter, a projector or a model."""
     return any((folder / name).is_file() for name in WEIGHTS)
 
 
@@ -90,7 +87,6 @@ def resume_hint(run: Path) -> str:
 
 
 def is_sharded(folder: Path) -> bool:
-    """Return whether DeepSpeed wrote the optimizer of a checkpoint."""
     return any(folder.glob("global_step*"))
 
 
@@ -106,7 +102,6 @@ def num_processes(folder: Path) -> int:
 
 
 def copy_results(folder: Path, run: Path) -> None:
-    """Copy weights, processor and other results of a checkpoint to the run folder; skip files only for resuming."""
     for file in folder.iterdir():
         if file.is_file() and not any(file.match(pattern) for pattern in NO_RESULT):
             shutil.copy2(file, run / file.name)
@@ -127,7 +122,6 @@ def is_finished(path: Path) -> bool:
 
 
 def resumed_run(output_dir: str | None, resume: str | None) -> Path | None:
-    """Return the folder of the run that a command resumes, finished or not; None if it starts a new run."""
     wanted = asked_for(resume)
     if wanted is None:
         return None
@@ -138,12 +132,10 @@ def resumed_run(output_dir: str | None, resume: str | None) -> Path | None:
 
 
 def asked_for(resume: str | None) -> str | None:
-    """Return the value of --resume_from_checkpoint; None if it disables resuming."""
     return None if resume is None or resume.lower() in ("false", "no", "none") else resume
 
 
 def is_word(wanted: str) -> bool:
-    """Return whether the value is true or auto instead of a folder."""
     return wanted.lower() in ("true", "yes", "1", "auto")
 
 

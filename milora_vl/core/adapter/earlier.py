@@ -68,7 +68,7 @@ def read_earlier(
     """
     saved = read_sidecar(folder)
     if saved is None:
-        raise AdapterError(f"has no {FILE_NAME}", code="adapter-plain-lora", where=str(folder))
+        raise AdapterError(f"has no {FILE_NAME}", where=str(folder))
     refuse_retired(folder, saved)
     here = fitted(base, saved, allow_base_mismatch=False)
     paths = new_paths(saved, here)
@@ -206,13 +206,11 @@ def _names(path: str) -> tuple[str, str]:
 
 
 def _joined(target: Target, rank: int, scaling: float | None = None) -> Target:
-    """Return a plain LoRA on the module of a target, with its scaling or the given one."""
     alpha = (target.scaling if scaling is None else scaling) * rank
     return Target(path=target.path, shape=target.shape, tower=target.tower, method="lora", rank=rank, alpha=alpha)
 
 
 def _config(folder: Path, model: nn.Module, targets: Sequence[Target]) -> LoraConfig:
-    """Return PEFT's config for `targets`, with the name of the base that the config in `folder` has."""
     present = LoraConfig.from_pretrained(str(folder))
     full = [target.path for target in targets if target.rank is None]
     config = lora_config(base_model_of(model), [target for target in targets if target.rank is not None], full)

@@ -63,7 +63,6 @@ def fix_A(layer: LoraLayer, adapter: str, A: Tensor | None = None) -> None:
 
 
 def has_fixed_A(layer: LoraLayer, adapter: str) -> bool:
-    """Return True if the A of `adapter` is a buffer in this layer."""
     return adapter in layer.lora_A and "weight" in dict(layer.lora_A[adapter].named_buffers(recurse=False))
 
 
@@ -143,11 +142,9 @@ def fixed_factors(
         A, kept = off_inputs(start, V)
         inside, factors[target.path] = overlap(A, V), A
         if inside > LARGEST_OVERLAP:
-            raise AdapterError(
-                f"A has {inside:.1e} of its length along protected inputs; rounding alone leaves less than 1e-5",
-                where=target.path,
-                hint="calibrate without cache_dir: the cached directions are damaged",
-            )
+            message = f"A has {inside:.1e} of its length along protected inputs; rounding alone leaves less than 1e-5"
+            hint = "calibrate without cache_dir: the cached directions are damaged"
+            raise AdapterError(message, where=target.path, hint=hint)
         protections[target.path] = Protection(
             directions=basis.num_directions, inputs=basis.size, energy=basis.share, held_out=basis.held_out,
             kept=kept, overlap=inside,

@@ -31,7 +31,6 @@ EXPECTED = f"expected a folder with {CONFIG}, for example the output_dir of a ru
 
 
 def has_config(folder: Path) -> bool:
-    """Return whether `folder` has PEFT's adapter_config.json, perhaps beside a model."""
     return (folder / CONFIG).is_file()
 
 
@@ -40,17 +39,11 @@ def holds_llava_adapter(folder: Path) -> bool:
 
 
 def holds_adapter(folder: Path) -> bool:
-    """Return whether `folder` holds an adapter: PEFT's files without a model, or LLaVA's files."""
     return holds_llava_adapter(folder) or (has_config(folder) and not (folder / "config.json").is_file())
 
 
 def adapters_inside(folder: Path) -> list[Path]:
     return sorted(file.parent for file in folder.glob(f"*/{CONFIG}"))
-
-
-def holds_residual(folder: Path) -> bool:
-    """Return whether `folder` holds a residual base with an adapter in a subfolder (as PiSSA and MiLoRA write it)."""
-    return (folder / "config.json").is_file() and bool(adapters_inside(folder))
 
 
 def holds_projector_alone(folder: Path) -> bool:
@@ -70,7 +63,6 @@ def require_adapter(folder: Path, flag: str, *call: object) -> None:
 
 
 def require_no_base(model: str, adapter: object, base: str | None) -> None:
-    """Raise UserError for the flag --base beside an adapter, whose base is --model."""
     if base is not None and (adapter is not None or holds_adapter(Path(model))):
         message = "this flag is for a fully trained --model; the base of an adapter is its --model"
         raise UserError(message, code="flag-conflict", where="--base", hint="remove it")
@@ -135,7 +127,7 @@ def base_of(folder: Path) -> str:
         hint = "copy the folder again, or use a checkpoint of the run"
         raise UserError(f"cannot read the file: {error}", code="file-unreadable", where=str(file), hint=hint) from None
     if not name:
-        hint = f"try: --model BASE --adapter {folder}"
+        hint = f"name it:  --model BASE --adapter {folder},  or  --base BASE"
         raise UserError("the file names no base model", code="adapter-no-base-name", where=str(file), hint=hint)
     return from_there(folder, str(name))
 
@@ -171,7 +163,6 @@ def model_of(model: str | None, adapter: Path | None, *call: object) -> str:
 
 
 def holds_text_model(folder: Path) -> bool:
-    """Return whether a run folder holds a tokenizer but no image processor."""
     processors = ("processor_config.json", "preprocessor_config.json")
     return (folder / "tokenizer_config.json").is_file() and not any((folder / name).is_file() for name in processors)
 

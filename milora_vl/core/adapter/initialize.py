@@ -14,14 +14,12 @@ several processes each one decomposes a share of the weights, and all of them ge
 
 from __future__ import annotations
 
-import sys
 import time
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +33,6 @@ from milora_vl.core.svd import Factors
 from milora_vl.core.weights.distributed import broadcast, gather, rank_and_world_size
 from milora_vl.core.weights.matrices import Fingerprint, factor_dtype, fingerprint, read_matrix
 from milora_vl.core.weights.tensor_files import cached_factors, cached_singular_values
-
-Progress = bool | Literal["lines"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,13 +59,6 @@ class LayerReport:
     svd: str
     seconds: float
 
-    def __str__(self) -> str:
-        return (
-            f"{self.path}  {self.shape[0]}x{self.shape[1]}  {self.method} rank {self.rank}  "
-            f"sigma {self.sigma_max:.3g}..{self.sigma_min:.3g} of {self.sigma_top:.3g}  energy {self.energy:.2%}  "
-            f"excess {self.excess:.1e} ({self.svd})  {self.seconds:.2f} s"
-        )
-
 
 @dataclass(frozen=True, slots=True)
 class Initial:
@@ -89,13 +78,12 @@ class WeightError(UserError):
 
 
 def initialize(
-    model: nn.Module, targets: Sequence[Target], *, cache_dir: str | Path | None = None, progress: Progress = False
+    model: nn.Module, targets: Sequence[Target], *, cache_dir: str | Path | None = None, progress: bool = False
 ) -> dict[str, Initial]:
     """Return the initial factors of all targets whose method starts from the weight, by module path.
 
-    Factors are read from `cache_dir` and written to it. `progress` shows a progress bar on stderr; "lines" also prints
-    one line per layer. In a distributed run each process decomposes a share of the layers; ZeRO-3 gathers one layer at
-    a time.
+    Factors are read from `cache_dir` and written to it. `progress` shows a progress bar on stderr. In a
+    distributed run each process decomposes a share of the layers; ZeRO-3 gathers one layer at a time.
 
     Raises WeightError, in every process and with the module, for NaN and infinite values, for empty and missing weights
     and for ranks that are too large. Warns about singular values at zero, where A and B have no gradient.
@@ -122,8 +110,6 @@ def initialize(
             batch = order[start : start + processes]
             for initial in _decompose_batch(model, batch, cache):
                 by_path[initial.report.path] = initial
-                if progress == "lines" and is_first:
-                    bar.write(str(initial.report), file=sys.stderr)
             bar.update(len(batch))
     _warn_of_zeros(by_path, wanted)
     return {target.path: by_path[target.path] for target in wanted}

@@ -44,7 +44,6 @@ def make_lora(model: nn.Module, targets: Sequence[Target]) -> PeftModel:
 
 @contextmanager
 def quiet_peft() -> Iterator[None]:
-    """Suppress warnings of PEFT that no user can act on."""
     with warnings.catch_warnings():
         # PEFT corrects the value for each layer. A policy may select layers of both kinds.
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
@@ -66,7 +65,7 @@ def read_by_peft(base: nn.Module, folder: Path) -> Iterator[None]:
         raise AdapterError(problems=[unreadable(folder, error)]) from error
     except (UserWarning, KeyError) as error:  # PEFT's KeyError names a module of modules_to_save
         message = f"the weights lack modules that {CONFIG} lists: {first_line(error)}"
-        raise AdapterError(message, code="adapter-missing-weights", where=str(folder), hint=RESTORE) from error
+        raise AdapterError(message, where=str(folder), hint=RESTORE) from error
     except (RuntimeError, ValueError, TypeError) as error:  # a text of many lines
         message = f"the adapter does not fit {type(base).__name__}: {' '.join(str(error).split())[:300]}"
         hint = "load the base model that the adapter was trained on"
@@ -143,12 +142,9 @@ def lora_layer(model: PeftModel, path: str) -> LoraLayer:
     """Return PEFT's LoRA layer at a module path of the base model. Raises AdapterError if it has been merged."""
     layer = model.get_base_model().get_submodule(path)
     if not isinstance(layer, LoraLayer):
-        raise AdapterError(
-            f"this layer has no adapter any more: it is a {type(layer).__name__}",
-            code="adapter-merged",
-            where=path,
-            hint="after merge(model), save what it returned with its save_pretrained",
-        )
+        message = f"this layer has no adapter any more: it is a {type(layer).__name__}"
+        hint = "after merge(model), save what it returned with its save_pretrained"
+        raise AdapterError(message, where=path, hint=hint)
     return layer
 
 
@@ -158,13 +154,11 @@ def base_model_of(model: nn.Module) -> nn.Module:
 
 
 def base_layer(model: nn.Module, path: str) -> nn.Module:
-    """Return the base model's own layer at `path`, without the LoRA layer around it."""
     layer = base_model_of(model).get_submodule(path)
     return layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
 
 
 def set_dropout(layer: LoraLayer, adapter: str, probability: float) -> None:
-    """Set the dropout of one adapter in one layer. PEFT's config has a single value for all layers."""
     was_training = layer.lora_dropout.training
     layer.lora_dropout[adapter] = nn.Dropout(probability) if probability > 0 else nn.Identity()
     layer.lora_dropout.train(was_training)

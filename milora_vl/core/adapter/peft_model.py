@@ -117,15 +117,11 @@ class MiloraMixin(PeftModel):
             replaced = [path for path in sidecar.ranks if not has_anchor(lora_layer(self, path), adapter)]
             replaced += [path for path in sidecar.fixed if not has_fixed_A(lora_layer(self, path), adapter)]
             if replaced:
-                raise AdapterError(
-                    f"stock factors have replaced ours ({len(replaced):,} modules of adapter {adapter!r})",
-                    code="adapter-replaced-factors",
-                    where=replaced[0],
-                    hint="save the adapter before that, or serve it by loading the folder with stock PEFT",
-                )
+                message = f"stock factors have replaced ours ({len(replaced):,} modules of adapter {adapter!r})"
+                hint = "save the adapter before that, or serve it by loading the folder with stock PEFT"
+                raise AdapterError(message, where=replaced[0], hint=hint)
 
     def changed_A(self) -> list[str]:
-        """Return the paths of the modules whose fixed A has changed since the start, by more than rounding."""
         return [path for path, start, A in self._fixed() if distance(start, A) > 1]
 
     def warn_of_changed_A(self) -> None:
@@ -244,7 +240,6 @@ class MiloraMixin(PeftModel):
         return base  # type: ignore[no-any-return]
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter as PEFT does, with its metadata."""
         super().delete_adapter(adapter_name)
         self.sidecars.pop(adapter_name, None)
         for module in self.modules():
@@ -252,7 +247,6 @@ class MiloraMixin(PeftModel):
                 set_variant(module, adapter_name, None)  # PEFT before 0.19 keeps it
 
     def remember(self, adapter_name: str, sidecar: Sidecar) -> None:
-        """Store the metadata of an adapter. The attributes named `milora_...` describe the first adapter."""
         self.sidecars[adapter_name] = sidecar
         if next(iter(self.sidecars)) == adapter_name:
             self.milora_targets = list(sidecar.targets)

@@ -19,7 +19,6 @@ from torch import Tensor
 from milora_vl.core.adapter.anchored import factors, has_anchor
 from milora_vl.core.adapter.apply import apply_milora
 from milora_vl.core.adapter.folders import PREFIX, AdapterError
-from milora_vl.core.adapter.initialize import Progress
 from milora_vl.core.adapter.lora import lora_layer
 from milora_vl.core.adapter.peft_model import MiloraMixin, restore
 from milora_vl.core.adapter.sidecar import FILE_NAME, fitted, read_sidecar, require_trainable, stored_tensors
@@ -40,7 +39,7 @@ def reinit_peft(
     *,
     protect: float | None = None,
     calibration: Calibration | None = None,
-    progress: Progress = False,
+    progress: bool = False,
 ) -> Any:
     """Return a PeftModel whose LoRA starts from singular components of the base weights. Use only the returned model.
 
@@ -70,7 +69,7 @@ def reinit_peft(
     if (METHODS[method].protect if protect is None else protect) and calibration is None:
         message = f"method {method} protects the inputs of ordinary text, which needs calibration batches"
         hint = "pass  calibration=calibration_texts(model)  or batches of your own, or  protect=0"
-        raise CalibrationError(message, code="calibration-missing", where="calibration", hint=hint)
+        raise CalibrationError(message, where="calibration", hint=hint)
     rules = [_rule(path, layer, adapter, method, protect) for path, layer in layers.items()]
     base = peft_model.unload()
     vars(base).pop("peft_config", None)  # older versions of PEFT leave it
@@ -90,7 +89,7 @@ def restore_split(peft_model: PeftModel, folder: str | Path, *, allow_base_misma
     saved = read_sidecar(Path(folder))
     if saved is None:
         message, hint = f"has no {FILE_NAME}: this is a plain LoRA without an anchor", "train it without restore_split"
-        raise AdapterError(message, code="adapter-plain-lora", where=str(folder), hint=hint)
+        raise AdapterError(message, where=str(folder), hint=hint)
     require_trainable(Path(folder), saved, is_trainable=True)
     sidecar = fitted(peft_model, saved, allow_base_mismatch=allow_base_mismatch)
     stored = stored_tensors(Path(folder))

@@ -117,7 +117,6 @@ def _load_stock(base: nn.Module, folder: Path, is_trainable: bool) -> PeftModel:
 
 
 def require_adapter_files(folder: Path) -> None:
-    """Raise AdapterError unless the folder contains the files of an adapter, with a config that imports no code."""
     problem = not_a_folder(folder)
     if problem is not None:
         raise AdapterError(problems=[problem])
@@ -125,11 +124,9 @@ def require_adapter_files(folder: Path) -> None:
     if CONFIG not in names or not set(ADAPTER_FILES) & set(names):
         missing = CONFIG if CONFIG not in names else ADAPTER_FILES[0]
         newest = newest_checkpoint(folder)
-        raise AdapterError(
-            f"the folder contains no adapter: {missing} is missing, found {', '.join(names[:6]) or 'nothing'}",
-            where=str(folder),
-            hint=f"did you mean {newest}? It is the newest checkpoint there." if newest else "",
-        )
+        message = f"the folder contains no adapter: {missing} is missing, found {', '.join(names[:6]) or 'nothing'}"
+        hint = f"did you mean {newest}? It is the newest checkpoint there." if newest else ""
+        raise AdapterError(message, where=str(folder), hint=hint)
     file = str(folder / CONFIG)
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
@@ -165,7 +162,7 @@ def _load_renamed(
     if expected != state.keys():
         wrong = sorted(expected ^ state.keys())
         message, hint = f"the weights do not match {FILE_NAME}: {wrong[0]} ({len(wrong)} differ)", RESTORE
-        raise AdapterError(message, code="adapter-missing-weights", where=str(folder), hint=hint)
+        raise AdapterError(message, where=str(folder), hint=hint)
     set_peft_model_state_dict(model, state)
     if not is_trainable:
         model.eval()

@@ -79,7 +79,6 @@ class Sidecar:
 
     @property
     def ranks(self) -> dict[str, int]:
-        """Return the rank r of every module that has an anchor, by path."""
         return {t.path: t.rank for t in self.targets if t.has_anchor and t.rank is not None}
 
     def write(self, folder: Path, anchors: Mapping[str, Tensor]) -> None:
@@ -98,12 +97,9 @@ class Sidecar:
         stored = load_file(file) if file.is_file() else {}
         missing = [name for name in self.anchors if name not in stored]
         if missing:
-            raise AdapterError(
-                f"lacks the anchor of {missing[0]}, which {FILE_NAME} lists ({len(missing):,} are missing)",
-                code="adapter-missing-weights",
-                where=str(file),
-                hint=RESTORE,
-            )
+            message = f"lacks the anchor of {missing[0]}, which {FILE_NAME} lists ({len(missing):,} are missing)"
+            hint = RESTORE
+            raise AdapterError(message, where=str(file), hint=hint)
         path_of = {name: path for path, name in self.names.items()}
         return {path_of[name]: stored[name] for name in self.anchors}
 
@@ -219,7 +215,6 @@ def locate(sidecar: Sidecar, model_names: Mapping[str, str]) -> Sidecar:
 
 
 def new_paths(saved: Sidecar, here: Sidecar) -> dict[str, str]:
-    """Map the path of each module in the file to its path in the model, for `here`, which `locate` returned."""
     return {old.path: new.path for old, new in zip(saved.targets, here.targets, strict=True)}
 
 
@@ -276,7 +271,7 @@ def require_same_kind(folder: Path, saved: Sidecar | None, expected: Sidecar) ->
     hint = "load it under another adapter name, or into the base model"
     if saved is None:
         message = f"has no {FILE_NAME}: a plain LoRA would replace the anchor of this adapter"
-        raise AdapterError(message, code="adapter-plain-lora", where=str(folder), hint=hint)
+        raise AdapterError(message, where=str(folder), hint=hint)
     saved_ranks = {saved.names[path]: rank for path, rank in saved.ranks.items()}
     ranks = {expected.names[path]: rank for path, rank in expected.ranks.items()}
     differ = sorted(name for name in saved_ranks | ranks if saved_ranks.get(name) != ranks.get(name))

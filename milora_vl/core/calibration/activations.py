@@ -76,12 +76,9 @@ def require_calibration(targets: Sequence[Target], calibration: Calibration | No
         hint = "add  protect: 0.95  to a rule, or remove the calibration"
         raise CalibrationError(message, where="calibration", hint=hint)
     if wanted is not None and calibration is None:
-        raise CalibrationError(
-            f"{wanted.path} protects {wanted.protect:.0%} of its inputs, which needs calibration batches",
-            code="calibration-missing",
-            where="calibration",
-            hint="pass  calibration=calibration_texts(model)  or batches of your own, or set  protect: 0",
-        )
+        message = f"{wanted.path} protects {wanted.protect:.0%} of its inputs, which needs calibration batches"
+        hint = "pass  calibration=calibration_texts(model)  or batches of your own, or set  protect: 0"
+        raise CalibrationError(message, where="calibration", hint=hint)
     for batches in () if calibration is None else sources_of(calibration):
         rows: Any = batches if isinstance(batches, Sequence) else ()
         wrong = next((row for row in rows if not isinstance(row, Mapping)), None if rows is batches else batches)
@@ -246,7 +243,6 @@ def _with_positions(model: nn.Module, batches: Batches) -> list[tuple[Batch, Ten
 
 
 def _count(source: Sequence[tuple[Batch, Tensor | None]]) -> int:
-    """Return the number of positions of a source that count, where they are known."""
     return sum(int((positions > 0).sum()) for _, positions in source if positions is not None)
 
 

@@ -142,14 +142,13 @@ def positions_of(batches: Sequence[Mapping[str, Any]], image_token: int | None) 
             "the calibration has no tokens that count",
             "pass batches with input_ids; padding does not count",
         )
-        raise CalibrationError(message, code="calibration-empty", where="calibration", hint=hint)
+        raise CalibrationError(message, where="calibration", hint=hint)
     kinds = sum(number > 0 for number in numbers)
     scales = [sum(numbers) / (kinds * number) if number else 0.0 for number in numbers]
     return [None if mask is None else mask[0] * scales[0] + mask[1] * scales[1] for mask in masks]
 
 
 def _masks(batch: Mapping[str, Any], image_token: int | None) -> tuple[Tensor, Tensor] | None:
-    """Return the masks of text and of pictures, each (rows, length)."""
     ids = batch.get("input_ids")
     if not isinstance(ids, Tensor):
         return None

@@ -50,7 +50,7 @@ def text_ends(model: Any) -> tuple[int, int]:
     if not hasattr(model, "generate") or end is None or is_encoder_decoder(model):
         message = f"a {type(model).__name__} cannot write calibration texts"
         hint = "pass calibration batches of your own text"
-        raise CalibrationError(message, code="calibration-cannot-generate", where="calibration", hint=hint)
+        raise CalibrationError(message, where="calibration", hint=hint)
     start = config.bos_token_id
     return (end if start is None else start), end
 
@@ -124,7 +124,6 @@ class _Draw(LogitsProcessor):
 
 
 def _ended(ids: Sequence[int], end: int) -> list[int]:
-    """Return the ids up to and including the first generated EOS."""
     generated = list(ids[1:])
     return [ids[0], *(generated[: generated.index(end) + 1] if end in generated else generated)]
 

@@ -233,18 +233,15 @@ def _collect(rules: Sequence[Rule], selector: Selector, problems: list[Problem])
         methods = {plans[path].fields["method"] for path in paths if "method" in plans[path].fields}
         for method, name in product(sorted(methods), named):
             if not _is_used(method, name):
-                where, hint = Key(("policy", number, name)), _to_use(name)
+                using = ", ".join(method for method, row in METHODS.items() if name in row.fields)
+                where = Key(("policy", number, name))
+                hint = f"remove {name} from the rule" + (f", or use a method that has it: {using}" if using else "")
                 problems.append(Problem(f"method {method} cannot use it", "policy-unused-field", where, hint))
     return plans
 
 
 def _is_used(method: str, name: str) -> bool:
     return name == "method" or name in METHODS[method].fields
-
-
-def _to_use(name: str) -> str:
-    using = [method for method, row in METHODS.items() if name in row.fields]
-    return f"remove {name} from the rule" + (f", or use a method that has it: {', '.join(using)}" if using else "")
 
 
 def _without_method(plans: dict[str, _Plan], rules: Sequence[Rule]) -> list[Problem]:
@@ -274,15 +271,14 @@ def _resolve_targets(plans: dict[str, _Plan], selector: Selector, problems: list
         except PolicyError as error:
             for problem in error.problems:
                 paths_of_problem[problem.inside("policy", plans[path].rules[-1])].append(path)
-    smallest: dict[str | Key, int] = {}  # a rule has one rank for matrices of several shapes
-    for problem in paths_of_problem:
-        if isinstance(problem, RankTooLarge):
-            smallest[problem.where] = min(smallest.get(problem.where, problem.largest), problem.largest)
+    too_large = [problem for problem in paths_of_problem if isinstance(problem, RankTooLarge)]
+    # A rule has one rank for matrices of several shapes: the smallest of them represents all.
+    smallest: dict[str | Key, Problem] = {}
+    for largest in sorted(too_large, key=lambda problem: problem.largest):
+        smallest.setdefault(largest.where, largest)
     for problem, paths in paths_of_problem.items():
-        if isinstance(problem, RankTooLarge):
-            if problem.largest != smallest[problem.where]:
-                continue
-            smallest[problem.where] = 0  # one of its shapes represents all
+        if problem in too_large and problem is not smallest[problem.where]:
+            continue
         more = f" and {len(paths) - 2:,} more" if len(paths) > 2 else ""
         problems.append(replace(problem, message=f"{problem.message}: {', '.join(paths[:2])}{more}"))
     return resolved
@@ -360,7 +356,6 @@ def _shared_weights(model: nn.Module, targets: Sequence[Target]) -> list[Problem
 
 
 def _warn_of_experts(selector: Selector, targets: Sequence[Target]) -> None:
-    """Warn about mixtures of experts whose weights are one 3-D parameter, which adapters do not support."""
     towers = selector.towers
     blocks = {(t.tower, towers.block_of(t.path)) for t in targets}
     experts = [path for path in selector.experts() if (towers.tower_of(path), towers.block_of(path)) in blocks]

@@ -147,7 +147,6 @@ class Rule(RulePart):
     weight_decay: Number | None = Field(default=None, ge=0, description="a number from 0")
 
     def named_fields(self) -> dict[str, Any]:
-        """Return the fields this rule sets, without `modules`."""
         return {name: value for name, value in self if name != "modules" and value is not None}
 
     def in_force(self) -> dict[str, Any]:
@@ -175,7 +174,6 @@ class Target:
     weight_decay: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all fields as the values of JSON."""
         sigma = self.sigma if isinstance(self.sigma, str) else self.sigma.model_dump()
         return {**asdict(self), "sigma": sigma}
 
@@ -193,7 +191,6 @@ class Target:
 
     @property
     def is_decomposed(self) -> bool:
-        """Return True if the adapter starts from factors of its weight."""
         return self.part is not None
 
     @property

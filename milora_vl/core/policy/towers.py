@@ -128,7 +128,6 @@ class Towers:
         return "attention" if _ATTENTION.search(self.inside_block(path)) else "mlp"
 
     def inside_block(self, path: str) -> str:
-        """Return the path of a layer within its block: `self_attn.q_proj`."""
         return path.removeprefix(f"{self._stack_of(path)}.").partition(".")[2]
 
     def canonical(self, path: str) -> str:

@@ -11,14 +11,12 @@ from torch import Tensor, nn
 
 
 def rank_and_world_size() -> tuple[int, int]:
-    """Return the rank of this process and the number of processes: (0, 1) without torch.distributed."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
 
 def gather(value: Any) -> list[Any]:
-    """Return the values of all processes, by rank. They must be small and picklable."""
     _, processes = rank_and_world_size()
     if processes == 1:
         return [value]
@@ -30,7 +28,6 @@ def gather(value: Any) -> list[Any]:
 def broadcast(
     tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, owner: int
 ) -> Tensor:
-    """Return the tensor of process `owner` in every process, with identical bits. Other processes pass None."""
     rank, processes = rank_and_world_size()
     if processes == 1:
         assert tensor is not None

@@ -117,7 +117,6 @@ def cached_singular_values(W: Tensor, folder: Path | None) -> Tensor:
 
 
 def read_cached(folder: Path, name: str) -> tuple[dict[str, Tensor], dict[str, str]] | None:
-    """Return the tensors and the metadata of an entry of a cache; None if it is missing or damaged."""
     try:
         with safe_open(folder / f"{name}.safetensors", framework="pt") as stored:
             return {key: stored.get_tensor(key) for key in list(stored.keys())}, stored.metadata() or {}
@@ -126,7 +125,6 @@ def read_cached(folder: Path, name: str) -> tuple[dict[str, Tensor], dict[str, s
 
 
 def write_cached(folder: Path, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Add an entry to a cache atomically. Warns if it cannot be written."""
     try:
         with atomic_file(folder / f"{name}.safetensors") as part:
             save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, part, metadata=dict(metadata))

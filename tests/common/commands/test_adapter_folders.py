@@ -11,7 +11,7 @@ import pytest
 from milora_eval.answers.target import eval_target
 from milora_vl import export
 from milora_vl.chat import command as chat
-from milora_vl.core.adapter.folders import base_of, require_adapter
+from milora_vl.core.adapter.folders import base_of
 from milora_vl.forgetting import __main__ as forgetting
 from support.problems import raises_code
 
@@ -43,13 +43,6 @@ def test_every_command_says_the_same_about_a_missing_adapter(command: str, adapt
     (adapter.parent / "empty").mkdir()
     with raises_code("adapter-missing", "", "no adapter in this folder", "found nothing; expected a folder with"):
         COMMANDS[command](adapter.parent / "empty")
-
-
-def test_the_adapters_beside_a_missing_one_are_named(adapter: Path) -> None:
-    with raises_code("adapter-no-folder", "--adapter", "no such adapter folder", f"adapters there: {adapter}"):
-        require_adapter(adapter.parent / "quite-another", "--adapter", "milora_vl.chat")
-    with raises_code("adapter-missing", "--adapter", "no adapter", f"use one of its subfolders:  {adapter}"):
-        require_adapter(adapter.parent, "--adapter", "milora_vl.chat")
 
 
 def test_a_relative_base_is_found_from_every_folder(

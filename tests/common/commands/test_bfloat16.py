@@ -11,13 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from milora_data.records.record import Turn
 from milora_eval.__main__ import main as evaluate
-from milora_vl import chat
-from milora_vl.demo import seconds_of_full_demo
-from milora_vl.forgetting.__main__ import main as measure
-from milora_vl.interop.load_model import load_model
-from milora_vl.models.generate import Prompt, generate
 from milora_vl.train import main as train
 from support.drawn import write_tiny_data
 from support.eval_questions import write_questions
@@ -26,7 +20,6 @@ from support.train_runs import losses, read_json, training
 
 pytestmark = pytest.mark.usefixtures("bfloat16_is_fastest")
 LARGE_STEPS = ("--rank", "4", "--learning_rate", "1e-2", "--max_steps", "2")  # beside them, rounding is small
-FASTEST = ("--dtype", "fastest", "--device", "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -63,26 +56,3 @@ def test_an_evaluation_in_it_measures_nearly_what_float32_does(run: Path, tmp_pa
     assert kl["fastest"] != kl["float32"]
     assert kl["fastest"] == pytest.approx(kl["float32"], rel=0.1)
     assert sum(map(str.__eq__, *answers.values())) >= 3
-
-
-def test_chat_generates_what_an_evaluation_gets(run: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    picture = data / "images" / "0.png"
-    words = ["--model", "tiny", "--adapter", str(run), "--image", str(picture), "--max_new_tokens", "8", *FASTEST]
-    assert chat.main([*words, "What is it?"]) == 0
-    model, processor = load_model("tiny", adapter=run, dtype=torch.bfloat16)
-    prompt = Prompt((Turn("user", "<image>\nWhat is it?"),), (picture,))
-    assert capsys.readouterr().out == generate(model, processor, [prompt], max_new_tokens=8)[0] + "\n"
-
-
-def test_forgetting_is_measured_on_all_three(run: Path, tmp_path: Path) -> None:
-    target = ("--model", "tiny", "--adapter", str(run), "--output_dir", str(tmp_path))
-    assert measure([*target, "--num_tokens", "300", "--limit", "4", *FASTEST]) == 0
-    found = read_json(tmp_path, "forgetting.json")
-    assert all(found[probe]["kl"] > 0 for probe in ("text", "samples", "pictures"))
-
-
-def test_the_demo_measures_how_fast_the_machine_multiplies_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    dtypes, ones = [], torch.ones  # of small matrices: where bfloat16 is emulated, large ones take seconds
-    monkeypatch.setattr(torch, "ones", lambda *_, dtype, **where: dtypes.append(dtype) or ones(8, 8, dtype=dtype))
-    assert isfinite(seconds_of_full_demo())
-    assert dtypes == [torch.bfloat16]

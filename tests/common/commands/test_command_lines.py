@@ -8,8 +8,6 @@ import json
 import os
 import shlex
 import shutil
-import subprocess
-import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -96,32 +94,6 @@ def needed_arguments(parser: CommandParser) -> list[str]:
     for group in parser._mutually_exclusive_groups:
         needed += [group._group_actions[0].option_strings[0], "x"] if group.required else []
     return needed
-
-
-def test_only_the_flags_are_unknown_not_the_words_beside_them() -> None:
-    with pytest.raises(UserError) as error:
-        main(["chat", "--model", "tiny", "--temperature", "-1", "--tempalte", "plain", "hi"])
-    assert [problem.where for problem in error.value.problems] == ["--temperature", "--tempalte"]
-    assert {problem.code for problem in error.value.problems} == {"command-line"}
-    assert "did you mean --template?" in error.value.problems[1].hint
-
-
-def test_a_negative_number_with_an_exponent_is_a_value() -> None:
-    parser = CommandParser("x", exit_on_error=False)
-    parser.add_argument("--rate", type=float)
-    assert parser.parse_args(["--rate", "-1e-3"]).rate == -0.001
-    assert parser.parse_args(["--rate", "-.5E+1"]).rate == -5.0
-
-
-def test_a_word_that_is_no_choice_is_helped() -> None:
-    with raises_code("command-line", where="--from", message="'foldr'", hint="did you mean folder?"):
-        main(["data", "convert", "--from", "foldr", "x", "--output_dir", "y"])
-
-
-@pytest.mark.parametrize(("typed", "meant"), [("tarin", "train"), ("view", "eval view"), ("show", "data show")])
-def test_a_mistyped_program_is_helped(typed: str, meant: str) -> None:
-    with raises_code("command-unknown", message=typed, hint=f"did you mean {meant}?"):
-        main([typed])
 
 
 def test_one_list_names_every_program(capsys: pytest.CaptureFixture[str]) -> None:
@@ -234,26 +206,6 @@ def test_a_normal_session_says_what_is_next_and_nothing_of_our_dependencies(tiny
     assert trained["results"]["train_loss"] > 0
     assert set(chat) == {"question", "base", "answer", "truncated"}
     assert exported["form"] == "merged"
-
-
-def test_our_warnings_are_lines_like_those_of_a_run() -> None:
-    script = (
-        "import logging, warnings\nfrom milora_vl.common.cli.command_line import run\n"
-        "def main(argv):\n"
-        "    logging.getLogger('milora_data.batches.image_text_collator').warning('a.png is left out')\n"
-        "    warnings.warn_explicit('two layers protect nothing', UserWarning, 'a.py', 1, module='milora_vl.core')\n"
-        "    return 0\n"
-        "run(main)"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.stderr == "warning: a.png is left out\nwarning: two layers protect nothing\n"
-
-
-def test_a_letter_that_the_terminal_cannot_print_is_escaped() -> None:
-    script = "from milora_vl.common.cli.command_line import run; run(lambda _: print('1 \\u00b1 2') or 0)"
-    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
-    assert (done.stdout, done.stderr) == ("1 \\xb1 2\n", "")
 
 
 @pytest.mark.parametrize(

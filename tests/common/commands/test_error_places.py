@@ -15,7 +15,6 @@ from milora_vl.common.errors import UserError
 from milora_vl.compose.__main__ import main as compose
 from milora_vl.forgetting.__main__ import main as forgetting
 from milora_vl.report.__main__ import main as report
-from milora_vl.sweep.__main__ import main as sweep
 from milora_vl.train import main as train
 from support.problems import raises_code
 
@@ -93,28 +92,3 @@ def test_the_hub_is_not_waited_for_without_a_network(monkeypatch: pytest.MonkeyP
     pytest.importorskip("timm")
     with raises_code("model-not-available", "timm/vit_tiny_patch16_224", hint="--vision_weights"):
         compose("--vision timm/vit_tiny_patch16_224 --language tiny-text --output_dir out".split())
-
-
-def test_a_repair_is_offered_only_if_a_record_is_usable(capsys: pytest.CaptureFixture[str]) -> None:
-    assert data(["check", "cut.json"]) == 1
-    assert "--fix" not in capsys.readouterr().err
-    turns = '"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hi."}]'
-    Path("cut.json").write_text(f'[{{"id": "0", {turns}}},\n{{"id": "1", "conv')
-    assert data(["check", "cut.json"]) == 1
-    assert "check cut.json --fix OUT.json" in capsys.readouterr().err
-
-
-def test_a_cell_that_cannot_run_keeps_the_codes_of_its_problems(folder: Path) -> None:
-    (folder / "sweep.yaml").write_text(
-        "model: tiny\ndata: {path: train.json, eval_path: nope.json, image_aspect_ratio: anyres}\n"
-        "policy: [{modules: language, method: milora, protect: 0, rank: 4}]\nsweep: {suite: gsm8k, data: img}\n"
-    )
-    (folder / "img" / "gsm8k").mkdir()
-    (folder / "img" / "gsm8k" / "test.jsonl").write_text('{"question": "1?", "answer": "#### 1"}\n')
-    with pytest.raises(UserError) as error:
-        sweep("--recipe sweep.yaml --methods milora --lrs 1e-3 --output_dir out --plan".split())
-    assert [problem.code for problem in error.value.problems] == [
-        "sweep-cell-cannot-run",
-        "image-aspect-ratio",
-    ]
-    assert "milora-lr0.001-seed42.yaml" in str(error.value.problems[1].where)

@@ -6,14 +6,11 @@ import copy
 import inspect
 from typing import Any
 
-import pytest
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, dataloader
 
 from milora_vl.common.compat.torch import (
-    FailedBatch,
     OwnState,
     after_operations,
     call_on_plain_tensors,
@@ -87,15 +84,6 @@ def test_a_module_writes_and_reads_its_own_names() -> None:
     assert list(model.state_dict()) == ["0.outside"]
     model.load_state_dict({"0.outside": torch.ones(2)})
     assert model[0].inside.tolist() == [1, 1]
-
-
-def test_a_loader_raises_the_error_of_a_failed_batch() -> None:
-    def fails(_: object) -> FailedBatch:
-        return FailedBatch(KeyError("as it is"))
-
-    assert "ExceptionWrapper" in inspect.getsource(dataloader)
-    with pytest.raises(KeyError, match="as it is"):
-        next(iter(DataLoader([1], num_workers=1, collate_fn=fails)))
 
 
 def test_operations_without_data_are_seen_with_their_sizes() -> None:

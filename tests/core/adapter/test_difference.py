@@ -11,14 +11,10 @@ from milora_vl.core.adapter.anchored import (
     DifferenceFactor,
     DifferenceLinear,
     join,
-    joined_state,
-    lossless,
     multiply_down,
     multiply_up,
     recover,
 )
-from milora_vl.core.adapter.apply import apply_milora
-from support.adapter_cases import Pictures, move
 
 
 def pair(
@@ -106,17 +102,6 @@ def test_only_the_difference_is_a_parameter_and_learns() -> None:
     assert torch.equal(A.anchor, before)
 
 
-def test_weight_decay_pulls_towards_no_update() -> None:
-    A, B = pair(moved=1.0)
-    optimizer = torch.optim.AdamW([*A.parameters(), *B.parameters()], lr=0.5, weight_decay=1.0)
-    before = update(A, B).norm()
-    for _ in range(20):
-        for parameter in (A.delta, B.delta):
-            parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()
-    assert update(A, B).norm() < 1e-5 * before
-
-
 def test_state_dicts_hold_the_joined_weight_and_load_it_back() -> None:
     (A, B), (other_A, other_B) = pair(moved=1.0), pair()
     for factor, other in ((A, other_A), (B, other_B)):
@@ -129,16 +114,6 @@ def test_state_dicts_hold_the_joined_weight_and_load_it_back() -> None:
     nn.Linear(8, 6, bias=False).load_state_dict(A.state_dict())
 
 
-def test_raw_names_load_too() -> None:
-    A, B = pair(moved=1.0)
-    A.load_state_dict({"delta": torch.ones(3, 8), "anchor": torch.zeros(3, 8)})
-    assert A.delta.eq(1).all()
-    assert A.anchor.eq(0).all()
-    exact = torch.randn(6, 3)
-    B.load_state_dict({"weight": join(torch.ones(6, 3), exact, 1), "anchor": exact})
-    assert torch.equal(B.anchor, exact)
-
-
 def test_the_start_of_b_comes_back_by_rounding_or_is_kept_in_float32() -> None:
     generator = torch.Generator().manual_seed(0)
     B0 = torch.randn(200, 30, generator=generator)
@@ -149,41 +124,6 @@ def test_the_start_of_b_comes_back_by_rounding_or_is_kept_in_float32() -> None:
     found = recover(B0 + E, E, torch.bfloat16)
     assert found.dtype == torch.float32
     assert torch.allclose(found, B0, atol=1e-6)
-
-
-def test_without_elements_the_raw_names_stay_and_the_weight_still_has_a_dtype() -> None:
-    """As ZeRO-3 leaves a partitioned parameter outside forward."""
-    A, _ = pair()
-    A.delta.data = torch.empty(0)
-    assert list(A.state_dict()) == ["delta", "anchor"]
-    assert A.weight.dtype == torch.float32
-
-
-@pytest.mark.parametrize(
-    ("shape", "message"), [((4, 8), "rank 2, this model's has rank 3"), ((6, 9), r"shape \(6, 9\), expected \(6, 8\)")]
-)
-def test_a_weight_that_does_not_fit_is_explained_in_ranks(shape: tuple[int, int], message: str) -> None:
-    A, _ = pair()
-    with pytest.raises(RuntimeError, match=message):
-        A.load_state_dict({"weight": torch.zeros(shape)})
-
-
-def test_missing_and_unexpected_keys_carry_stock_names() -> None:
-    A, _ = pair()
-    result = A.load_state_dict({"other": torch.zeros(1)}, strict=False)
-    assert result.missing_keys == ["weight"]
-    assert result.unexpected_keys == ["other"]
-
-
-def test_anchors_keep_a_narrow_dtype_only_where_nothing_is_lost() -> None:
-    A, _ = pair(dtype=torch.bfloat16)
-    A.load_state_dict(A.state_dict())
-    assert A.anchor.dtype == torch.bfloat16
-    third = torch.full((6, 8), 1 / 3)
-    A.load_state_dict({"weight": third})
-    assert A.anchor.dtype == torch.float32
-    assert torch.equal(A.anchor, third[3:])
-    assert lossless(torch.tensor([0.5]), torch.bfloat16).dtype == torch.bfloat16
 
 
 def case(dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -233,18 +173,3 @@ def test_between_forward_and_backward_only_inputs_are_kept() -> None:
         hidden = multiply_down(x, D, A0)
         multiply_up(hidden, E, B0)
     assert sorted(kept) == sorted(t.shape for t in (x, D, A0, hidden, E, B0))
-
-
-EVERY_KIND = [{"modules": "*", "method": "milora", "protect": 0, "rank": 2}, {"modules": "words", "method": "lora"}]
-
-
-@pytest.mark.parametrize("prefix", ["", "_forward_module."])
-def test_raw_names_of_a_gathered_state_are_joined(prefix: str) -> None:
-    """DeepSpeed and FSDP1 gather parameters and buffers by their own names."""
-    model = apply_milora(Pictures(), EVERY_KIND)
-    move(model)
-    raw = {prefix + name: t.detach() for name, t in (*model.named_parameters(), *model.named_buffers())}
-    joined = joined_state(raw)
-    expected = {prefix + name: t for name, t in model.state_dict().items()}
-    assert joined.keys() == expected.keys()
-    assert all(torch.equal(joined[name], expected[name]) for name in expected)

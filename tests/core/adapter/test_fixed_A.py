@@ -16,10 +16,8 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from milora_vl import apply_milora, load_adapter, merge, restore_split, save_adapter
-from milora_vl.core.adapter.fixed_a import ROW_LENGTH, fixed_factors, off_inputs, overlap
+from milora_vl.core.adapter.fixed_a import ROW_LENGTH, off_inputs, overlap
 from milora_vl.core.adapter.lora import lora_layer
-from milora_vl.core.calibration.bases import InputBasis, ProtectedInputs
-from milora_vl.core.policy import Policy
 from support.adapter_cases import Pictures, Tokens, one_rule, picture_batch, tiny_gpt2, token_batch
 from support.calibrated import directions, leaks, llava_batches, picture_batches, text_batches
 from support.problems import raises_code, raises_problem
@@ -200,20 +198,6 @@ def test_hf_trainer_protects_and_resumes_without_a_call_of_ours(tiny_llama, tmp_
     assert max(leaks(again, protected)) < 1e-5
 
 
-def test_trl_protects_without_a_call_of_ours(tiny_llama, tmp_path: Path) -> None:
-    trl = pytest.importorskip("trl")
-    datasets = pytest.importorskip("datasets")
-    base, tokenizer = tiny_llama()
-    protected = directions(base, protecting(), TEXT)
-    rows = datasets.Dataset.from_list([{"prompt": "a b", "chosen": f"c {i}", "rejected": "d"} for i in range(8)])
-    model = apply_milora(base, protecting(), calibration=TEXT)
-    # DPO copies the adapter for its reference, so a second A appears.
-    args = trl.DPOConfig(**settings_of(tmp_path, max_steps=2, per_device_train_batch_size=2))
-    trl.DPOTrainer(model, args=args, train_dataset=rows, processing_class=tokenizer).train()
-    assert max(leaks(model, protected)) < 1e-5
-    assert any(p.any() for name, p in model.named_parameters() if "lora_B.default" in name)
-
-
 def test_other_ways_to_continue_protect_as_well(tiny_llama, tmp_path: Path) -> None:
     protected = directions(tiny_llama()[0], protecting(), TEXT)
     model = apply_milora(tiny_llama()[0], protecting(), calibration=TEXT)
@@ -246,20 +230,6 @@ def test_an_a_that_a_stock_trainer_has_trained_is_noticed(tiny_llama, tmp_path: 
     model.get_buffer(f"base_model.model.{Q}.lora_A.default.weight").mul_(1.5)
     with pytest.warns(UserWarning, match="A has changed"):
         save_adapter(model, tmp_path)
-
-
-def test_an_a_in_half_precision_is_still_the_same_but_not_without_a_word(tiny_llama, tmp_path: Path) -> None:
-    """DeepSpeed before 0.19.4 converts all buffers of a model that trains in bfloat16."""
-    protected = directions(tiny_llama()[0], protecting(), TEXT)
-    model = apply_milora(tiny_llama()[0], protecting(), calibration=TEXT).to(torch.bfloat16)
-    train(model)
-    assert model.changed_A() == []
-    for dtype in (torch.bfloat16, torch.float32):
-        with pytest.warns(UserWarning, match="A was rounded to half precision"):
-            save_adapter(model.to(dtype), tmp_path / str(dtype))
-        with pytest.warns(UserWarning, match=r"rounded .* \(14 modules\)"):
-            loaded = load_adapter(tiny_llama()[0], tmp_path / str(dtype))
-        assert max(leaks(loaded, protected)) < 0.01  # the rounding of bfloat16
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -295,11 +265,3 @@ def test_rows_off_the_inputs_have_one_length_and_no_part_along_them(
     assert overlap(A, V) < 1e-5
     assert torch.allclose(A.norm(dim=1), torch.tensor(ROW_LENGTH))
     assert 0 <= kept <= 1
-
-
-def test_damaged_directions_are_noticed_before_the_first_step() -> None:
-    base = nn.Sequential(nn.Linear(6, 4))
-    targets = Policy.parse([{"modules": "0", "method": "lora", "rank": 2, "protect": 0.5}]).resolve(base)
-    V = torch.full((6, 2), 0.7)  # neither orthogonal nor of length 1
-    with raises_problem(where="0"):
-        fixed_factors(targets, {}, ProtectedInputs([InputBasis(V, torch.tensor([0.0, 0.3, 0.5]), 9)], {"0": 0}))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from typing import Any
 
 import pytest
@@ -12,9 +11,7 @@ import torch
 from peft import PeftModel
 from peft.tuners import lora
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from milora_vl.core.adapter.anchored import Difference
 from milora_vl.core.adapter.apply import apply_milora
 from milora_vl.core.adapter.lora import lora_layer
 from support.adapter_cases import move
@@ -146,61 +143,3 @@ def test_a_hook_on_lora_b_sees_the_update_alone(hook: Callable[[nn.Module], Any]
     ours = result(model, x)
     with stock_forward(model):
         torch.testing.assert_close(ours, result(model, x))
-
-
-def test_dropout_under_autocast_gets_float32() -> None:
-    """bfloat16 would round 1 / (1 - p), so all updates would be too large by the same factor."""
-    model, seen = adapted(dropout=0.05, dtype=torch.bfloat16), []
-    dropout = lora_layer(model, "first").lora_dropout["default"]
-    dropout.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
-    with torch.autocast("cpu", torch.bfloat16):
-        model.train()(batch(4).bfloat16())
-    assert seen == [torch.float32]
-
-
-@pytest.mark.parametrize("shape", [(5,), (2, 5)])
-def test_an_output_may_be_changed_in_place(shape: tuple[int, ...]) -> None:
-    """As Falcon's and networks with ReLU(inplace=True) do."""
-    model, x = adapted(), batch(*shape)
-    layer = lora_layer(model, "first")
-    layer(x).relu_().sum().backward()
-    ours = layer.lora_A["default"].delta.grad.clone()
-    model.zero_grad()
-    with stock_forward(model):
-        layer(x).relu_().sum().backward()
-    torch.testing.assert_close(ours, layer.lora_A["default"].delta.grad)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_what_selective_checkpointing_keeps_is_not_changed(dtype: torch.dtype) -> None:
-    kept = partial(create_selective_checkpoint_contexts, [torch.ops.aten.mm.default, torch.ops.aten.addmm.default])
-    model, x = adapted(dtype=dtype), batch(5).to(dtype)
-    expected = result(model, x)
-    stock = model.forward
-    model.forward = lambda x: checkpoint(stock, x, use_reentrant=False, context_fn=kept)  # type: ignore[method-assign]
-    torch.testing.assert_close(result(model, x), expected)
-
-
-def test_a_quantized_or_foreign_lora_layer_keeps_its_forward() -> None:
-    class Foreign(lora.Linear):
-        pass
-
-    model = adapted()
-    layer = lora_layer(model, "first")
-    assert type(layer) is lora.Linear
-    assert isinstance(layer.lora_variant["default"], Difference)
-    layer.__class__ = Foreign
-    model.add_adapter("again", model.peft_config["default"])
-    assert "again" not in layer.lora_variant
-
-
-def test_a_name_that_is_used_again_gets_pefts_forward() -> None:
-    model, x = adapted(), batch(5)
-    model.add_adapter("other", lora.LoraConfig(r=2, target_modules=["first"]))
-    model.delete_adapter("default")
-    model.add_adapter("default", lora.LoraConfig(r=2, target_modules=["first"], init_lora_weights=False))
-    model.set_adapter("default")
-    out = model(x)
-    assert "default" not in lora_layer(model, "first").lora_variant
-    with stock_forward(model):
-        torch.testing.assert_close(out, model(x))

@@ -12,12 +12,12 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from milora_vl.core.adapter.initialize import Initial, initialize
-from milora_vl.core.policy import Policy, PolicyError
+from milora_vl.core.policy import Policy
 from milora_vl.core.svd import decompose
 from milora_vl.core.weights.matrices import as_matrix, matrix_shape
 from milora_vl.core.weights.tensor_files import cache_key, cached_factors
 from support.adapter_cases import one_rule, tiny_gpt2
-from support.problems import raises_code, raises_problem
+from support.problems import raises_problem
 
 
 def initial(model: nn.Module, rules, **options) -> dict[str, Initial]:
@@ -92,17 +92,6 @@ def test_equal_weights_draw_different_random_components_and_the_same_again() -> 
     assert not torch.equal(first["0"].A0, first["1"].A0)
 
 
-def test_another_seed_draws_other_random_components() -> None:
-    model = nn.Sequential(nn.Linear(40, 40), nn.Linear(40, 40))
-    drawn = [initial(model, one_rule(method="random", rank=4, seed=seed)) for seed in (0, 1, 1)]
-    assert not any(torch.equal(drawn[0][path].A0, drawn[1][path].A0) for path in ("0", "1"))
-    assert torch.equal(drawn[1]["0"].A0, drawn[2]["0"].A0)
-    with raises_code(
-        "policy-unused-field", where="policy[0].seed", message="method milora cannot use it", kind=PolicyError
-    ):
-        initial(model, one_rule(rank=4, seed=1))
-
-
 @pytest.mark.parametrize(("value", "message"), [(math.nan, "0: .* 1 NaN or infinite values"), (math.inf, "0: ")])
 def test_broken_weights_are_refused_with_their_module(value: float, message: str) -> None:
     broken = W.clone()
@@ -128,37 +117,6 @@ def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path) -> None:
     with pytest.warns(UserWarning, match="is not cached in"):
         made = initial(linear(W), one_rule(), cache_dir=tmp_path / "file")
     assert torch.equal(made["0"].A0, initial(linear(W), one_rule())["0"].A0)
-
-
-def test_a_floor_that_is_zero_itself_is_warned_of() -> None:
-    low = torch.zeros(9, 9)
-    low[0, 0] = 1.0
-    with pytest.warns(UserWarning, match="1 of 1 adapters hold singular values at zero"):
-        initial(linear(low), one_rule(sigma={"floor": 0.1}))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        initial(linear(low), one_rule(sigma="none"))
-
-
-def test_lines_tell_of_every_layer(capfd) -> None:
-    initial(nn.Sequential(nn.Linear(9, 6), nn.Linear(6, 4)), one_rule(), progress="lines")
-    err = capfd.readouterr().err
-    assert "0  6x9  milora rank 2  sigma" in err
-    assert "1  4x6  milora rank 2  sigma" in err
-
-
-def test_progress_goes_to_stderr_and_only_on_request(capfd, monkeypatch) -> None:
-    monkeypatch.setattr("milora_vl.common.progress.INTERVAL", 0.0)  # a log file has no lines of what ends sooner
-    initial(linear(W), one_rule())
-    assert capfd.readouterr() == ("", "")
-    initial(linear(W), one_rule(), progress=True)
-    out, err = capfd.readouterr()
-    assert out == ""
-    assert "decomposing" in err
-    assert "1/1 matrices [" in err
-    two = nn.Sequential(nn.Linear(9, 6), nn.Linear(6, 4))
-    initial(two, one_rule(), progress=True)
-    assert "2/2 matrices [" in capfd.readouterr().err
 
 
 def test_factors_come_back_as_they_were_and_a_damaged_entry_is_made_again(tmp_path: Path) -> None:

@@ -10,12 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig
-from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 from safetensors.torch import load_file
 from torch import nn
 
-from milora_vl import apply_milora, load_adapter, save_adapter
-from milora_vl.core.adapter.anchored import has_anchor, joined_state
+from milora_vl import apply_milora, save_adapter
+from milora_vl.core.adapter.anchored import has_anchor
 from milora_vl.core.adapter.lora import lora_layer
 from support.adapter_cases import LLAVA_POLICY, anchors, llava_batch, move, one_rule, token_batch, train_steps
 from support.problems import raises_code, raises_problem
@@ -109,18 +108,13 @@ def test_loading_into_the_adapter_of_the_same_name_puts_difference_and_anchor_ba
 def test_what_would_replace_the_anchor_is_refused(model, tiny_llama, tmp_path: Path) -> None:
     save_adapter(model, tmp_path / "ours")
     (tmp_path / "ours" / "milora.json").unlink()
-    with raises_code("adapter-plain-lora"):
+    with raises_code("", says="milora.json"):
         model.load_adapter(str(tmp_path / "ours"), "default", is_trainable=True)
     save_adapter(apply_milora(tiny_llama()[0], one_rule(rank=3)), tmp_path / "three")
     with raises_problem():
         model.load_adapter(str(tmp_path / "three"), "default")
     with raises_code("adapter-wrong-base"):
         apply_milora(tiny_llama(seed=1)[0], one_rule()).load_adapter(str(tmp_path / "three"), "second")
-
-
-def test_converting_what_needs_no_conversion_is_refused(model, tmp_path: Path) -> None:
-    with raises_problem("path_initial_model_for_weight_conversion"):
-        model.save_pretrained(str(tmp_path), path_initial_model_for_weight_conversion=str(tmp_path))
 
 
 def test_a_gathered_state_dict_with_raw_names_is_saved_joined(tiny_llava, tmp_path: Path) -> None:
@@ -136,11 +130,6 @@ def test_a_gathered_state_dict_with_raw_names_is_saved_joined(tiny_llava, tmp_pa
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert [key for key in first if "multi_modal_projector" in key]
-
-
-def test_only_the_main_process_writes(model, tmp_path: Path) -> None:
-    model.save_pretrained(str(tmp_path / "rank1"), is_main_process=False)
-    assert not list((tmp_path / "rank1").glob("*"))
 
 
 def test_saving_asks_no_hub_and_notices_a_grown_vocabulary(tiny_llama, tmp_path, monkeypatch) -> None:
@@ -188,13 +177,6 @@ def test_weight_surgery_on_the_joined_factor_is_refused(model) -> None:
     assert torch.equal(torch.zeros(4, 64).copy_(weight), read)
 
 
-def test_padding_for_compiled_hot_swaps_never_lets_the_anchor_train(model, tmp_path: Path) -> None:
-    prepare_model_for_compiled_hotswap(model, target_rank=8)
-    for use in (model.train, lambda: save_adapter(model, tmp_path)):
-        with raises_code("adapter-replaced-factors"):
-            use()
-
-
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_copies_train_on_by_themselves(model, how) -> None:
     before, twin = model(IDS).logits, how(model)
@@ -239,11 +221,3 @@ def test_an_interrupted_save_leaves_the_files_of_before(model, tmp_path: Path, m
     (tmp_path / "README.md").write_text("---\nlicense: mit\n---\nmine\n", encoding="utf-8")
     save_adapter(model, tmp_path)
     assert "mine" in (tmp_path / "README.md").read_text(encoding="utf-8")
-
-
-def test_a_state_dict_of_parameters_alone_is_saved_whole(model, tiny_llama, tmp_path: Path) -> None:
-    """As LLaVA's train.py collects it: named_parameters with `lora_` in the name, which has no anchors."""
-    state = {name: p.detach() for name, p in model.named_parameters() if "lora_" in name}
-    model.save_pretrained(str(tmp_path), state_dict=state)
-    assert torch.allclose(load_adapter(tiny_llama()[0], tmp_path)(IDS).logits, model(IDS).logits, atol=1e-6)
-    assert joined_state({}) == {}

@@ -91,7 +91,7 @@ def test_what_would_be_lost_or_wrong_is_refused(tiny_llama) -> None:
     ]:
         with raises_code("adapter-unsupported-kind", "", message):
             reinit_peft(get_peft_model(tiny_llama()[0], config(**fields)))
-    with raises_code("calibration-missing", where="calibration", hint="protect=0"):
+    with raises_code("", where="calibration", hint="protect=0"):
         reinit_peft(get_peft_model(tiny_llama()[0], config()))
     with raises_problem("", "got LlamaForCausalLM"):
         reinit_peft(tiny_llama()[0])
@@ -134,5 +134,5 @@ def test_an_anchor_that_was_trained_is_no_anchor(tiny_llama, tmp_path: Path) -> 
     with raises_code("adapter-wrong-anchor"):
         restore_split(stock, tmp_path)
     (tmp_path / "milora.json").unlink()
-    with raises_code("adapter-plain-lora"):
+    with raises_code("", message="has no milora.json"):
         restore_split(stock, tmp_path)

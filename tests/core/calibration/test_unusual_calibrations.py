@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -12,15 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers import T5Config, T5ForConditionalGeneration
 
-from milora_vl import apply_milora
 from milora_vl.core.calibration.activations import protected_inputs
 from milora_vl.core.calibration.bases import InputBasis
 from milora_vl.core.policy import Policy
-from support.adapter_cases import one_rule, token_batch
-from support.calibrated import text_batches
+from support.adapter_cases import one_rule
 from support.problems import raises_problem
 
-RULES = one_rule(rank=2, protect=0.5)
 NOISE = torch.Generator().manual_seed(0)
 
 
@@ -50,19 +46,6 @@ def calibrated(
     return {path: found.of(path) for path in found.numbers}
 
 
-@pytest.mark.parametrize("method", ["milora", "lora"])
-def test_a_base_in_float64_is_protected(tiny_llama, method: str) -> None:
-    base = tiny_llama()[0].double()
-    ids = token_batch(200)
-    rules = one_rule(method=method, protect=0.6)
-    model = apply_milora(copy.deepcopy(base), rules, calibration=text_batches(vocabulary=200))
-    assert torch.equal(model(ids).logits, base(ids).logits)
-    model(ids).logits.sum().backward()
-    single = calibrated(base.float(), text_batches(vocabulary=200), 0.6)
-    for path, found in model.milora_protection.items():
-        assert found.energy == pytest.approx(single[path].share, abs=1e-4)
-
-
 class Twice(nn.Module):
     """A layer that runs twice, as those of ALBERT run many times."""
 
@@ -85,38 +68,6 @@ def test_every_call_of_a_module_that_runs_twice_counts() -> None:
     assert share(torch.cat(seen), basis.V) == pytest.approx(basis.share, abs=0.02)
 
 
-class Experts(nn.Module):
-    """A mixture: the largest entry of a row selects one of eight experts."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.experts = nn.ModuleList(nn.Linear(16, 16) for _ in range(8))
-
-    def forward(self, x: Tensor) -> Tensor:
-        chosen = x[:, :8].argmax(dim=1)
-        answers = torch.zeros_like(x)
-        for number in chosen.unique().tolist():
-            answers[chosen == number] = self.experts[number](x[chosen == number])
-        return answers
-
-
-@pytest.mark.usefixtures("little_data")
-def test_experts_that_the_first_batch_does_not_reach_are_calibrated() -> None:
-    batches = [{"x": torch.randn(2, 16, generator=NOISE)} for _ in range(60)]
-    reached = [batch["x"][:, :8].argmax(dim=1) for batch in batches]
-    assert len(reached[0].unique()) <= 2
-    assert len(calibrated(Experts(), batches, 0.5)) == 8
-    few = [batch for batch, chosen in zip(batches, reached, strict=True) if 3 not in chosen]
-    with raises_problem(where="experts.3", message="1 of the 8", hint="more text"):
-        calibrated(Experts(), few, 0.5)
-
-
-def test_damaged_batches_that_are_held_out_are_refused() -> None:
-    damaged = [*({"input": rows()} for _ in range(7)), {"input": torch.full((8, 16), torch.nan)}]
-    with raises_problem(where="0"):
-        calibrated(nn.Sequential(nn.Linear(16, 16)), damaged)
-
-
 class Either(nn.Module):
     """A model of ids or of vectors, as a tower that two kinds of batches reach."""
 
@@ -127,20 +78,6 @@ class Either(nn.Module):
 
     def forward(self, input_ids: Tensor | None = None, x: Tensor | None = None) -> Tensor:
         return self.layer(x if input_ids is None else self.words(input_ids))
-
-
-@pytest.mark.usefixtures("little_data")
-def test_a_position_without_ids_weighs_as_much_as_one_with_ids() -> None:
-    model = Either()
-    nn.init.zeros_(model.words.weight)
-    model.words.weight.data[:, 0] = 1.0  # along the first direction; the batches without ids along the second
-    vectors = torch.zeros(1, 3, 16)
-    vectors[..., 1] = 1.0
-    batches = [{"input_ids": torch.ones(1, 8, dtype=torch.long)}, {"x": vectors}]
-    basis = calibrated(model, batches, 0.5, "layer")["layer"]
-    assert basis.num_directions == 1
-    assert basis.V[0].abs() == pytest.approx(1.0)
-    assert basis.share == pytest.approx(8 / 11), "eight positions of eleven"
 
 
 @pytest.mark.parametrize(("share", "held", "directions"), [(0.6, 19 / 29, [1]), (0.7, 1.0, [1, 0])])

@@ -10,10 +10,9 @@ import pytest
 from torch import nn
 
 from milora_vl import apply_milora
-from milora_vl.common.errors import Problem, UserError
+from milora_vl.common.errors import Problem
 from milora_vl.core.policy import FloorSigma, Policy, PolicyError, Rule
 from milora_vl.core.policy.rules import METHODS
-from milora_vl.train.recipe import Recipe
 from support.adapter_cases import one_rule
 from support.problems import raises_code, raises_problem
 
@@ -89,26 +88,6 @@ def test_what_is_no_policy_is_refused(source, code: str, message: str) -> None:
         Policy.parse(source)
 
 
-def test_a_rule_has_the_same_errors_in_python_in_apply_milora_and_in_a_recipe() -> None:
-    wrong = {"modules": "language", "method": "mlora", "rnk": 4, "protect": 2, "alpha": 0}
-    found = problems([wrong])
-    assert {(str(problem.where), problem.code) for problem in found} == {
-        ("policy[0].method", "policy-value"),
-        ("policy[0].rnk", "policy-unknown-key"),
-        ("policy[0].protect", "policy-value"),
-        ("policy[0].alpha", "policy-value"),
-    }
-    with pytest.raises(PolicyError) as in_python:
-        Rule(**wrong)
-    assert [problem.inside("policy", 0) for problem in in_python.value.problems] == found
-    with pytest.raises(UserError) as in_recipe:
-        Recipe.parse({"policy": [wrong]})
-    assert list(in_recipe.value.problems) == found
-    with pytest.raises(PolicyError) as applied:
-        apply_milora(nn.Sequential(nn.Linear(4, 4)), [wrong])
-    assert set(found) <= set(applied.value.problems)
-
-
 @pytest.mark.parametrize("protect", [1, -0.1, "much", {"inputs": 0.9}])
 def test_what_is_no_protection_is_refused(protect) -> None:
     with raises_problem(where="policy[0].protect", says="a share from 0, below 1", kind=PolicyError):
@@ -123,10 +102,6 @@ def test_a_later_rule_ends_the_protection_and_sigma_does_not_go_with_it(tiny_lla
     assert {target.has_fixed_A for target in targets if ".mlp." not in target.path} == {True}
     with raises_problem(where="policy[0].sigma"):
         Policy.parse(one_rule(protect=0.9, sigma="none")).resolve(tiny_llama()[0])
-
-
-def test_a_rule_names_only_the_fields_it_was_given() -> None:
-    assert Rule(modules="language", method="lora", rank=4).named_fields() == {"method": "lora", "rank": 4}
 
 
 @pytest.mark.parametrize(

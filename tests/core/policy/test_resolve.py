@@ -214,18 +214,3 @@ def test_rslora_scales_by_the_root_of_the_rank(tiny_llama, tmp_path: Path, metho
     back = load_adapter(tiny_llama()[0], tmp_path, is_trainable=True)
     assert torch.allclose(back.eval()(IDS).logits, model.eval()(IDS).logits, atol=1e-5)
     assert back.milora_targets[0].scaling == 3
-
-
-def test_rslora_in_some_rules_alone(tiny_llama) -> None:
-    rules = [
-        *one_rule(rank=4, alpha=6),
-        {"modules": "language.q_proj", "rslora": True},
-        {"modules": "language.k_proj", "rank": 16},
-    ]
-    model = apply_milora(tiny_llama()[0], rules)
-    scaling = {t.path.split(".")[-1]: t.scaling for t in model.milora_targets}
-    assert (scaling["q_proj"], scaling["k_proj"], scaling["up_proj"]) == (3, 1.5, 1.5)
-    assert not model.peft_config["default"].use_rslora
-    for target in model.milora_targets:
-        layer = model.get_submodule(f"base_model.model.{target.path}")
-        assert layer.scaling["default"] == pytest.approx(target.scaling)

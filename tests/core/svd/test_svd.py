@@ -118,12 +118,6 @@ def test_bad_input_is_refused_with_the_numbers(weight, rank, options, message) -
         decompose(weight, rank, **options)
 
 
-@pytest.mark.parametrize("scaling", [0.0, -1.0, math.inf, math.nan])
-def test_a_scaling_that_is_no_positive_number_is_refused(scaling: float) -> None:
-    with pytest.raises(ValueError, match="scaling must be a positive number"):
-        decompose(torch.eye(2), 1).lora(scaling)
-
-
 generator = torch.Generator()
 
 
@@ -178,19 +172,6 @@ def test_both_singular_equations_hold(name: str, part: str, dtype: torch.dtype) 
     assert torch.linalg.matrix_norm(W.T @ f.U - f.Vh.T * f.S) < 5e-3 * norm
     stated, held = float(f.S.double().norm()), float(true.norm())
     assert abs(stated - held) <= f.excess * held + 1e-6 * norm
-
-
-def test_the_default_dtype_and_device_have_no_say() -> None:
-    W = noise(700, 700)
-    plain = decompose(W, 8)
-    try:
-        torch.set_default_dtype(torch.float64)
-        with torch.device("meta"):
-            f = decompose(W, 8)
-            decompose(W, 8, method="exact")
-    finally:
-        torch.set_default_dtype(torch.float32)
-    assert torch.equal(f.U, plain.U)
 
 
 def test_the_norm_keeps_its_digits() -> None:

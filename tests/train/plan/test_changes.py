@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-import llava_recipes
-from milora_vl.train.recipe import Recipe, load
+from milora_vl.train.recipe import Recipe
 from milora_vl.train.resume import differences, is_free, schedule_has_end
-from support.plans import settings
 
 POLICY = [
     {"modules": "language", "method": "milora", "protect": 0, "rank": 8, "alpha": 8, "learning_rate": 1e-3},
@@ -24,12 +21,6 @@ def recipe(**content: Any) -> Recipe:
 
 def refused(before: Recipe, now: Recipe) -> list[str]:
     return [key for key in differences(before, now) if not is_free(key, now)]
-
-
-def test_the_same_in_other_words_is_no_change() -> None:
-    given = {"seed": 42, "weight_decay": 0.0, "bf16": True, "warmup_ratio": 0.1}
-    before = recipe(dtype="bfloat16", train={"warmup_steps": 0.1})
-    assert differences(before, recipe(dtype="bfloat16", train=given)) == {}
 
 
 DECISIVE = {
@@ -90,22 +81,6 @@ def test_a_change_of_what_leaves_the_weights_alone_is_allowed_and_told(key: str)
     assert is_free(key, now)
 
 
-def test_the_runs_rate_decides_where_a_rule_has_none() -> None:
-    rules = [{"modules": "language", "method": "milora", "protect": 0, "rank": 8}, POLICY[1]]
-    before, now = ({"policy": rules, "train": {"learning_rate": rate}} for rate in (1e-3, 1e-4))
-    assert refused(recipe(**before), recipe(**now)) == ["policy[0].learning_rate"]
-
-
-def test_a_rule_may_name_the_rate_that_it_had_from_the_run() -> None:
-    rules = [{"modules": "language", "method": "milora", "rank": 8}]
-    before = recipe(policy=rules, train={"learning_rate": 1e-3})
-    same, other = (
-        recipe(policy=[rules[0] | {"learning_rate": rate}], train={"learning_rate": 1e-3}) for rate in (1e-3, 1e-4)
-    )
-    assert differences(before, same) == differences(same, before) == {}
-    assert refused(before, other) == ["policy[0].learning_rate"]
-
-
 def test_rates_depend_on_the_last_step_unless_the_schedule_has_no_end() -> None:
     def has_end(schedule: str, **more: Any) -> bool:
         return schedule_has_end(recipe(train={"max_steps": 10, "lr_scheduler_type": schedule, **more}))
@@ -128,10 +103,3 @@ def test_a_look_at_its_beginning_cannot_tell_streams_apart() -> None:
     data = [{"path": path, "streaming": True} for path in ("a.json", "b.json")]
     before, now = (recipe(data=entry, train={"max_steps": 5}) for entry in data)
     assert refused(before, now) == ["data.path"]
-
-
-@pytest.mark.parametrize("name", llava_recipes.names())
-def test_a_packaged_recipe_comes_back_from_its_file_without_a_change(name: str, tmp_path: Path) -> None:
-    resolved = settings(["--recipe", name, "--model", "tiny", "--device", "cpu"]).recipe
-    (tmp_path / "recipe.yaml").write_text(resolved.to_yaml(), encoding="utf-8")
-    assert differences(load(tmp_path / "recipe.yaml"), resolved) == {}

@@ -5,15 +5,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import LlavaForConditionalGeneration
 
 from milora_vl.common.errors import UserError
-from milora_vl.models.tiny import tiny_llava
 from milora_vl.train.command import main
 from support.problems import raises_code
 
@@ -47,14 +44,6 @@ def test_a_plan_is_made_for_devices_that_are_not_here(capsys: Any) -> None:
     assert start.rstrip().endswith("--image_folder FOLDER --gradient_checkpointing True --output_dir FOLDER")
     with raises_code("flag-conflict", where="--devices", message="only with --dry-run"):
         main([*words[:-1], "--devices", "4"])
-
-
-@pytest.mark.parametrize("words", [["--dry-run"], ["--max_steps", "1"]])
-def test_pictures_for_a_text_model_are_refused_before_it_loads(words: list[str], tiny_data: Path, capfd: Any) -> None:
-    flags = ["--model", "tiny-text", "--rank", "4", "--data_path", str(tiny_data / "train.json"), *words]
-    with raises_code("model-reads-only-text", where="train.json:record 1"):
-        main([*flags, "--image_folder", str(tiny_data / "images"), "--output_dir", str(tiny_data / "never")])
-    assert "loading" not in capfd.readouterr().err
 
 
 def test_the_first_batch_is_shown_with_its_targets(tiny_data: Path, tmp_path: Path, capsys: Any) -> None:
@@ -138,40 +127,6 @@ def test_packing_is_planned_in_the_rows_that_a_run_has(
     assert planned["steps"] == state["max_steps"] < len(pairs) / 4
 
 
-def test_records_are_not_counted_without_a_tokenizer(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
-    monkeypatch.setenv("MILORA_CACHE", str(tmp_path / "empty"))
-    data = tmp_path / "data.json"
-    turns = [{"from": "human", "value": "Capital of Peru?"}, {"from": "gpt", "value": "Lima"}]
-    data.write_text(json.dumps([{"conversations": turns}] * 4))
-    words = ["--model", "smollm2", "--template", "chat_template", "--rank", "16", "--data_path", str(data)]
-    assert main([*words, "--dry-run"]) == 0
-    shown = capsys.readouterr().out
-    assert "counts below assume records of 700 tokens" in shown
-    assert "trainable params: 2,488,320 " in shown
-    assert not (tmp_path / "empty" / "models").exists()
-
-
-def test_without_data_the_command_says_where_it_goes(capsys: Any) -> None:
-    assert main(["--model", "tiny", "--rank", "4", "--dry-run"]) == 0
-    assert capsys.readouterr().out.rstrip().endswith("--rank 4 --data_path DATA.json --image_folder FOLDER")
-
-
-def test_data_and_projector_are_both_told_of(tmp_path: Path) -> None:
-    (tmp_path / "train.json").write_text("[]")
-    words = ["--model", "tiny", "--data_path", str(tmp_path / "train.json"), "--image_folder", str(tmp_path)]
-    with pytest.raises(UserError) as error:
-        main([*words, "--projector_weights", "nope", "--rank", "4", "--dry-run"])
-    places = [(problem.code, problem.where) for problem in error.value.problems]
-    assert places == [("projector-file", "nope"), ("data-no-records", str(tmp_path / "train.json"))]
-
-
-def test_an_evaluation_without_its_files_is_told_of(tmp_path: Path) -> None:
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(f"model: tiny\neval: {{suites: [emoji], data: {tmp_path}}}\n")
-    with raises_code("eval-missing-files", where="eval.data", message="the files of emoji are not in"):
-        main(["--recipe", str(recipe), "--rank", "4", "--dry-run"])
-
-
 def test_a_packaged_recipe_is_planned_without_data_and_without_what_only_the_run_needs(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
 ) -> None:
@@ -204,40 +159,6 @@ def test_a_packaged_recipe_is_planned_without_data_and_without_what_only_the_run
     assert need == "the package gguf, which is not installed: pip install -e '.[demo]'"
     with raises_code("package-missing", where="--model", message="gguf"):
         main([*small, "--data_path", "mine.json"])
-
-
-def test_a_half_precision_base_without_autocast_is_refused_where_a_module_trains_in_full() -> None:
-    full = "[{modules: projector, method: full, learning_rate: 1.0e-4}]"
-    words = ["--model", "tiny", "--policy", full, "--dtype", "bfloat16", "--bf16", "False", "--dry-run"]
-    with pytest.raises(UserError) as caught:
-        main(words)
-    assert [problem.code for problem in caught.value.problems] == ["train-arguments"]
-    lora = "[{modules: language, method: lora, rank: 2, learning_rate: 1.0e-4}]"
-    assert main([*words[:3], lora, *words[4:]]) == 0
-
-
-@pytest.mark.parametrize(
-    ("words", "code"),
-    [
-        ("--rank 8 --image_aspect_ratio anyres", "image-aspect-ratio"),
-        ("--rank 8 --fsdp hybrid_shard", "launch-fsdp"),
-        ("--rank 8 --optim galore_adamw", "train-arguments"),
-    ],
-)
-def test_a_plan_refuses_what_the_run_would_refuse(words: str, code: str) -> None:
-    with pytest.raises(UserError) as error:
-        main(["--model", "tiny", *shlex.split(words), "--dry-run"])
-    assert [problem.code for problem in error.value.problems] == [code]
-
-
-def test_a_tower_whose_layers_are_joined_is_planned(tmp_path: Path, capsys: Any) -> None:
-    model, processor = tiny_llava()
-    config: Any = model.config
-    config.vision_feature_layer = [-2, -1]
-    LlavaForConditionalGeneration(config).save_pretrained(tmp_path / "joined")
-    processor.save_pretrained(tmp_path / "joined")
-    assert main(["--model", str(tmp_path / "joined"), "--rank", "4", "--dry-run"]) == 0
-    assert "memory" in capsys.readouterr().out
 
 
 def test_a_plan_that_does_not_fit_the_memory_exits_with_1(capsys: Any) -> None:

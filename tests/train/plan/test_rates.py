@@ -1,4 +1,4 @@
-"""Learning rates and weight decay that are in force, and warnings of those that were hardly meant."""
+"""Learning rates and weight decay that are in force."""
 
 from __future__ import annotations
 
@@ -8,31 +8,27 @@ from typing import Any
 
 import pytest
 
-import llava_recipes
 from milora_vl.core.policy import Target
 from milora_vl.train.command import main
-from milora_vl.train.setup import rate_warnings, with_rates
-from support.plans import fitted, plan, settings
+from milora_vl.train.setup import with_rates
+from support.plans import fitted, plan
 
 BOTH = "[{modules: language, method: milora, protect: 0, rank: 4}, {modules: projector, method: full}]"
 
 
-def planned(*words: str) -> tuple[list[Target], list[str]]:
-    """What trains, with its rates in force, and the warnings about them."""
+def planned(*words: str) -> list[Target]:
     found = fitted(words)
-    return with_rates(found.targets, found.recipe.train), rate_warnings(
-        found.targets, found.recipe, settings(words).request
-    )
+    return with_rates(found.targets, found.recipe.train)
 
 
 def test_rules_without_a_rate_have_the_runs_whatever_their_method() -> None:
-    targets, _ = planned("--model", "tiny", "--policy", BOTH, "--learning_rate", "3e-4", "--weight_decay", "0.1")
+    targets = planned("--model", "tiny", "--policy", BOTH, "--learning_rate", "3e-4", "--weight_decay", "0.1")
     assert {(t.method, t.learning_rate, t.weight_decay) for t in targets} == {
         ("milora", 3e-4, 0.1),
         ("full", 3e-4, 0.1),
     }
     own = BOTH.replace("full}", "full, learning_rate: 1.0e-5, weight_decay: 0.2}")
-    targets, _ = planned("--model", "tiny", "--policy", own)
+    targets = planned("--model", "tiny", "--policy", own)
     assert {(t.method, t.learning_rate, t.weight_decay) for t in targets} == {
         ("milora", 2e-4, 0.0),
         ("full", 1e-5, 0.2),
@@ -40,7 +36,7 @@ def test_rules_without_a_rate_have_the_runs_whatever_their_method() -> None:
 
 
 def test_a_rule_without_a_rate_has_that_of_the_default_policy_and_in_full_that_of_llava() -> None:
-    assert {(t.method, t.learning_rate) for t in planned("--model", "tiny", "--policy", BOTH)[0]} == {
+    assert {(t.method, t.learning_rate) for t in planned("--model", "tiny", "--policy", BOTH)} == {
         ("milora", 2e-4),
         ("full", 2e-5),
     }
@@ -59,17 +55,6 @@ def test_a_small_model_with_the_defaults_is_told_what_it_wants(words: str, says:
     notes = [note for note in plan(f"{words} --output_dir none").notes if "below 1B" in note]
     assert len(notes) == bool(says)
     assert all(word in notes[0] for word in says)
-
-
-def test_full_training_at_a_rate_of_adapters_is_warned_of() -> None:
-    (warning,) = planned("--model", "tiny", "--method", "full")[1]
-    assert "0.0002" in warning
-    assert planned("--model", "tiny", "--method", "full", "--learning_rate", "2e-5")[1] == []
-
-
-@pytest.mark.parametrize("name", llava_recipes.names())
-def test_no_shipped_recipe_leaves_a_rate_to_the_default(name: str) -> None:
-    assert planned("--recipe", name)[1] == []
 
 
 def test_the_plan_shows_and_the_files_hold_the_rates(tiny_data: Path, tmp_path: Path, capsys: Any) -> None:

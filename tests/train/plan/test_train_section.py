@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from milora_vl.common.errors import UserError
 from milora_vl.train.command import main
 from support.problems import raises_code
 
@@ -80,26 +79,6 @@ def test_no_answer_within_max_length_is_found_before_the_model_loads(
     with raises_code("record-no-answer", where="held_out.json", hint="--max_length"):
         main([*words(records, flags), "--output_dir", str(tmp_path / "run")])
     assert not (tmp_path / "run").exists()
-
-
-def test_answers_behind_many_records_without_any_are_found(records: Path, tmp_path: Path) -> None:
-    short = json.loads(records.read_text())[0]
-    long = {"conversations": [{"from": "human", "value": "what? " * 200}, {"from": "gpt", "value": "a"}]}
-    file = tmp_path / "sorted.json"
-    file.write_text(json.dumps([*[{"id": f"l{n}", **long} for n in range(120)], *[short] * 120]))
-    assert main([*words(file, "--max_length 300 --max_steps 1"), "--output_dir", str(tmp_path / "run")]) == 0
-
-
-def test_an_error_of_the_trainer_itself_is_no_traceback(
-    records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise ValueError("--group_by_foo is not supported by this version")
-
-    monkeypatch.setattr("milora_vl.train.run.MiloraTrainer", refuse)
-    with pytest.raises(UserError) as error:
-        main([*words(records, ""), "--output_dir", str(tmp_path / "run")])
-    assert error.value.first.code == "train-arguments"
 
 
 def test_the_best_checkpoint_by_the_held_out_loss_is_kept(records: Path, tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ import llava_recipes
 from milora_vl.common.yaml_text import read_mapping
 from milora_vl.train.command import main
 from milora_vl.train.recipe import Recipe
-from support.problems import raises_code
 
 
 def printed(capsys: Any, *words: str) -> str:
@@ -34,10 +33,3 @@ def test_a_printed_recipe_is_the_recipe_with_every_key(name: str, capsys: Any) -
     assert Recipe.parse(content) == Recipe.parse(original)
     assert "#  adam_beta1: 0.9" in text
     assert text.startswith("#")
-
-
-def test_print_recipe_wants_a_name() -> None:
-    with raises_code("flag-required", where="--print-recipe"):
-        main(["--print-recipe"])
-    with raises_code("recipe-unknown", hint="did you mean tiny-test"):
-        main(["--print-recipe", "tiny"])

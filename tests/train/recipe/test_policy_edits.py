@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from milora_vl.core.policy.rules import DEFAULT_RULES
 from milora_vl.train.flags import PolicyEdits, edited
 from support.problems import raises_code
 
@@ -14,11 +13,6 @@ RULES = [
     {"modules": "language.layers[0-3].mlp", "rank": 64},
     PROJECTOR,
 ]
-
-
-def test_without_flags_nothing_changes() -> None:
-    assert edited(RULES, PolicyEdits()) == RULES
-    assert edited(None, PolicyEdits()) == list(DEFAULT_RULES)
 
 
 @pytest.mark.parametrize("method", ["milora", "lora", "pissa", "random"])
@@ -45,12 +39,6 @@ def test_another_method_drops_what_only_the_old_one_has() -> None:
     assert edited(refined, PolicyEdits(method="lora"))[1] == {"modules": "language.mlp", "rank": 8}
 
 
-def test_a_rule_that_says_nothing_is_left_for_the_policy_to_refuse() -> None:
-    rules = [*RULES, {"modules": "nowhere"}]
-    for edits in (PolicyEdits(), PolicyEdits(method="milora"), PolicyEdits(method="full")):
-        assert edited(rules, edits)[-1] == {"modules": "nowhere"}
-
-
 def test_full_keeps_the_learning_rate_and_drops_what_only_adapters_have() -> None:
     out = edited(RULES, PolicyEdits(method="full"))
     assert out == [{"modules": "language", "method": "full", "learning_rate": 2e-4}, PROJECTOR]
@@ -67,11 +55,6 @@ def test_a_new_rank_keeps_the_scale_unless_alpha_is_given() -> None:
     assert [r.get("alpha") for r in edited(rules, PolicyEdits(rank=8))] == [16, None, None]
     assert edited(rules, PolicyEdits(rank=8, alpha=4))[0]["alpha"] == 4
     assert edited(rules, PolicyEdits(rank=8))[1]["rank"] == 8
-
-
-def test_learning_rates_go_where_they_belong() -> None:
-    out = edited(RULES, PolicyEdits(learning_rate=1e-3, mm_projector_lr=5e-5))
-    assert [rule.get("learning_rate") for rule in out] == [1e-3, None, 5e-5]
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from contextlib import suppress
 from pathlib import Path
@@ -123,11 +122,3 @@ def test_the_recipe_of_lora_trains_as_many_numbers_on_the_same_data_at_the_same_
     for tower in ("language", "projector"):
         numbers = [sum(adapter_size(t) for t in targets if t.tower == tower) for targets in (baseline, default)]
         assert numbers[0] == pytest.approx(numbers[1], rel=0.02)
-
-
-@pytest.mark.parametrize("name", llava_recipes.names("deepspeed"))
-def test_deepspeed_files_are_json_with_a_stage(name: str) -> None:
-    content = json.loads(llava_recipes.read(name, "deepspeed"))
-    assert str(content["zero_optimization"]["stage"]) in name
-    assert "optimizer" not in content  # HF's own, with one group per rule
-    assert "scheduler" not in content  # one there would replace the cosine
