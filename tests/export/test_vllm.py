@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from milora_vl import apply_milora, load_model, save_adapter
 from milora_vl.chat import main as chat
 from milora_vl.export import Options, export
+from milora_vl.export.base_model import save_model
 from milora_vl.interop.lora_folder import read_plain, write_plain
 from milora_vl.models.tiny import tiny_llama, tiny_llava
 from milora_vl.train.command import main as train
@@ -42,7 +43,7 @@ def write_base(kind: str, folder: Path) -> None:
     text.hidden_size, text.head_dim = 128, 32
     auto = AutoModelForImageTextToText if kind == "llava" else AutoModelForCausalLM
     torch.manual_seed(0)
-    auto.from_config(model.config).save_pretrained(folder)
+    save_model(auto.from_config(model.config), folder)  # with the names of published towers, which vLLM needs
     processor.save_pretrained(folder)
 
 
