@@ -377,8 +377,8 @@ class CountingCollator:
             if self.collator.is_causal and not (mask[:, 1:] > mask[:, :-1]).any():
                 del batch["attention_mask"]
         if self.collator.is_evaluating:
-            left = items if len(items) == len(labels) else usable(self.collator, items)
-            batch["places"] = [record.place for record in left[: len(labels)]]  # more than rows: all were left out
+            kept = [record.place for record in items if record.place not in self.collator.left_out]
+            batch["places"] = kept or [""]  # of a substitute
         return {**batch, "supervised": supervised, "counts": (tokens, labels.numel(), supervised.shape[1])}
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, cast
 
 from milora_data.records.record import Record
 from milora_data.stream import within
+from milora_vl.common.errors import DataError
 from milora_vl.core.weights.distributed import gather
 from milora_vl.models.generate import Prompt, generate
 from milora_vl.report.read_run import HELD_OUT
-from milora_vl.train import data, finish
+from milora_vl.train import finish
 from milora_vl.train.screen import Screen
 from milora_vl.train.setup import Run
 from milora_vl.train.trainer import MiloraTrainer
@@ -52,16 +54,17 @@ def _losses(trainer: MiloraTrainer, *, measure: bool = True) -> dict[str, float]
 
 def _shown(run: Run, trainer: MiloraTrainer, records: Sequence[Record], processor: Any) -> dict[str, Mapping[str, Any]]:
     """Return what the report shows of each record, by place: its last question and answer, and the model's own."""
-    recipe, shown, prompts = run.recipe, dict[str, Mapping[str, Any]](), list[Prompt]()
-    for record in data.usable(data.strict_collator(recipe, run.base, processor), records):
-        record = within(record, recipe.data.image_folder)
+    recipe, shown = run.recipe, dict[str, Mapping[str, Any]]()
+    for record in records:
+        placed = within(record, recipe.data.image_folder)
         last = max(number for number, turn in enumerate(record.turns) if turn.role == "assistant")
-        prompts.append(Prompt(record.turns[:last], record.images, videos=record.videos))
-        question, answer = (turn.text for turn in record.turns[last - 1 : last + 1])
-        shown[record.place] = {"id": record.id, "images": record.images, "question": question, "answer": answer}
-    with trainer.compute_loss_context_manager():
-        replies = generate(
-            trainer.trained(), processor, prompts, template=recipe.template, max_new_tokens=MAX_NEW_TOKENS,
-            batch_size=trainer.args.eval_batch_size, image_aspect_ratio=recipe.data.image_aspect_ratio,
-        )  # fmt: skip
-    return {place: {**line, "reply": reply} for (place, line), reply in zip(shown.items(), replies, strict=True)}
+        prompt = Prompt(record.turns[:last], placed.images, videos=placed.videos)
+        with suppress(DataError), trainer.compute_loss_context_manager():  # a picture that --bad_images replaced
+            (reply,) = generate(
+                trainer.trained(), processor, [prompt], template=recipe.template, max_new_tokens=MAX_NEW_TOKENS,
+                image_aspect_ratio=recipe.data.image_aspect_ratio,
+            )  # fmt: skip
+            question, answer = (turn.text for turn in record.turns[last - 1 : last + 1])
+            line = {"id": record.id, "images": placed.images, "question": question, "answer": answer, "reply": reply}
+            shown[record.place] = line
+    return shown

@@ -70,6 +70,7 @@ class RecordCollator(ABC, Generic[Sample]):
         self._substitute_sample: Sample | None = None
         self._last_sample: Sample | None = None
         self._has_substitute = False  # in the present batch, which then holds nothing else
+        self.left_out = set[str]()  # places of records that the present batch leaves out
         # Shared memory, one row per loader process: loader processes count, the main process reports.
         self._counts = torch.zeros(_MAX_WORKERS, len(_COUNTERS), dtype=torch.long).share_memory_()
 
@@ -144,7 +145,7 @@ class RecordCollator(ABC, Generic[Sample]):
         return other
 
     def _made(self, records: Sequence[Item | Sequence[Item]]) -> dict[str, Any]:
-        self._has_substitute = False
+        self._has_substitute, self.left_out = False, set()
         batch = self._collated(records)
         if self.is_evaluating and self._has_substitute:
             batch["labels"] = torch.full_like(batch["labels"], IGNORE)
@@ -171,6 +172,7 @@ class RecordCollator(ABC, Generic[Sample]):
 
     def _leave_out_or_raise(self, error: DataError, record: str) -> None:
         """Count and report the error of a record, or raise it, as `bad_images` says."""
+        self.left_out.add(record)
         if isinstance(error, NoSupervisedTokens):
             self._leave_out("unlearnable", error)
         elif self.bad_images != "raise":
