@@ -107,7 +107,7 @@ def test_wrong_labels_stand_at_the_top(tmp_path: Path) -> None:
     wrong = {3: "teal", 6: "red"}
     held = [record(number, wrong.get(number, word)) for number, word in enumerate(words)]
     (tmp_path / "val.json").write_text(json.dumps(held))
-    more = ["--model", "tiny-text", "--method", "full", "--max_steps", "100", "--learning_rate", "0.01"]
+    more = ["--model", "tiny-text", "--method", "full", "--max_steps", "100", "--learning_rate", "0.003"]
     more += ["--per_device_train_batch_size", "10", "--eval_strategy", "steps", "--eval_steps", "100"]
     assert main(run_on(tmp_path, tmp_path / "run", *more, "--save_strategy", "no")) == 0
     lines = held_out(tmp_path / "run")
