@@ -27,6 +27,7 @@ MENU = Menu(
         "data": {"data": ("milora_data.__main__", "check, convert, show and count a data set")},
         "evaluate": {
             "eval": ("milora_eval.__main__", "run, score, compare and view benchmarks"),
+            "lm_eval": ("milora_eval.lm_eval", "run tasks of lm-evaluation-harness on a base model and an adapter"),
             "forgetting": (
                 "milora_vl.forgetting.__main__",
                 "measure what a tuned model has forgotten, on text and pictures",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from support import machine, programs, quick_plots  # machine first: it settles the environment
+from support import programs, quick_plots  # machine first: it settles the environment
 from support.drawn import write_tiny_data
 from support.thorough import is_thorough
 
@@ -114,13 +114,6 @@ def forked_programs(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for module in (demo, evaluator, finish, runner):
         monkeypatch.setattr(module, "subprocess", programs.ForkedSubprocess)
-
-
-@pytest.fixture
-def bfloat16_is_fastest() -> Iterator[None]:
-    """The fastest data type is bfloat16, as on a CPU that multiplies in it."""
-    with machine.fastest("bfloat16"):
-        yield
 
 
 @pytest.fixture(scope="session")

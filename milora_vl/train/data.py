@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from accelerate.data_loader import DataLoaderAdapter
 from transformers import TrainingArguments
+from transformers.trainer_utils import RemoveColumnsCollator
 
 from milora_data.batches.lengths import lengths_of
 from milora_data.batches.pack import PackedRecords, fill, pack
@@ -361,8 +362,8 @@ class CountingCollator:
     later one: transformers would read it from the GPU, and without a mask sdpa has faster kernels.
     """
 
-    def __init__(self, collator: RecordCollator[Any]) -> None:
-        self.collator = collator
+    def __init__(self, collator: RecordCollator[Any] | RemoveColumnsCollator) -> None:
+        self.collator: Any = collator.data_collator if isinstance(collator, RemoveColumnsCollator) else collator
 
     def __call__(self, items: Any) -> Any:
         """Return the batch; a loader process that made none returns its error in place of one."""

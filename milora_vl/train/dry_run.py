@@ -71,12 +71,14 @@ def show(settings: Settings) -> int:
     try:
         counts, num_records, num_rows = _show_data(screen, run)
     except UserError as error:
-        is_packaged = request.recipe in llava_recipes.names() and "data.path" not in request.flags
-        if is_packaged and error.first.code == "data-missing-file":
-            needs.append(f"{error.first.where}, which is not here (or --data_path FILE)")
-        else:
-            problems += error.problems
+        problems += error.problems
         counts, num_records, num_rows = _assumed(screen, recipe, "cannot be used"), None, None
+    if request.recipe in llava_recipes.names():  # its own files may be missing
+        files = {str(recipe.data.path): "--data_path", str(recipe.projector_weights): "--projector_weights"}
+        files = {file: flag for file, flag in files.items() if flag not in request.flags.values()}
+        absent = [problem for problem in problems if problem.where in files and not Path(problem.where).exists()]
+        needs += [f"{problem.where}, which is not here (or {files[str(problem.where)]} FILE)" for problem in absent]
+        problems = [problem for problem in problems if problem not in absent]
     run, note = run.on_records(has_pictures=recipe.data.streaming or counts.has_pictures)
     if note:
         screen.say(note)

@@ -8,29 +8,36 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import TrainingArguments
 
+from milora_data.records.record import Record
+from milora_data.stream import within
 from milora_vl.common.cli.command_line import command_line
-from milora_vl.common.errors import UserError, first_line
+from milora_vl.common.errors import DataError, UserError, first_line
 from milora_vl.common.evaluator import EvaluationRequest, QuestionSet, evaluator
 from milora_vl.core.adapter.checkpoints import WEIGHTS
 from milora_vl.core.adapter.folders import has_config, holds_projector_alone, holds_text_model
+from milora_vl.core.weights.distributed import gather
 from milora_vl.core.weights.tensor_files import unreadable
+from milora_vl.models.generate import Prompt, generate
 from milora_vl.report import model_card
 from milora_vl.report.page import try_write_report
+from milora_vl.report.read_run import HELD_OUT
 from milora_vl.report.repeat import of_earlier
 from milora_vl.train.folder import CARD, RunFolder
 from milora_vl.train.recipe import Recipe
 from milora_vl.train.screen import Screen
-from milora_vl.train.setup import suites_of
+from milora_vl.train.setup import Run, suites_of
+from milora_vl.train.trainer import MiloraTrainer
 
+NUM_ANSWERED, MAX_NEW_TOKENS = 20, 32  # records that the model answers for the report
 NOT_UPLOADED = ("_*", "checkpoint-*", "incomplete-checkpoint-*")
 WITHOUT = "without:  remove --push_to_hub; to upload the finished run later: hf upload REPOSITORY FOLDER"
 
@@ -171,3 +178,55 @@ def next_command(path: Path, recipe: Recipe) -> str:
         words = ("--model", recipe.model, "--projector_weights", path, "--data_path", "DATA.json")
         return command_line("milora_vl.train", *words)
     return command_line("milora_vl.chat", "--model", path, *question)
+
+
+def write_held_out(
+    run: Run, trainer: MiloraTrainer, records: Sequence[Record] | None, processor: Any, screen: Screen
+) -> None:
+    """Write the losses of the held-out records, highest first: wrong labels stand at the top. All processes take part.
+
+    Beside those of the last evaluation are the losses with the adapter off.
+    """
+    is_over = trainer.is_deepspeed_enabled and trainer.deepspeed is None  # resumed without a step left: no engine
+    if records is None or is_over or trainer.args.eval_strategy == "no":
+        return
+    with screen.step("losses of the held-out records"), run_failures(trainer.args):
+        is_last = trainer.evaluated_step == trainer.state.global_step and not trainer.args.load_best_model_at_end
+        after, before = _losses(trainer, measure=not is_last), dict[str, float]()
+        if trainer.checkpoint_kind == "adapter":
+            with cast("Any", trainer.trained()).disable_adapter():
+                before = _losses(trainer)
+        order = sorted(after, key=lambda place: -after[place])
+        by_place = {record.place: record for record in records if record.place in set(order[:NUM_ANSWERED])}
+        shown = _shown(run, trainer, [by_place[place] for place in order[:NUM_ANSWERED]], processor)
+    if run.args.should_save:
+        lines = [
+            {"source": place, "loss": after[place], "base_loss": before.get(place), **shown.get(place, {})}
+            for place in order
+        ]
+        run.folder.write_text(HELD_OUT, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def _losses(trainer: MiloraTrainer, *, measure: bool = True) -> dict[str, float]:
+    """Return the losses of all processes, by the place of the record."""
+    if measure:
+        trainer.evaluation_loop(trainer.get_eval_dataloader(), "held-out records", prediction_loss_only=True)
+    return {place: loss for part in gather(trainer.record_losses) for place, loss in part.items()}
+
+
+def _shown(run: Run, trainer: MiloraTrainer, records: Sequence[Record], processor: Any) -> dict[str, Mapping[str, Any]]:
+    """Return what the report shows of each record, by place: its last question and answer, and the model's own."""
+    recipe, shown = run.recipe, dict[str, Mapping[str, Any]]()
+    for record in records:
+        placed = within(record, recipe.data.image_folder)
+        last = max(number for number, turn in enumerate(record.turns) if turn.role == "assistant")
+        prompt = Prompt(record.turns[:last], placed.images, videos=placed.videos)
+        with suppress(DataError), trainer.compute_loss_context_manager():  # a picture that --bad_images replaced
+            (reply,) = generate(
+                trainer.trained(), processor, [prompt], template=recipe.template, max_new_tokens=MAX_NEW_TOKENS,
+                image_aspect_ratio=recipe.data.image_aspect_ratio,
+            )  # fmt: skip
+            question, answer = (turn.text for turn in record.turns[last - 1 : last + 1])
+            line = {"id": record.id, "images": placed.images, "question": question, "answer": answer, "reply": reply}
+            shown[record.place] = line
+    return shown

@@ -27,7 +27,7 @@ from milora_vl.core.adapter import checkpoints
 from milora_vl.core.adapter.earlier import joined_rank, read_earlier
 from milora_vl.core.weights.distributed import gather
 from milora_vl.models import loading
-from milora_vl.train import arguments, calibration, data, finish, held_out, inherit, model, resume
+from milora_vl.train import arguments, calibration, data, finish, inherit, model, resume
 from milora_vl.train.base_kl import BaseKL
 from milora_vl.train.callbacks import ForgettingCallback, Probe, SuiteCallback, calls_on_sigterm, training_questions
 from milora_vl.train.data import RunData
@@ -66,7 +66,7 @@ def train(settings: Settings) -> int:
         trainer = make_trainer(run, records, rows, built, base_kl, processor, files)
         add_measurements(trainer, run, probe, questions, processor)
         train_and_save(run, trainer, rows.batching, files, start)
-        held_out.write_losses(run, trainer, records.evaluation, processor, screen)
+        finish.write_held_out(run, trainer, records.evaluation, processor, screen)
     is_writer = run.args.should_save
     recipe, folder, args, repository = run.recipe, run.folder, run.args, trainer.hub_model_id or ""
     del run, loaded, probe, built, base_kl, trainer  # the evaluation needs the model's memory

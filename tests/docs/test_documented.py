@@ -109,7 +109,7 @@ def test_flags_extras_and_files_that_a_page_names_exist(page: Path) -> None:
         for path in re.findall(r"(?:benchmarks|examples|tests)/\S+\.py", command):
             assert (ROOT / path).is_file(), command
         text = re.split(r" \S+\.(?:py|sh)\b", smaller(command))[0]  # then flags of the script
-        if re.match(r"(python3? -m )?milora(_(vl|data|eval)[. ]| )", text):
+        if re.match(r"(python3? -m )?milora(_(vl|data|eval)[. ](?!lm_eval)| )", text):
             named = {word.partition("=")[0].strip("[]").replace("-", "_") for word in text.split() if "--" in word[:3]}
             known = {flag.replace("-", "_") for flag in flags_of(text)}
             assert named - {"__help", "__"} <= known, command

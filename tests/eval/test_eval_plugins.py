@@ -1,7 +1,8 @@
-"""lmms-eval runs a local task through our plug-in (slow); predictions of VLMEvalKit are scored."""
+"""lmms-eval, lm_eval and VLMEvalKit run a local task through our plug-ins, each in its own environment (slow)."""
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -18,17 +20,31 @@ from milora_data.records.record import Turn
 from milora_eval.__main__ import main
 from milora_eval.answers.runner import loglikelihoods
 from milora_eval.data_files import write_excel
+from milora_eval.lm_eval import main as lm_eval_main
 from milora_eval.scores.exports import read_predictions
 from milora_eval.suites import find_benchmark, folder_of
+from milora_eval.vlmevalkit import milora_vlm, register
 from milora_vl.interop.load_model import load_model
 from milora_vl.models.generate import Prompt, generate
 from support import official_data
-from support.drawn import dump_lines
+from support.drawn import dump_lines, encoded
 from support.problems import raises_code
 
 pytestmark = pytest.mark.usefixtures("picture_cache")
 Made = tuple[Any, Any]
 
+TEXT_TASK = """
+task: milora_choice
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {folder}/docs.jsonl}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{answer}}}}"
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+metadata: {{version: 1}}
+"""
 PICTURE_TASK = """
 task: milora_colours
 dataset_path: json
@@ -41,6 +57,15 @@ doc_to_target: answer
 generation_kwargs: {{max_new_tokens: 4, do_sample: false}}
 metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
 metadata: {{version: 1}}
+"""
+KIT = """
+import sys
+from milora_eval.vlmevalkit import register
+
+register("mine", "tiny", sys.argv.pop(1))
+from vlmeval.run import main
+
+main()
 """
 VISUAL = "from PIL import Image\n\n\ndef visual(doc):\n    return [Image.new('RGB', (40, 30), doc['color'])]\n"
 
@@ -74,6 +99,20 @@ def run_offline(command: list[Any], **more: str) -> str:
 
 
 @pytest.mark.slow
+def test_lm_eval_runs_a_local_task_on_base_and_adapter(adapter: Path, tmp_path: Path) -> None:
+    python = environment(tmp_path / "env", "lm_eval>=0.4.13")
+    docs = [{"question": "The sky is", "choices": ["blue", "cheese"], "answer": 0} for _ in range(3)]
+    dump_lines(tmp_path / "tasks" / "docs.jsonl", docs)
+    (tmp_path / "tasks" / "choice.yaml").write_text(TEXT_TASK.format(folder=tmp_path / "tasks"))
+    flags = ["--tasks", "milora_choice", "--include_path", tmp_path / "tasks", "--output_dir", tmp_path / "out"]
+    command = [python, "-m", "milora_eval.lm_eval", "--model", "tiny", "--adapter", adapter]
+    assert "milora_choice" in run_offline([*command, *flags])
+    results = json.loads((tmp_path / "out" / "lm_eval.json").read_text())
+    assert results["n-samples"]["milora_choice"]["effective"] == 3
+    assert results["adapter"] == str(adapter)
+
+
+@pytest.mark.slow
 def test_lmms_eval_finds_the_model_by_its_entry_point(adapter: Path, tmp_path: Path) -> None:
     python = environment(tmp_path / "env", "lmms-eval>=0.7.3", "filelock<4")  # 0.7.3 uses internals of filelock 3
     docs = [{"color": color, "question": "Is it red?", "answer": "yes"} for color in ("red", "blue", "blue")]
@@ -83,6 +122,36 @@ def test_lmms_eval_finds_the_model_by_its_entry_point(adapter: Path, tmp_path: P
     flags = ["--tasks", "milora_colours", "--include_path", tmp_path / "tasks", "--batch_size", "2"]
     chosen = ["--model", "milora", "--model_args", f"pretrained=tiny,adapter={adapter}"]
     assert "milora_colours" in run_offline([python, "-m", "lmms_eval", *chosen, *flags])
+
+
+@pytest.mark.slow
+def test_vlmevalkit_runs_a_local_table_on_base_and_adapter(adapter: Path, tmp_path: Path) -> None:
+    python = environment(tmp_path / "env", "nvidia-vlmeval>=26.3")
+    colors = ("red", "blue", "green")
+    images = [base64.b64encode(encoded(color)).decode() for color in colors]
+    rows = [
+        {"index": index, "image": image, "question": "Which?", "A": "red", "B": "blue", "answer": "AB"[index % 2]}
+        for index, image in enumerate(images)
+    ]
+    official_data.write_table(tmp_path / "Colours.tsv", rows)
+    (tmp_path / "kit.py").write_text(KIT)
+    flags = ["--data", "Colours", "--judge", "exact_matching", "--work-dir", tmp_path / "out"]
+    run_offline([python, tmp_path / "kit.py", adapter, *flags, "--model", "mine"], LMUData=str(tmp_path))
+    assert (tmp_path / "out" / "mine" / "mine_Colours_acc.csv").is_file()
+    found = [row["text"] for row in read_predictions(tmp_path / "out" / "mine" / "mine_Colours.xlsx")]
+    loaded = load_model("tiny", adapter=adapter)
+    text = "Question: Which?\nOptions:\nA. red\nB. blue\nPlease select the correct answer from the options above. \n"
+    turn = Turn("user", f"<image>\n{text}")
+    pictures = sorted((tmp_path / "images" / "Colours").iterdir())  # it has written the table's as JPEG
+    assert len(pictures) == len(colors)
+    assert found == generate(*loaded, [Prompt((turn,), (picture,), "exact") for picture in pictures])
+
+
+def test_a_harness_that_is_not_installed_is_said() -> None:
+    with raises_code("package-missing", message="not installed", hint="pip install"):
+        lm_eval_main(["--model", "tiny", "--tasks", "x"])
+    with raises_code("package-missing", message="VLMEvalKit is not installed"):
+        register("mine", "tiny")
 
 
 def test_the_likeliest_answer_is_the_greedy_one(tiny_llava: Callable[..., Made]) -> None:
@@ -114,3 +183,25 @@ def test_predictions_are_read_as_they_were_written(tmp_path: Path) -> None:
     (tmp_path / "b.xlsx").write_bytes(path.read_bytes()[:-100])
     with raises_code("data-unreadable", where="b.xlsx"):
         read_predictions(tmp_path / "b.xlsx")
+
+
+def test_vlmevalkit_builds_a_registered_model_with_its_own_keyword(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, bases = ModuleType("vlmeval.config"), ModuleType("vlmeval.vlm.base")
+    config.supported_VLM, bases.BaseModel = {}, type("BaseModel", (), {})  # type: ignore[attr-defined]
+    for module in (config, bases):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    register("mine-Qwen2-VL", "tiny")
+    build = config.supported_VLM["mine-Qwen2-VL"]
+    assert build() and build(use_vllm=False)  # noqa: PT018 - run.py calls it with or without the keyword, by the name
+    with raises_code("flag-conflict", where="--use-vllm"):
+        build(use_vllm=True)
+
+
+def test_vlmevalkits_model_answers_a_message(tmp_path: Path) -> None:
+    class BaseModel:
+        """A substitute for VLMEvalKit's class; our model adds its one method."""
+
+    (tmp_path / "a.png").write_bytes(encoded("red"))
+    model = milora_vlm(BaseModel, "tiny", None, "vicuna_v1")
+    message = [{"type": "image", "value": str(tmp_path / "a.png")}, {"type": "text", "value": "What?"}]
+    assert isinstance(model.generate_inner(message), str)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from studies.tasks.smollm2 import NamedGroups, NamedTopics
+from studies.tasks.smollm2 import NamedTopics
 
 
 def tiny(kind: type[NamedTopics]) -> NamedTopics:
@@ -18,11 +18,6 @@ def tiny(kind: type[NamedTopics]) -> NamedTopics:
 @pytest.fixture(scope="session")
 def topics() -> NamedTopics:
     return tiny(NamedTopics)
-
-
-@pytest.fixture(scope="session")
-def groups() -> NamedTopics:
-    return tiny(NamedGroups)
 
 
 @pytest.fixture(scope="session")

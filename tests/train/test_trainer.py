@@ -27,9 +27,13 @@ class Encoded(ImageTextCollator):
         return {key: torch.tensor([row[key] for row in rows]) for key in rows[0]}
 
 
-def row(seed: int, supervised: int) -> dict[str, Any]:
+class Row(dict[str, Any]):
+    place = ""
+
+
+def row(seed: int, supervised: int) -> Row:
     ids = torch.randint(5, 200, (10,), generator=torch.Generator().manual_seed(seed)).tolist()
-    return {"input_ids": ids, "labels": [-100] * (10 - supervised) + ids[10 - supervised :]}
+    return Row(input_ids=ids, labels=[-100] * (10 - supervised) + ids[10 - supervised :])
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import re
+import shlex
 import subprocess
 import venv
 from pathlib import Path
@@ -68,26 +69,64 @@ def with_dependencies(names: list[str]) -> list[importlib.metadata.Distribution]
     return list(found.values())
 
 
-@pytest.mark.slow
-def test_the_core_trains_saves_loads_and_merges_with_its_own_dependencies_alone(tmp_path: Path) -> None:
-    packages = tmp_path / "packages"
+def python_with(names: list[str], folder: Path) -> tuple[Path, Path]:
+    """Return Python of an environment with these distributions and what they require, and the folder of packages."""
+    packages = folder / "packages"
     packages.mkdir()
-    for distribution in with_dependencies(ALLOWED):
-        folder = Path(str(distribution.locate_file("")))
+    for distribution in with_dependencies(names):
+        place = Path(str(distribution.locate_file("")))
         for top in {file.parts[0] for file in distribution.files or () if file.parts[0] not in ("..", "__pycache__")}:
             if not (packages / top).exists():
-                (packages / top).symlink_to(folder / top)
+                (packages / top).symlink_to(place / top)
+    venv.create(folder / "venv", symlinks=True)
+    (site,) = (folder / "venv").glob("lib/python*/site-packages")
+    (site / "packages.pth").write_text(f"{packages}\n", encoding="utf-8")
+    return folder / "venv" / "bin" / "python", packages
+
+
+def run_alone(python: Path, folder: Path, *words: str) -> str:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"MILORA_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [str(python), *words], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, f"{words}\n{done.stdout}{done.stderr}"
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_the_core_trains_saves_loads_and_merges_with_its_own_dependencies_alone(tmp_path: Path) -> None:
+    python, packages = python_with(ALLOWED, tmp_path)
     (packages / "milora_vl").mkdir()
     (packages / "milora_vl" / "__init__.py").touch()
     for name in CORE:
         (packages / "milora_vl" / name).symlink_to(ROOT / "milora_vl" / name)
-    venv.create(tmp_path / "venv", symlinks=True)
-    python = tmp_path / "venv" / "bin" / "python"
-    (site,) = (tmp_path / "venv").glob("lib/python*/site-packages")
-    (site / "core.pth").write_text(f"{packages}\n", encoding="utf-8")
     assert not {"datasets", "deepspeed", "timm", "matplotlib"} & {path.name for path in packages.iterdir()}
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(
-        [str(python), "-c", PROGRAM], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    run_alone(python, tmp_path, "-c", PROGRAM)
+
+
+@pytest.mark.slow
+def test_readmes_commands_run_with_what_readme_installs(tiny_data: Path, tmp_path: Path) -> None:
+    """Without extras: no deepspeed, no bitsandbytes, no gguf, no pytest. The models are tiny."""
+    project = (
+        (ROOT / "pyproject.toml").read_text(encoding="utf-8").partition("\ndependencies = [")[2].partition("\n]")[0]
     )
-    assert done.returncode == 0, done.stderr
+    python, packages = python_with(re.findall(r'"([\w-]+)', project), tmp_path)
+    assert not {"deepspeed", "gguf", "torchdata", "openai", "pytest"} & {path.name for path in packages.iterdir()}
+    for path in ("milora_vl", "data_tools/milora_data", "eval/milora_eval", "llava_recipes"):
+        (packages / Path(path).name).symlink_to(ROOT / path)
+    for file in (tiny_data / "train.json", tiny_data / "images"):
+        (tmp_path / file.name).symlink_to(file)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    commands = re.findall(r"^milora (.+)$", readme, re.MULTILINE)
+    assert [command.split()[0] for command in commands] == ["train", "chat", "export"]
+    picture = next((tiny_data / "images").iterdir())
+    for command in commands:
+        words = shlex.split(
+            command.replace("llava-1.5-7b --bf16", "tiny --max_steps 2").replace("cat.png", str(picture))
+        )
+        run_alone(python, tmp_path, "-m", "milora_vl", *words)
+    for recipe in ("milora-llava-1.5-7b", "milora-paper-llava-1.5-7b", "lora-llava-1.5-7b"):
+        run_alone(python, tmp_path, "-m", "milora_vl.train", "--recipe", recipe, "--dry-run")
+    run_alone(python, tmp_path, "-m", "milora_vl.train", "--model", "llava-1.5-7b", "--dry-run")
+    run_alone(python, tmp_path, "-c", readme.partition("```python\n")[2].partition("```")[0])
