@@ -116,6 +116,7 @@ DEFAULT = {
 }
 DEFAULT_TASKS = (
     Task("SmolLM2: topics of names", 40, 16, ("default.smollm2", "curves.smollm2")),
+    Task("smol-llava: drawings", 40, 8, ("default.drawings",), "lora-both"),  # the product's own commands
     Task("smol-llava: emoji", 30, 8, ("default.smol-llava", "fixed-a.smol-llava"), "lora-same-projector"),
 )
 CHART = ROOT / "docs" / "pictures" / "default.png"  # of the last task in DEFAULT_TASKS

@@ -18,6 +18,8 @@ from milora_vl.common.cli.command_line import next_step, run
 from milora_vl.common.cli.flags import OR_ADAPTER, Command, option, shared
 from milora_vl.common.errors import UserError
 from milora_vl.core.adapter.folders import model_of
+from milora_vl.interop.load_model import load_by_flags
+from milora_vl.models.loading import split_processor
 
 COMMAND = Command(
     "milora_eval.lm_eval",
@@ -81,9 +83,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def model(wrapper: Any, name: str, adapter: Path | None, dtype: str | None, device: str | None, batch_size: int) -> Any:
     """Return the harness' wrapper (HFLM) around base + adapter, loaded with `load_model`."""
-    from milora_vl.interop.load_model import load_by_flags
-    from milora_vl.models.loading import split_processor
-
     loaded, processor = load_by_flags(name, adapter, dtype, device)
     tokenizer = split_processor(processor)[0]
     return wrapper(pretrained=loaded, tokenizer=tokenizer, backend="causal", batch_size=batch_size)

@@ -7,6 +7,8 @@ from typing import Any
 
 from milora_data.records.record import Turn
 from milora_vl.common.errors import UserError
+from milora_vl.interop.load_model import load_model
+from milora_vl.models.generate import Prompt, generate
 
 
 def register(name: str, model: str, adapter: str | None = None, *, template: str = "vicuna_v1") -> None:
@@ -29,9 +31,6 @@ def register(name: str, model: str, adapter: str | None = None, *, template: str
 
 def milora_vlm(base: type, model: str, adapter: str | None, template: str) -> Any:
     """Return an instance of a subclass of VLMEvalKit's BaseModel that answers with base + adapter, greedily."""
-    from milora_vl.interop.load_model import load_model
-    from milora_vl.models.generate import Prompt, generate
-
     loaded, processor = load_model(model, adapter=adapter)
 
     class MiloraVLM(base):  # type: ignore[misc]
