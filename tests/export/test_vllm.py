@@ -23,6 +23,7 @@ from milora_vl.export.base_model import save_model
 from milora_vl.interop.lora_folder import read_plain, write_plain
 from milora_vl.models.tiny import tiny_llama, tiny_llava
 from milora_vl.train.command import main as train
+from milora_vl.train.run import set_chat_template
 from support.adapter_cases import move
 from support.served import ask, serving
 
@@ -44,6 +45,7 @@ def write_base(kind: str, folder: Path) -> None:
     auto = AutoModelForImageTextToText if kind == "llava" else AutoModelForCausalLM
     torch.manual_seed(0)
     save_model(auto.from_config(model.config), folder)  # with the names of published towers, which vLLM needs
+    set_chat_template(processor, "vicuna_v1")
     processor.save_pretrained(folder)
 
 
