@@ -15,9 +15,10 @@ VLLM_TOWERS = ("llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "ide
 VLLM_PLAIN_PROJECTORS = ("internvl", "llava_onevision")
 RENAMED = ("clip_vision_model", "siglip_vision_model")  # in LLaVA, vLLM's names have `vision_model.` in them
 TOWER_FLAG = "--enable-tower-connector-lora"
+RISK = " (experimental; on a LLaVA with CLIP its engine crashed here: use --to merged)"
 SERVERS = (
     ("lora", "vLLM needs --enable-lora --max-lora-rank {limit}"),
-    ("towers", "vLLM ignores the half of the {towers} without " + TOWER_FLAG + " (experimental)"),
+    ("towers", "vLLM ignores the half of the {towers} without " + TOWER_FLAG + RISK),
     ("lost", "vLLM ignores the half of the {lost}, also with " + TOWER_FLAG + ": use --to merged"),
     ("plain projector", "vLLM refuses the folder for its projector: use --to merged"),
     ("whole", "vLLM refuses modules trained in full: use --with_base or --to merged"),
