@@ -15,10 +15,10 @@ VLLM_TOWERS = ("llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "ide
 VLLM_PLAIN_PROJECTORS = ("internvl", "llava_onevision")
 RENAMED = ("clip_vision_model", "siglip_vision_model")  # in LLaVA, vLLM's names have `vision_model.` in them
 TOWER_FLAG = "--enable-tower-connector-lora"
-RISK = " (experimental; on a LLaVA with CLIP its engine crashed here: use --to merged)"
 SERVERS = (
     ("lora", "vLLM needs --enable-lora --max-lora-rank {limit}"),
-    ("towers", "vLLM ignores the half of the {towers} without " + TOWER_FLAG + RISK),
+    ("towers", "vLLM ignores the half of the {towers} without " + TOWER_FLAG + " (experimental)"),
+    ("clip", "vLLM crashed on a small LLaVA with a CLIP tower with " + TOWER_FLAG + ": use --to merged"),
     ("lost", "vLLM ignores the half of the {lost}, also with " + TOWER_FLAG + ": use --to merged"),
     ("plain projector", "vLLM refuses the folder for its projector: use --to merged"),
     ("whole", "vLLM refuses modules trained in full: use --with_base or --to merged"),
@@ -37,8 +37,8 @@ def notes_of(folder: Path, base: Any) -> list[str]:
     lora, family, parts = read_config(folder), base.model_type, base.to_dict()
     tower_of, paths = find_towers(meta_model(base)).tower_of, list(lora.target_modules or ())
     towers = [tower for tower in ("projector", "vision") if tower in map(tower_of, paths)]
-    lost = [] if family in VLLM_TOWERS else towers
-    if "llava" in family and "vision" in towers and parts["vision_config"]["model_type"] in RENAMED:
+    lost, tower = [] if family in VLLM_TOWERS else towers, parts.get("vision_config", {}).get("model_type")
+    if "llava" in family and "vision" in towers and tower in RENAMED:
         lost = ["vision"]
     ranks = [(lora.rank_pattern or {}).get(f"^{path}", lora.r) for path in paths]  # as our exports write the keys
     alphas = [(lora.alpha_pattern or {}).get(f"^{path}", lora.lora_alpha) for path in paths]
@@ -46,6 +46,7 @@ def notes_of(folder: Path, base: Any) -> list[str]:
     holds = {
         "lora": True,
         "towers": bool(towers) and family in VLLM_TOWERS,
+        "clip": bool(towers) and family in VLLM_TOWERS and tower == "clip_vision_model",
         "lost": bool(lost) and not is_refused,
         "plain projector": is_refused,
         "projector": "projector" in towers,

@@ -103,6 +103,7 @@ FULL = {"modules_to_save": ["lm_head"]}
 CASES: list[tuple[dict[str, str], Any, Any]] = [
     ({"limit": "16"}, ("llava", ALL, {"r": 12}), ("llava", ALL, {"r": 20})),
     ({"towers": "projector and vision"}, ("llava", ALL, {}), ("aya_vision", ALL, {})),
+    ({}, ("llava", TWO, {}), ("qwen2_5_vl", TWO, {})),
     ({"lost": "vision"}, ("llava", ALL, {}), ("qwen2_5_vl", ALL, {})),
     ({}, ("internvl", TWO, {}), ("internvl", TEXT, {})),
     ({}, ("llava", TEXT, FULL), ("llava", ALL, {})),
