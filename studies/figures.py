@@ -89,13 +89,6 @@ OTHERS = {
     "KeepLoRA’s rows of A": ("keeplora", ""),
     "KORE’s rows of A": ("kore", ""),
 }
-# What a training forgets about pictures, by kind: method, learning rate.
-KINDS = {
-    "LoRA, rate 3e-4": ("lora-same-projector", 3e-4),
-    "LoRA, rate 1e-3": ("lora-same-projector", 1e-3),
-    "the earlier default without `base_kl`": (GRADIENT, 2e-3),
-    "the earlier default": (WITH_KL, 2e-3),
-}
 # How to train one task after the other -> its rows. The first three are those of docs/next-task.md.
 WAYS = {
     "`--method lora`, then `--adapter`": "lora",
@@ -259,17 +252,6 @@ def rates() -> str:
     return Table(("task", "steps x records", "rates of the earlier default", "of LoRA"), tuple(rows)).markdown()
 
 
-def kinds() -> str:
-    """Return what is forgotten on text and about three kinds of pictures, on emoji with the first seed."""
-    cells = EMOJI.cells()
-    keys = ("forgetting", "forgetting_pictures", "forgetting_photos", "forgetting_words")
-    rows = []
-    for label, (method, rate) in KINDS.items():
-        row = cells[Cell(method, rate, None, 0)]
-        rows.append((label, f"{float(row['validation_loss']):.2f}", *(f"{float(row[key]):.3f}" for key in keys)))
-    return Table(("trains", "loss", "text", "drawn shapes", "photographs", "in one word"), tuple(rows)).markdown()
-
-
 def sequence(ways: Iterable[str] = tuple(WAYS)[:3]) -> str:
     """Return the scores of three tasks after their own training and at the end."""
     cells = read_cells(DOCS / "sequence.smollm2.csv")
@@ -289,7 +271,6 @@ FIGURES: dict[str, Callable[[], str]] = {
     "kept": kept,
     "others": others,
     "rates": rates,
-    "kinds": kinds,
     "sequence": sequence,
     "other ways": lambda: sequence(tuple(WAYS)[3:]),
 }

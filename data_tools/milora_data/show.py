@@ -17,6 +17,7 @@ from milora_data.encode.templates import get_template, place_images, render
 from milora_data.pictures.files import ImageError, credit_lines, fitting, load_image, place_of, small
 from milora_data.records.record import IMAGE, Record
 from milora_data.stream import load_records
+from milora_vl.common.atomic_write import json_lines
 from milora_vl.common.cli import page as html
 from milora_vl.common.cli.command_line import amount, next_step
 from milora_vl.common.cli.flags import DATA, Command, count, option, positive, shared
@@ -95,10 +96,14 @@ def _worst(data: Path, run: Path) -> list[Record]:
         raise UserError("no losses of held-out records", where=str(file), hint="train with --eval_data_path")
     records = {Path(record.source).name: record for record in load_records(data)}  # the folder may have moved
     found = []
-    for line in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
+    for line in json_lines(file):
         if (record := records.get(Path(line["source"]).name)) is not None:
             losses = {key: line[key] for key in ("loss", "base_loss", "reply") if key in line}
             found.append(replace(record, extra={**record.extra, **losses}))
+    if not found:
+        raise UserError(
+            f"{data} has no record of the last evaluation", where=str(file), hint="name its --eval_data_path"
+        )
     return found
 
 

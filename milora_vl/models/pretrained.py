@@ -133,5 +133,5 @@ def _unreadable(source: str, error: Exception) -> UserError:
     hint = "copy or download its files again; a model needs config.json, its weights and its tokenizer"
     if not is_sentencepiece_available():
         hint += "\na tokenizer.model without a tokenizer.json needs:  pip install sentencepiece protobuf"
-    message, hint = f"cannot read the model: {first_line(error)}", hint
+    message = f"cannot read the model: {first_line(error)}"
     return UserError(message, code="model-unreadable", where=source, hint=hint)

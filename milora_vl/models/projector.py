@@ -94,7 +94,7 @@ def projector_file(source: Path) -> Path:
     if not files or not files[0].is_file():
         newest = newest_checkpoint(source)
         hint = newest_of_unfinished(source, "--projector_weights") if newest and holds_projector_alone(newest) else ""
-        message, hint = f"no projector weights: expected a file or a folder with {' or '.join(PROJECTOR_FILES)}", hint
+        message = f"no projector weights: expected a file or a folder with {' or '.join(PROJECTOR_FILES)}"
         raise UserError(message, where=str(source), hint=hint)
     return files[0]
 

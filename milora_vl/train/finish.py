@@ -38,7 +38,7 @@ from milora_vl.train.setup import Run, suites_of
 from milora_vl.train.trainer import MiloraTrainer
 
 NUM_ANSWERED, MAX_NEW_TOKENS = 20, 32  # records that the model answers for the report
-NOT_UPLOADED = ("_*", "checkpoint-*", "incomplete-checkpoint-*")
+NOT_UPLOADED = ("_*", "checkpoint-*", "incomplete-checkpoint-*", HELD_OUT)  # it holds texts and paths of the data
 WITHOUT = "without:  remove --push_to_hub; to upload the finished run later: hf upload REPOSITORY FOLDER"
 
 

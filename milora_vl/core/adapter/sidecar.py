@@ -98,8 +98,7 @@ class Sidecar:
         missing = [name for name in self.anchors if name not in stored]
         if missing:
             message = f"lacks the anchor of {missing[0]}, which {FILE_NAME} lists ({len(missing):,} are missing)"
-            hint = RESTORE
-            raise AdapterError(message, where=str(file), hint=hint)
+            raise AdapterError(message, where=str(file), hint=RESTORE)
         path_of = {name: path for path, name in self.names.items()}
         return {path_of[name]: stored[name] for name in self.anchors}
 
