@@ -98,7 +98,7 @@ def _worst(data: Path, run: Path) -> list[Record]:
     found = []
     for line in json_lines(file):
         if (record := records.get(Path(line["source"]).name)) is not None:
-            losses = {key: line[key] for key in ("loss", "base_loss", "reply") if key in line}
+            losses: dict[str, object] = {key: line[key] for key in ("loss", "base_loss", "reply") if key in line}
             found.append(replace(record, extra={**record.extra, **losses}))
     if not found:
         raise UserError(
