@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from milora_eval.evaluator import command as evaluation
-from milora_vl.common.cli.command_line import command_line, run
-from milora_vl.common.cli.flags import Command, flag, option, shared
+from milora_vl.common.cli.console import command_line, run
+from milora_vl.common.cli.parser import Command, flag, option, shared
 from milora_vl.common.errors import UserError
 from milora_vl.common.evaluator import EvaluationRequest, QuestionSet
 from milora_vl.core.adapter.folders import holds_adapter

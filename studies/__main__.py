@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
-from milora_vl.common.cli.command_line import amount, next_step, run
-from milora_vl.common.cli.flags import Command, flag, option, positive, shared
+from milora_vl.common.cli.console import amount, next_step, run
+from milora_vl.common.cli.parser import Command, flag, option, positive, shared
 from milora_vl.sweep.cells import Cell
 from milora_vl.sweep.runner import alone, usable_cores
 from studies import page, runner

@@ -103,7 +103,7 @@ DEFAULT = {
     "plain": "the default",
     "lora": "LoRA",
     "lora-same-projector": "LoRA, the projector in full",
-    "lora-both": "LoRA on both towers",
+    "lora-both": "LoRA, same modules",
     "lora-both-kl": "LoRA with `base_kl`",
     "random-rows": "the default with random rows of A",
 }
@@ -144,12 +144,12 @@ def in_short() -> str:
     if not known:
         return NO_RESULTS
     rows = (
-        ("score", *(best.score.text for best, _ in known.values())),
-        ("forgets text", *(best.forgetting.text for best, _ in known.values())),
-        ("forgets about pictures", *(about for _, about in known.values())),
-        ("seeds", *(str(len(best.seeds)) for best, _ in known.values())),
+        ("score", *(best.score.text.partition(" ")[0] for best, _ in known.values())),  # intervals: docs/results.md
+        ("forgets text", *(best.forgetting.text.partition(" ")[0] for best, _ in known.values())),
+        ("forgets about pictures", *(about.partition(" ")[0] for _, about in known.values())),
     )
-    return Table((f"{task.name}, {task.steps} steps", *known), rows).markdown()
+    seeds = "/".join(sorted({str(len(best.seeds)) for best, _ in known.values()}))
+    return Table((f"{task.name}, {task.steps} steps, {seeds} seeds", *known), rows).markdown()
 
 
 def _best(cells: Cells, method: str) -> tuple[Point | None, str]:

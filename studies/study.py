@@ -11,7 +11,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from milora_vl.common.cli.command_line import suggest
+from milora_vl.common.cli.console import suggest
 from milora_vl.common.errors import UserError
 from milora_vl.common.strict_models import Strict
 from milora_vl.core.calibration import VERSION as CALIBRATION_VERSION

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 # `encode` is also the name of a module. This import binds the function, and importing the module later keeps it.
 from milora_data.encode.labels import Encoded, encode, encode_prompt
 from milora_data.encode.templates import TEMPLATES, Template
-from milora_data.pictures.files import expand_to_square, load_image
+from milora_data.pictures.load import expand_to_square, load_image
 from milora_data.records.record import Record, Turn, parse_record
 from milora_data.stream import load_records
 from milora_vl.common.errors import DataError, UserError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from milora_vl.common.cli.command_line import Menu, run
+from milora_vl.common.cli.console import Menu, run
 
 MENU = Menu(
     "python -m milora_data",

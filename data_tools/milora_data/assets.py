@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from milora_vl.common.atomic_write import complete_folder
-from milora_vl.common.cli.command_line import next_step
+from milora_vl.common.cli.console import next_step
 from milora_vl.common.errors import UserError
 
 

@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple, TypeAlias
 
 from milora_data.encode.templates import place_images, split_turns
 from milora_data.formats.jsonfile import require_json
-from milora_data.pictures.files import (
+from milora_data.pictures.load import (
     ImageError,
     ImagePolicy,
     OutsidePicture,
@@ -30,8 +30,8 @@ from milora_data.pictures.files import (
 from milora_data.pictures.videos import require_pyav, require_whole_video
 from milora_data.records.record import IMAGE, Record, content_digest, identity
 from milora_data.stream import is_json, load_records, record_items
-from milora_vl.common.cli import command_line as cli
-from milora_vl.common.cli.command_line import amount
+from milora_vl.common.cli import console as cli
+from milora_vl.common.cli.console import amount
 from milora_vl.common.cli.web import url_problem, web_address
 from milora_vl.common.errors import DataError, Problem, UserError, no_records
 

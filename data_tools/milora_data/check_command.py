@@ -16,12 +16,12 @@ from typing import Any
 
 from milora_data.check import KINDS, Report, errors_of, image_folder, scan
 from milora_data.formats.jsonfile import read_objects, write_objects
-from milora_data.hold_out import shared_with
-from milora_data.pictures.files import convert_words
+from milora_data.leaks import shared_with
+from milora_data.pictures.load import convert_words
 from milora_data.records.record import IMAGE, as_llava, parse_record
 from milora_data.stream import is_json, load_records
-from milora_vl.common.cli.command_line import amount, next_step
-from milora_vl.common.cli.flags import DATA, Command, count, option, shared
+from milora_vl.common.cli.console import amount, next_step
+from milora_vl.common.cli.parser import DATA, Command, count, option, shared
 from milora_vl.common.errors import DataError, UserError, no_records
 
 HELD_OUT = ("eval", "val", "test")  # as our commands call the records that are not for training

@@ -28,11 +28,11 @@ from milora_data.formats.tables import (
     vqa,
 )
 from milora_data.hold_out import PICTURE, RECORD, held_out, shared_pictures
-from milora_data.pictures.files import ImageError, StoredPicture, picture_suffix, stored_pictures
+from milora_data.pictures.load import ImageError, StoredPicture, picture_suffix, stored_pictures
 from milora_data.records.record import SPEAKERS, Record, as_llava, parse_record
 from milora_data.stream import load_records
-from milora_vl.common.cli.command_line import amount, next_step
-from milora_vl.common.cli.flags import Command, option, positive, shared
+from milora_vl.common.cli.console import amount, next_step
+from milora_vl.common.cli.parser import Command, option, positive, shared
 from milora_vl.common.errors import MALFORMED, DataError, UserError, first_line
 
 

@@ -16,7 +16,7 @@ from milora_data.assets import create, fetch
 from milora_data.encode.templates import SHORT
 from milora_data.formats.tables import record
 from milora_vl.common.atomic_write import complete_folder
-from milora_vl.common.cli.flags import Command, shared
+from milora_vl.common.cli.parser import Command, shared
 
 VAL_PICTURES = 200
 TURNS = 4  # questions per training record; one picture has about ten

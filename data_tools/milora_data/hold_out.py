@@ -1,4 +1,4 @@
-"""Held-out records: which of them `convert --hold_out` takes, and what training and test data share (leaks).
+"""Held-out records: which of them `convert --hold_out` takes.
 
 No picture, question without a picture, or other chosen part of the data is on both sides.
 """
@@ -51,25 +51,6 @@ def shared_pictures(records: Sequence[Mapping[str, Any]], chosen: frozenset[int]
     """Return how many of the `chosen` records show a picture or video that another record shows too."""
     others = {name for number, value in enumerate(records) if number not in chosen for name in _record(value).files}
     return sum(not others.isdisjoint(_record(records[number]).files) for number in chosen)
-
-
-def shared_with(train: Iterable[Record], test: Iterable[Record]) -> dict[str, int]:
-    """Return how many records of `test` share questions or picture names with `train`."""
-    questions: set[tuple[tuple[str, ...], str]] = set()
-    names: set[str] = set()
-    for record in train:
-        names.update(record.images)
-        questions.update((record.images, turn.text) for turn in record.turns if turn.role == "user")
-    num_records = num_asked = num_named = 0
-    for record in test:
-        num_records += 1
-        num_asked += any((record.images, turn.text) in questions for turn in record.turns if turn.role == "user")
-        num_named += not names.isdisjoint(record.images)
-    return {
-        "test_records": num_records,
-        "with_a_question_of_the_training": num_asked,
-        "with_a_picture_name_of_the_training": num_named,
-    }
 
 
 def _record(value: Mapping[str, Any]) -> Record:

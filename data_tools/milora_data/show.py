@@ -14,13 +14,13 @@ from typing import Any, Literal, NamedTuple
 
 from milora_data.check import image_folder
 from milora_data.encode.templates import get_template, place_images, render
-from milora_data.pictures.files import ImageError, credit_lines, fitting, load_image, place_of, small
+from milora_data.pictures.load import ImageError, credit_lines, fitting, load_image, place_of, small
 from milora_data.records.record import IMAGE, Record
 from milora_data.stream import load_records
 from milora_vl.common.atomic_write import json_lines
 from milora_vl.common.cli import page as html
-from milora_vl.common.cli.command_line import amount, next_step
-from milora_vl.common.cli.flags import DATA, Command, count, option, positive, shared
+from milora_vl.common.cli.console import amount, next_step
+from milora_vl.common.cli.parser import DATA, Command, count, option, positive, shared
 from milora_vl.common.errors import DataError, UserError, with_context
 
 STYLES = {"learnt": "bold green", "given": "", "picture": "magenta"}  # keys of the JSON output

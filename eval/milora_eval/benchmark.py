@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 from milora_data.records.record import Turn, Video
 from milora_eval.stats import clustered_stderr, mean, stratified_mean, stratified_stderr
 from milora_vl.common.atomic_write import write_text
-from milora_vl.common.cli.command_line import did_you_mean, suggest
+from milora_vl.common.cli.console import did_you_mean, suggest
 from milora_vl.common.errors import UserError
 
 

@@ -20,7 +20,7 @@ import xxhash
 
 from milora_data.assets import cache_dir
 from milora_data.formats.jsonfile import not_utf8, read_objects
-from milora_data.pictures.files import ImageError, picture_size
+from milora_data.pictures.load import ImageError, picture_size
 from milora_eval.benchmark import Benchmark, Item, MissingData
 from milora_vl.common.atomic_write import atomic_file
 from milora_vl.common.errors import MALFORMED, DataError, Problem, UserError, collected, first_line

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from milora_vl.common.atomic_write import write_text
-from milora_vl.common.cli.command_line import next_step, run
-from milora_vl.common.cli.flags import OR_ADAPTER, Command, option, shared
+from milora_vl.common.cli.console import next_step, run
+from milora_vl.common.cli.parser import OR_ADAPTER, Command, option, shared
 from milora_vl.common.errors import UserError
 from milora_vl.core.adapter.folders import model_of
 from milora_vl.interop.load_model import load_by_flags

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from milora_vl.common.cli.command_line import amount
+from milora_vl.common.cli.console import amount
 
 # A bootstrap interval needs MIN_GROUPS independent items, and MIN_UNLIKE items whose difference is not the most common
 # one: resamples of equal values are equal, so their interval is a point. With both conditions fewer than 9 % of the

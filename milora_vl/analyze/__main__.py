@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
-from milora_vl.common.cli.command_line import next_step, run
-from milora_vl.common.cli.flags import Command, option, positive, shared
+from milora_vl.common.cli.console import next_step, run
+from milora_vl.common.cli.parser import Command, option, positive, shared
 from milora_vl.common.cli.table import Table, show
 from milora_vl.common.errors import UserError
 from milora_vl.core.adapter.folders import holds_adapter, newest_of_unfinished

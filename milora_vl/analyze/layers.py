@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from milora_vl.analyze import measures
 from milora_vl.analyze.measures import Update
 from milora_vl.common.atomic_write import json_lines, write_text
-from milora_vl.common.cli.command_line import amount
+from milora_vl.common.cli.console import amount
 from milora_vl.common.errors import UserError, with_problems
 from milora_vl.common.progress import progress_bar
 from milora_vl.core.adapter.anchored import anchors_of, factors, has_anchor

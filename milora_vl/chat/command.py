@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from milora_data.encode.templates import template_name
-from milora_vl.common.cli.flags import OR_ADAPTER, Command, above_zero, count, flag, option, positive, shared
+from milora_vl.common.cli.parser import OR_ADAPTER, Command, above_zero, count, flag, option, positive, shared
 from milora_vl.common.errors import UserError, at_flag
 from milora_vl.core.adapter.folders import (
     holds_adapter,

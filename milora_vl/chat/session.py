@@ -17,11 +17,11 @@ from PIL import Image
 from transformers import TextIteratorStreamer, TextStreamer
 
 from milora_data.batches.processor_inputs import ProcessorInputs
-from milora_data.pictures.files import load_image
+from milora_data.pictures.load import load_image
 from milora_data.pictures.pixels import AspectRatio
 from milora_data.pictures.videos import Frames, require_one_size, require_pyav
 from milora_data.records.record import IMAGE, VIDEO, Reply, Turn, Video
-from milora_vl.common.cli.command_line import beside, report
+from milora_vl.common.cli.console import beside, report
 from milora_vl.common.cli.web import web_address
 from milora_vl.common.errors import UserError, at_flag, first_line
 from milora_vl.core.adapter.folders import base_of, holds_adapter

@@ -11,8 +11,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from milora_vl.common.cli.command_line import next_step, run
-from milora_vl.common.cli.flags import Command, option, shared
+from milora_vl.common.cli.console import next_step, run
+from milora_vl.common.cli.parser import Command, option, shared
 from milora_vl.common.errors import UserError, at_flag
 
 COMMAND = Command(

@@ -1,6 +1,6 @@
 """`python -m milora_vl.export`."""
 
-from milora_vl.common.cli.command_line import run
+from milora_vl.common.cli.console import run
 from milora_vl.export.command import main
 
 if __name__ == "__main__":

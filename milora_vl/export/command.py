@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from milora_data.encode.templates import OWN
-from milora_vl.common.cli.command_line import next_step
-from milora_vl.common.cli.flags import Command, flag, option, shared
+from milora_vl.common.cli.console import next_step
+from milora_vl.common.cli.parser import Command, flag, option, shared
 from milora_vl.common.compat.transformers import silence_deepspeed
 from milora_vl.common.errors import UserError
 from milora_vl.core.adapter.checkpoints import step_of

@@ -8,8 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from milora_vl.common.cli.command_line import next_step, run
-from milora_vl.common.cli.flags import OR_ADAPTER, Command, option, positive, shared
+from milora_vl.common.cli.console import next_step, run
+from milora_vl.common.cli.parser import OR_ADAPTER, Command, option, positive, shared
 from milora_vl.common.cli.table import show
 from milora_vl.common.errors import UserError
 from milora_vl.common.evaluator import QuestionSet

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image, ImageDraw
 
 from milora_data.encode.tokens import IGNORE
-from milora_data.pictures.files import place_of
+from milora_data.pictures.load import place_of
 from milora_data.pictures.pixels import AspectRatio
 from milora_data.records.record import IMAGE, Record, Turn, renamed_video
 from milora_vl.forgetting.measure import ProbeBatch

@@ -13,7 +13,7 @@ from typing import Any
 from milora_data import load_records
 from milora_data.formats.stored import is_saved
 from milora_vl.common.atomic_write import read_json, write_json
-from milora_vl.common.cli.command_line import beside
+from milora_vl.common.cli.console import beside
 from milora_vl.common.errors import UserError, at_flag
 from milora_vl.common.evaluator import EvaluationRequest, QuestionSet, evaluator
 from milora_vl.core.adapter.folders import CONFIG, require_no_base

@@ -19,7 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from milora_vl.common.cli.command_line import run
+from milora_vl.common.cli.console import run
 from milora_vl.common.errors import UserError
 from milora_vl.core.adapter.folders import CONFIG
 from milora_vl.interop.replace import get_peft_model_replaced, launch, launcher, parse

@@ -13,7 +13,7 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
-from milora_vl.common.cli.command_line import amount
+from milora_vl.common.cli.console import amount
 from milora_vl.common.errors import UserError, first_line, with_context
 from milora_vl.core.adapter.reinit import METHOD_OF_PART, reinit_peft, restore_split
 from milora_vl.core.adapter.sidecar import FILE_NAME

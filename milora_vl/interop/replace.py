@@ -14,8 +14,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from milora_vl.common.cli.command_line import beside, run
-from milora_vl.common.cli.flags import Command, option
+from milora_vl.common.cli.console import beside, run
+from milora_vl.common.cli.parser import Command, option
 from milora_vl.common.errors import UserError
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from milora_data.batches.image_text_collator import ImageTextCollator
 from milora_data.batches.processor_collator import ProcessorCollator
 from milora_data.batches.record_collator import Item, RecordCollator
 from milora_data.encode.templates import OWN
-from milora_data.pictures.files import ImagePolicy
+from milora_data.pictures.load import ImagePolicy
 from milora_data.pictures.pixels import AspectRatio
 from milora_vl.common.compat.transformers import pass_texts_unchanged
 from milora_vl.common.errors import UserError

@@ -24,10 +24,10 @@ from milora_data.encode.chat_template_mask import Rendered, parts_of, segments_o
 from milora_data.encode.labels import encode_prompt
 from milora_data.encode.templates import no_videos
 from milora_data.encode.tokens import IGNORE, bos_ids, fast_backend
-from milora_data.pictures.files import expand_to_square, load_image, picture_size, to_rgb
+from milora_data.pictures.load import expand_to_square, load_image, picture_size, to_rgb
 from milora_data.pictures.videos import Frames
 from milora_data.records.record import IMAGE, VIDEO, Record, Reply, Turn, Video
-from milora_vl.common.cli.command_line import amount
+from milora_vl.common.cli.console import amount
 from milora_vl.common.errors import DataError, UserError, first_line, with_context
 from milora_vl.core.calibration.activations import evaluated
 from milora_vl.core.policy.towers import is_wrapped_by_peft

@@ -17,7 +17,7 @@ import torch
 
 from milora_data.assets import cache_dir
 from milora_vl.common.atomic_write import complete_folder
-from milora_vl.common.cli.command_line import beside
+from milora_vl.common.cli.console import beside
 from milora_vl.common.compat.transformers import whole_weights
 from milora_vl.common.errors import UserError
 from milora_vl.models import original, pretrained, vision

@@ -13,7 +13,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from milora_vl.common.cli.command_line import suggest
+from milora_vl.common.cli.console import suggest
 from milora_vl.common.cli.web import hub_is_known
 from milora_vl.common.compat.transformers import quiet_bars, whole_weights
 from milora_vl.common.errors import UserError, first_line

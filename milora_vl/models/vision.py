@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from milora_vl.common.cli.command_line import beside
+from milora_vl.common.cli.console import beside
 from milora_vl.common.cli.web import hub_is_known
 from milora_vl.common.errors import UserError, first_line
 from milora_vl.core.weights.tensor_files import read_weights

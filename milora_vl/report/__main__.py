@@ -10,8 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from milora_vl.common.cli.command_line import run
-from milora_vl.common.cli.flags import Command, option, shared
+from milora_vl.common.cli.console import run
+from milora_vl.common.cli.parser import Command, option, shared
 from milora_vl.common.errors import expected_format
 from milora_vl.report.page import summary, write_page
 from milora_vl.report.read_run import RESTORE, read_run

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from milora_data.pictures.files import credit_lines, data_uri, fitting, thumbnail
+from milora_data.pictures.load import credit_lines, data_uri, fitting, thumbnail
 from milora_vl.common.cli import page as pages
 from milora_vl.common.cli.table import Table
 from milora_vl.common.errors import UserError

@@ -16,7 +16,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from milora_data.pictures.files import data_uri
+from milora_data.pictures.load import data_uri
 from milora_vl.common.atomic_write import write_text
 from milora_vl.report.read_run import Json, Run, Score, is_fraction, label
 

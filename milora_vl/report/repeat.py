@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from milora_vl.common.cli.command_line import command_line
+from milora_vl.common.cli.console import command_line
 from milora_vl.common.evaluator import EvaluationRequest, QuestionSet, evaluator
 from milora_vl.core.adapter.checkpoints import holds_weights, newest_checkpoint
 from milora_vl.core.adapter.folders import has_config, holds_text_model

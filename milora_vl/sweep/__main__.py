@@ -17,8 +17,8 @@ from typing import Any
 
 from milora_eval.answers.questions import require_questions
 from milora_vl.common.atomic_write import read_json, write_json, write_text
-from milora_vl.common.cli.command_line import amount, next_step, run
-from milora_vl.common.cli.flags import Command, flag, option, positive, shared
+from milora_vl.common.cli.console import amount, next_step, run
+from milora_vl.common.cli.parser import Command, flag, option, positive, shared
 from milora_vl.common.cli.table import show
 from milora_vl.common.errors import Problem, UserError, collected
 from milora_vl.common.evaluator import QuestionSet

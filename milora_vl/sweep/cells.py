@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from milora_vl.common.cli.command_line import suggest
+from milora_vl.common.cli.console import suggest
 from milora_vl.common.errors import UserError
 from milora_vl.core.policy.rules import METHODS
 from milora_vl.train.arguments import RENAMED, value_of

@@ -1,6 +1,6 @@
 """`python -m milora_vl.train`."""
 
-from milora_vl.common.cli.command_line import run
+from milora_vl.common.cli.console import run
 from milora_vl.train.command import main
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from transformers import Trainer, TrainingArguments, get_scheduler
 
 import llava_recipes
-from milora_vl.common.cli.command_line import did_you_mean, suggest
+from milora_vl.common.cli.console import did_you_mean, suggest
 from milora_vl.common.compat.transformers import unstarted_arguments, use_one_gpu
 from milora_vl.common.errors import Key, UserError
 from milora_vl.common.strict_models import EXPECTED

@@ -23,7 +23,7 @@ from transformers import GenerationMixin
 
 from milora_data.assets import cache_dir
 from milora_data.batches.record_collator import RecordCollator
-from milora_data.pictures.files import ImageError, content_of, load_image, place_of
+from milora_data.pictures.load import ImageError, content_of, load_image, place_of
 from milora_data.records.record import IMAGE, Record, Turn
 from milora_data.stream import load_records
 from milora_vl.common.atomic_write import write_json

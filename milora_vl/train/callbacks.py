@@ -20,7 +20,7 @@ from tqdm import tqdm
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from milora_data.batches.record_collator import RecordCollator
-from milora_vl.common.cli.command_line import amount
+from milora_vl.common.cli.console import amount
 from milora_vl.common.evaluator import TrainingQuestions, evaluator
 from milora_vl.core.calibration.activations import evaluated
 from milora_vl.forgetting.measure import logits_of, summary, token_sums

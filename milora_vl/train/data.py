@@ -33,11 +33,11 @@ from milora_data.check import KINDS, Finding, Report, TrainingCheck, errors_of, 
 from milora_data.encode.labels import NoSupervisedTokens
 from milora_data.encode.templates import OWN, TEMPLATES
 from milora_data.encode.tokens import own_template
-from milora_data.pictures.files import ImagePolicy, content_of, place_of
+from milora_data.pictures.load import ImagePolicy, content_of, place_of
 from milora_data.records.record import IMAGE, CompactRecords, Record
 from milora_data.stream import Source, load_records, mixed_records
 from milora_data.stream.dataset import RecordStream, record_stream
-from milora_vl.common.cli.command_line import amount, command_line
+from milora_vl.common.cli.console import amount, command_line
 from milora_vl.common.errors import DataError, Key, Problem, UserError, no_records, with_context, with_problems
 from milora_vl.core.weights.tensor_files import read_weights
 from milora_vl.models.base import Base

@@ -22,7 +22,7 @@ from milora_data.batches.record_collator import RecordCollator
 from milora_data.encode.templates import OWN
 from milora_data.encode.tokens import share_template
 from milora_data.records.record import IMAGE, Record
-from milora_vl.common.cli.command_line import amount
+from milora_vl.common.cli.console import amount
 from milora_vl.common.errors import Problem, UserError, collected
 from milora_vl.models.base import Base
 from milora_vl.models.loading import split_processor

@@ -19,7 +19,7 @@ from transformers import TrainingArguments
 
 from milora_data.records.record import Record
 from milora_data.stream import within
-from milora_vl.common.cli.command_line import command_line
+from milora_vl.common.cli.console import command_line
 from milora_vl.common.errors import DataError, UserError, first_line
 from milora_vl.common.evaluator import EvaluationRequest, QuestionSet, evaluator
 from milora_vl.core.adapter.checkpoints import WEIGHTS

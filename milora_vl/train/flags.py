@@ -13,8 +13,8 @@ from typing import Any, get_args
 
 import torch
 
-from milora_vl.common.cli import command_line as cli
-from milora_vl.common.cli import flags as cli_flags
+from milora_vl.common.cli import console as cli
+from milora_vl.common.cli import parser as cli_flags
 from milora_vl.common.errors import Problem, UserError
 from milora_vl.common.yaml_text import parse_yaml
 from milora_vl.core.policy.rules import DEFAULT_RULES, RuleDict

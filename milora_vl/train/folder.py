@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from milora_vl.common import atomic_write
-from milora_vl.common.cli.command_line import amount, require_folder
+from milora_vl.common.cli.console import amount, require_folder
 from milora_vl.common.errors import UserError
 from milora_vl.core.adapter import checkpoints
 from milora_vl.report.read_run import HELD_OUT

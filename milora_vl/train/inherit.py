@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from milora_data.records.record import Record
-from milora_vl.common.cli.command_line import command_line
+from milora_vl.common.cli.console import command_line
 from milora_vl.common.errors import Key, Problem, UserError
 from milora_vl.core.adapter.checkpoints import read_environment
 from milora_vl.core.adapter.fixed_a import Protection

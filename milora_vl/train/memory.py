@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from milora_vl.common.cli.command_line import amount
+from milora_vl.common.cli.console import amount
 from milora_vl.common.compat.torch import after_operations, without_data
 from milora_vl.core.adapter.anchored import fixed_names, install_factors
 from milora_vl.core.adapter.fixed_a import fix_A

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from milora_vl.common.cli.command_line import beside
+from milora_vl.common.cli.console import beside
 from milora_vl.common.errors import Key, Problem, UserError, with_problems
 from milora_vl.common.yaml_text import TEXT, YamlTextError, parse_yaml
 from milora_vl.core.adapter import checkpoints

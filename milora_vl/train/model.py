@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from milora_vl.common.cli.command_line import amount
+from milora_vl.common.cli.console import amount
 from milora_vl.common.errors import Key, UserError, first_line
 from milora_vl.core.adapter.apply import apply_targets
 from milora_vl.core.adapter.earlier import Earlier, hold

@@ -25,8 +25,8 @@ from pydantic import (
 
 import llava_recipes
 from milora_data.encode.templates import template_name
-from milora_vl.common.cli.command_line import suggest
-from milora_vl.common.cli.flags import RECORDS
+from milora_vl.common.cli.console import suggest
+from milora_vl.common.cli.parser import RECORDS
 from milora_vl.common.errors import Key, Problem, UserError
 from milora_vl.common.strict_models import Strict, problems_of, unknown_key
 from milora_vl.common.yaml_text import read_file, read_mapping

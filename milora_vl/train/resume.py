@@ -14,7 +14,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from milora_vl.common.cli.command_line import command_line
+from milora_vl.common.cli.console import command_line
 from milora_vl.common.errors import UserError
 from milora_vl.common.strict_models import Strict
 from milora_vl.core.adapter import checkpoints

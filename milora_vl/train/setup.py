@@ -22,7 +22,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 
 from milora_data.batches.pack import require_packable
 from milora_data.encode.templates import OWN, no_videos
-from milora_vl.common.cli.command_line import amount, beside, did_you_mean, require_folder, suggest
+from milora_vl.common.cli.console import amount, beside, did_you_mean, require_folder, suggest
 from milora_vl.common.errors import Key, Problem, UserError, at_flag, collected, first_line
 from milora_vl.common.evaluator import QuestionSet, evaluator
 from milora_vl.common.yaml_text import read_file

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from milora_data.pictures.files import load_image
+from milora_data.pictures.load import load_image
 from milora_data.records.record import Turn
 from milora_vl import apply_milora
 from milora_vl.chat.command import COMMAND, main

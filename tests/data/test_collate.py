@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from milora_data.batches.image_text_collator import ImageTextCollator
 from milora_data.encode.labels import IGNORE, encode
-from milora_data.pictures.files import ImageError
+from milora_data.pictures.load import ImageError
 from support.problems import raises_code
 from support.questions import TOKENS, image_id, question
 

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from milora_data.__main__ import main
-from milora_data.pictures.files import StoredPicture, load_image
+from milora_data.pictures.load import StoredPicture, load_image
 from milora_data.stream import Source, load_records, mixed_records
 from milora_vl.common.errors import DataError, UserError
 from support.problems import raises_code

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from milora_data.pictures.files import ImageError, load_image
+from milora_data.pictures.load import ImageError, load_image
 from support.problems import raises_code
 
 RED, GREEN = (254, 0, 0), (0, 255, 1)

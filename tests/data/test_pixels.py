@@ -12,7 +12,7 @@ from transformers import CLIPImageProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_llava import LlavaImageProcessor
 
-from milora_data.pictures.files import expand_to_square
+from milora_data.pictures.load import expand_to_square
 from milora_data.pictures.pixels import PixelMaker
 
 SIZE: dict[str, Any] = {"size": {"shortest_edge": 84}, "crop_size": {"height": 84, "width": 84}}

@@ -18,7 +18,7 @@ from tokenizers.processors import TemplateProcessing
 
 from milora_data.batches.processor_collator import ProcessorCollator
 from milora_data.encode.chat_template_mask import VIDEO_MARK, parts_of
-from milora_data.pictures.files import ImageError, StoredPicture
+from milora_data.pictures.load import ImageError, StoredPicture
 from milora_data.records.record import ROLES, Record, Turn, parse_record
 from milora_vl.common.compat.transformers import pass_texts_unchanged
 from milora_vl.common.errors import DataError

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from milora_data.__main__ import main as command
-from milora_data.pictures.files import StoredPicture
+from milora_data.pictures.load import StoredPicture
 from milora_data.records.record import Record
 from milora_data.stream import Source
 from milora_data.stream.dataset import record_stream

@@ -14,7 +14,7 @@ from transformers.video_utils import load_video
 from milora_data.__main__ import main
 from milora_data.batches.processor_collator import ProcessorCollator
 from milora_data.batches.processor_inputs import ProcessorInputs, as_named
-from milora_data.pictures.files import ImageError
+from milora_data.pictures.load import ImageError
 from milora_data.records.record import parse_record
 from milora_data.stream import load_records
 from milora_vl.models.processors import ProcessorSettings, configure_processor

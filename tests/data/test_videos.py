@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from milora_data.batches.processor_collator import ProcessorCollator
-from milora_data.pictures.files import ImageError
+from milora_data.pictures.load import ImageError
 from milora_data.records.record import parse_record
 from milora_vl.common.errors import DataError
 from milora_vl.models.losses import summed_loss

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from milora_data.pictures.files import ImageError, load_image
+from milora_data.pictures.load import ImageError, load_image
 from milora_eval.__main__ import main
 from milora_eval.answers.served import picture_url
 from milora_eval.answers.store import read_lines

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from milora_data.pictures.files import ImageError, load_image
+from milora_data.pictures.load import ImageError, load_image
 from milora_eval.commands.score import main as score
 from milora_vl import apply_milora
 from milora_vl.common.errors import UserError

@@ -87,7 +87,7 @@ def test_a_server_that_refuses_is_named_without_its_password() -> None:
 
 BROKEN = """
 import os
-from milora_vl.common.cli.command_line import run
+from milora_vl.common.cli.console import run
 def main(argv):
     raise RuntimeError("401 for token " + os.environ["HF_TOKEN"])
 run(main)

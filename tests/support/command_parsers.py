@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from milora_vl.__main__ import main
-from milora_vl.common.cli.flags import CommandParser
+from milora_vl.common.cli.parser import CommandParser
 
 
 class Parser(BaseException):

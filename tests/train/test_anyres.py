@@ -13,7 +13,7 @@ from PIL import Image
 
 from milora_data.batches.image_text_collator import ImageTextCollator
 from milora_data.batches.lengths import lengths_of
-from milora_data.pictures.files import picture_size
+from milora_data.pictures.load import picture_size
 from milora_data.pictures.pixels import PixelMaker, Tiling
 from milora_data.records.record import Turn, parse_record
 from milora_vl import load_model

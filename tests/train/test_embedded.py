@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from milora_data.__main__ import main
-from milora_data.pictures.files import load_image
+from milora_data.pictures.load import load_image
 from milora_data.stream import load_records
 from milora_vl.common.errors import UserError
 from milora_vl.train.command import main as train

@@ -18,7 +18,7 @@ from milora_data.encode.chat_template_mask import require_template
 from milora_data.encode.labels import IGNORE, Encoded, encode, record_segments
 from milora_data.encode.templates import OWN, Segment, template_name
 from milora_data.encode.tokens import fast_backend, own_template
-from milora_data.pictures.files import ImageError, ImagePolicy, place_of
+from milora_data.pictures.load import ImageError, ImagePolicy, place_of
 from milora_data.pictures.pixels import AspectRatio, PixelMaker, Tiling
 from milora_data.records.record import IMAGE, Record
 from milora_vl.common.errors import DataError, UserError, with_context

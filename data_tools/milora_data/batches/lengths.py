@@ -18,7 +18,7 @@ from torch.utils.data import Sampler
 
 from milora_data.batches.record_collator import RecordCollator
 from milora_data.encode.labels import NoSupervisedTokens
-from milora_data.pictures.files import place_of
+from milora_data.pictures.load import place_of
 from milora_data.records.record import Record, identity
 from milora_vl.common.atomic_write import atomic_file
 

@@ -33,10 +33,10 @@ from milora_data.encode.chat_template_mask import VIDEO_MARK, Rendered
 from milora_data.encode.labels import NoSupervisedTokens
 from milora_data.encode.templates import Segment
 from milora_data.encode.tokens import IGNORE
-from milora_data.pictures.files import ImageError, ImagePolicy, load_image
+from milora_data.pictures.load import ImageError, ImagePolicy, load_image
 from milora_data.pictures.videos import Frames, require_one_size
 from milora_data.records.record import IMAGE, VIDEO, Record, Turn, Video
-from milora_vl.common.cli.command_line import amount
+from milora_vl.common.cli.console import amount
 from milora_vl.common.errors import DataError, UserError, first_line, with_context, with_problems
 
 log = logging.getLogger(__name__)

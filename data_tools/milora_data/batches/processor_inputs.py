@@ -15,7 +15,7 @@ from milora_data.batches.record_collator import BLANK
 from milora_data.encode.chat_template_mask import VIDEO_MARK, ImageTemplate, PlainPrompt, Rendered, prompt_format
 from milora_data.encode.templates import no_videos
 from milora_data.encode.tokens import fast_backend
-from milora_data.pictures.files import ImageError, load_image, picture_size
+from milora_data.pictures.load import ImageError, load_image, picture_size
 from milora_data.pictures.videos import Frames, outline, read_video, require_one_size, sampler
 from milora_data.records.record import IMAGE, VIDEO, Turn, Video
 from milora_vl.common.compat.transformers import count_image_tokens, recorded_places

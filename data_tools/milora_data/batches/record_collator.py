@@ -15,7 +15,7 @@ from torch.utils.data import get_worker_info
 from milora_data.encode.labels import NoSupervisedTokens
 from milora_data.encode.templates import Segment
 from milora_data.encode.tokens import IGNORE
-from milora_data.pictures.files import ImageError, ImagePolicy, picture_size, place_of
+from milora_data.pictures.load import ImageError, ImagePolicy, picture_size, place_of
 from milora_data.records.record import Record, parse_record
 from milora_vl.common.compat.torch import FailedBatch
 from milora_vl.common.errors import DataError, UserError, with_context

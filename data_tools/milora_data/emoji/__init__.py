@@ -18,7 +18,7 @@ from milora_data.assets import create
 from milora_data.emoji.catalogue import PICTURE_SIZE, Emoji, catalogue, on_background, render, with_colours
 from milora_data.emoji.questions import Record, captions, held_out_records, training_records
 from milora_vl.common.atomic_write import complete_folder
-from milora_vl.common.cli.flags import Command, count, option, positive, shared
+from milora_vl.common.cli.parser import Command, count, option, positive, shared
 
 if TYPE_CHECKING:
     from PIL import Image

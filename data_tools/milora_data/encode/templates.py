@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 from milora_data.encode.tokens import bos_ids, bos_text, eos_text, glue_after, own_template
 from milora_data.records.record import IMAGE, Turn
-from milora_vl.common.cli.command_line import amount, did_you_mean, suggest
+from milora_vl.common.cli.console import amount, did_you_mean, suggest
 from milora_vl.common.errors import DataError, UserError
 
 EOS, BOS = "{eos}", "{bos}"

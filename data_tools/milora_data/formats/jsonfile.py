@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, NamedTuple
 import ijson
 
 from milora_vl.common.atomic_write import atomic_file
-from milora_vl.common.cli.command_line import beside, command_line
+from milora_vl.common.cli.console import beside, command_line
 from milora_vl.common.cli.web import url_problem
 from milora_vl.common.errors import DataError
 

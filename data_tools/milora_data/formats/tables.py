@@ -16,9 +16,9 @@ from typing import Any
 
 from milora_data.encode.templates import SHORT
 from milora_data.formats.jsonfile import read_json, read_rows
-from milora_data.pictures.files import stored_pictures
+from milora_data.pictures.load import stored_pictures
 from milora_data.records.record import IMAGE, earlier, identifier_of
-from milora_vl.common.cli.command_line import amount
+from milora_vl.common.cli.console import amount
 from milora_vl.common.errors import DataError
 
 DEFAULT_PROMPT = "Describe this picture."

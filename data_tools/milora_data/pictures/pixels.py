@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from milora_data.pictures.files import expand_to_square, load_image
+from milora_data.pictures.load import expand_to_square, load_image
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from milora_data.pictures.files import ImageError, opened
+from milora_data.pictures.load import ImageError, opened
 from milora_vl.common.cli.web import url_problem
 from milora_vl.common.errors import DataError, UserError, first_line
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, overload
 
-from milora_data.pictures.files import StoredPicture, decoded, described, is_embedded, local_name
+from milora_data.pictures.load import StoredPicture, decoded, described, is_embedded, local_name
 from milora_vl.common.errors import DataError, with_context
 
 Role = Literal["user", "assistant", "system"]
@@ -311,7 +311,7 @@ def as_llava(value: dict[str, Any], identifier: object = "") -> dict[str, Any]:
     Messages may also be under "conversations"; ms-swift's `query` and `response` are read with `history`. A text under
     "system", as in ShareGPT's records, becomes the first turn. `identifier` is the default id. Pictures are named by
     the parts of a message ({"type": "image", "image": path}) or, in order, by "images". Base64 pictures are kept
-    unchanged (pictures/files.py).
+    unchanged (pictures/load.py).
     Raises `DataError` if a role or a part is unknown, and for tools.
     """
     turns = value.get("conversations")

@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from milora_data.formats.jsonfile import missing_file, not_utf8, read_objects
 from milora_data.formats.stored import is_stored, stored_items
-from milora_data.pictures.files import PlacedPicture, StoredPicture, leads_outside
+from milora_data.pictures.load import PlacedPicture, StoredPicture, leads_outside
 from milora_data.records.record import Record, parse_record, with_names
 from milora_vl.common.cli.web import web_address
 from milora_vl.common.errors import DataError

@@ -22,11 +22,11 @@ from urllib.parse import urlsplit
 from milora_data.batches.processor_collator import with_video_marks
 from milora_data.encode.chat_template_mask import parts_of
 from milora_data.encode.templates import no_videos
-from milora_data.pictures.files import ORIENTATION, content_of, load_image, opened_picture
+from milora_data.pictures.load import ORIENTATION, content_of, load_image, opened_picture
 from milora_data.records.record import Reply
 from milora_eval.answers.questions import EvaluationPlan, Items, Question
 from milora_eval.answers.runner import Keep, prompt_of
-from milora_vl.common.cli.command_line import did_you_mean, suggest
+from milora_vl.common.cli.console import did_you_mean, suggest
 from milora_vl.common.errors import MALFORMED, Problem, UserError, first_line, with_context
 from milora_vl.common.secrets import HIDDEN
 from milora_vl.models.generate import Prompt

@@ -12,14 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from milora_data.pictures.files import is_embedded, place_of, refusal
+from milora_data.pictures.load import is_embedded, place_of, refusal
 from milora_data.records.record import IMAGE, VIDEO, identifier_of, parse_record, renamed_video
 from milora_eval.benchmark import Answer, Benchmark, Form, Item, Metric, MissingData, mean_of_items
 from milora_eval.benchmarks.pope import pope_answer
 from milora_eval.benchmarks.short_answers import FIRST_LINE, anls, chartqa_correct, exact_match, in_first_line
 from milora_eval.benchmarks.vqa import m4c_normalise, vqav2_accuracy
 from milora_eval.data_files import file_digest, json_values
-from milora_vl.common.cli.command_line import beside, did_you_mean, suggest
+from milora_vl.common.cli.console import beside, did_you_mean, suggest
 from milora_vl.common.cli.web import url_problem
 from milora_vl.common.errors import DataError, Problem, UserError, collected
 

@@ -12,8 +12,8 @@ from milora_eval.commands.flags import PLUGIN, names_of
 from milora_eval.scores.compare import Evaluation, Pair, compare, compare_runs, read_evaluation
 from milora_eval.scores.table import pairs_table, runs_table
 from milora_eval.suites import import_plugins
-from milora_vl.common.cli.command_line import next_step
-from milora_vl.common.cli.flags import Command, flag, option, shared
+from milora_vl.common.cli.console import next_step
+from milora_vl.common.cli.parser import Command, flag, option, shared
 from milora_vl.common.cli.table import FORMATS, show
 
 COMMAND = Command(

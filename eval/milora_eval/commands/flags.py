@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from milora_vl.common.cli.flags import option
+from milora_vl.common.cli.parser import option
 
 PLUGIN = option(
     "--plugin",

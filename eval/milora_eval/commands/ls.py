@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from milora_eval.suites import SUITES, listing
-from milora_vl.common.cli.command_line import next_step, no_folder
-from milora_vl.common.cli.flags import Command, shared
+from milora_vl.common.cli.console import next_step, no_folder
+from milora_vl.common.cli.parser import Command, shared
 from milora_vl.common.errors import UserError
 
 COMMAND = Command(

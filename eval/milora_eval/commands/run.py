@@ -18,8 +18,8 @@ from milora_eval.scores.exports import SUBMISSION
 from milora_eval.scores.results import read_results
 from milora_eval.scores.table import scales_table, write_table
 from milora_eval.suites import choose, data_folder
-from milora_vl.common.cli.command_line import next_step
-from milora_vl.common.cli.flags import OR_ADAPTER, Command, count, flag, from_zero, option, positive, shared
+from milora_vl.common.cli.console import next_step
+from milora_vl.common.cli.parser import OR_ADAPTER, Command, count, flag, from_zero, option, positive, shared
 from milora_vl.common.cli.table import FORMATS, show
 from milora_vl.common.errors import Problem, UserError, at_flag
 from milora_vl.core.adapter.folders import holds_adapter, model_of

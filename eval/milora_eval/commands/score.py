@@ -21,8 +21,8 @@ from milora_eval.scores.exports import export, join, read_llava_answers, read_pr
 from milora_eval.scores.results import Results, numbers, score, write_results
 from milora_eval.scores.table import write_table
 from milora_eval.suites import find_benchmark, folder_of, import_plugins, with_protocol
-from milora_vl.common.cli.command_line import next_step
-from milora_vl.common.cli.flags import Command, option, shared
+from milora_vl.common.cli.console import next_step
+from milora_vl.common.cli.parser import Command, option, shared
 from milora_vl.common.cli.table import FORMATS, show
 from milora_vl.common.errors import UserError
 

@@ -12,15 +12,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from milora_data.pictures.files import credit_lines, fitting, thumbnail
+from milora_data.pictures.load import credit_lines, fitting, thumbnail
 from milora_eval.answers.questions import select
 from milora_eval.answers.store import Line, same_question, to_answer
 from milora_eval.commands.flags import names_of
 from milora_eval.scores.results import require_lines
 from milora_vl.common.atomic_write import write_text
-from milora_vl.common.cli.command_line import next_step, require_folder
-from milora_vl.common.cli.flags import Command, option, shared
+from milora_vl.common.cli.console import next_step, require_folder
 from milora_vl.common.cli.page import MAX_BYTES, render
+from milora_vl.common.cli.parser import Command, option, shared
 from milora_vl.common.errors import UserError
 
 Runs = Sequence[tuple[str, Sequence[Line]]]

@@ -26,7 +26,7 @@ from milora_eval.stats import (
     too_few,
 )
 from milora_eval.suites import stored_benchmark
-from milora_vl.common.cli.command_line import amount, did_you_mean, suggest
+from milora_vl.common.cli.console import amount, did_you_mean, suggest
 from milora_vl.common.errors import UserError
 from milora_vl.common.evaluator import Gain, Over
 from milora_vl.core.adapter.checkpoints import step_of

@@ -12,7 +12,7 @@ from milora_eval.benchmark import Metric
 from milora_eval.scores.compare import Comparison, Mean, Pair, compare
 from milora_eval.scores.results import TABLE, Results, headlines, metrics_of, read_results, require_lines
 from milora_vl.common.atomic_write import write_text
-from milora_vl.common.cli.command_line import amount
+from milora_vl.common.cli.console import amount
 from milora_vl.common.cli.table import Table
 
 Keyed = Mapping[tuple[str, str], Metric]

@@ -16,8 +16,8 @@ import pytest
 from safetensors import SafetensorError
 
 from milora_vl.__main__ import MENU, main
-from milora_vl.common.cli.command_line import run
-from milora_vl.common.cli.flags import CommandParser
+from milora_vl.common.cli.console import run
+from milora_vl.common.cli.parser import CommandParser
 from milora_vl.common.errors import UserError
 from support import fake_run, programs
 from support.command_parsers import parser_of
@@ -167,7 +167,7 @@ def test_plans_and_lists_are_json_too(capsys: pytest.CaptureFixture[str]) -> Non
 # In a process of its own, as the console script runs them: pytest would show warnings in its own way.
 SESSION = f"""
 import sys
-from milora_vl.common.cli.command_line import show_warnings_in_one_line
+from milora_vl.common.cli.console import show_warnings_in_one_line
 from milora_vl.__main__ import main
 show_warnings_in_one_line()
 sys.path.insert(0, {str(Path(__file__).parents[2])!r})

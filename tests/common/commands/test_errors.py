@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from milora_data.pictures.files import ImageError
-from milora_vl.common.cli.command_line import run
+from milora_data.pictures.load import ImageError
+from milora_vl.common.cli.console import run
 from milora_vl.common.errors import DataError, Problem, UserError, render, with_context
 from milora_vl.train import main as train
 

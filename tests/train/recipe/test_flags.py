@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from milora_vl.common.cli.flags import Command, parser, positive, shared
+from milora_vl.common.cli.parser import Command, parser, positive, shared
 from milora_vl.common.errors import UserError
 from support.problems import raises_code
 

@@ -11,7 +11,7 @@ import pytest
 
 from milora_data import load_records
 from milora_data.__main__ import main as data
-from milora_data.pictures.files import ImageError, load_image
+from milora_data.pictures.load import ImageError, load_image
 from milora_eval.__main__ import main as evaluate
 from milora_vl import chat, export, train
 from milora_vl.common.cli.web import url_problem

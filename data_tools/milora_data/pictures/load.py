@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
-from milora_vl.common.cli.command_line import command_line
+from milora_vl.common.cli.console import command_line
 from milora_vl.common.cli.web import url_problem
 from milora_vl.common.errors import DataError
 

@@ -13,7 +13,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, NoReturn
 
-from milora_vl.common.cli.command_line import did_you_mean, require_folder, suggest
+from milora_vl.common.cli.console import did_you_mean, require_folder, suggest
 from milora_vl.common.cli.web import url_problem
 from milora_vl.common.errors import Problem, UserError
 
