@@ -29,7 +29,7 @@ demo: $(INSTALLED)  ## Fine-tune a small LLaVA, evaluate it before and after, wr
 test: $(INSTALLED)  ## Run the tests (minutes on a CPU)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --ignore tests/project $(PYTEST_ARGS)
 
-test-thorough: $(INSTALLED)  ## Run the further cases that `test` leaves to CI
+test-thorough: $(INSTALLED)  ## Run the further cases that `test` and CI leave out
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "thorough and not slow and not gpu" $(PYTEST_ARGS)
 
 test-all: $(INSTALLED)  ## Run every test that needs no GPU, also the slow ones

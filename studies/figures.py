@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from matplotlib import rc_context
@@ -242,14 +243,20 @@ def others() -> str:
 
 
 def rates() -> str:
-    """Return the rates at which the earlier default and LoRA ran, the lowest loss in bold."""
+    """Return the rates at which the default, the earlier default and LoRA ran, the lowest loss in bold."""
+    of_default = {(task.name, task.steps): task for task in DEFAULT_TASKS if (DOCS / f"{task.files[0]}.csv").is_file()}
+    of_earlier = {(task.name, task.steps): (task, method) for task, method, note in KEPT if not note.endswith("`")}
     rows = []
-    for task, method, note in KEPT:
-        if method != GRADIENT or task.name.startswith("SmolLM2"):
-            cells = task.cells()
-            of_both = (_rates(cells, method), _rates(cells, task.lora))
-            rows.append((task.name + note, f"{task.steps} x {task.records}", *of_both))
-    return Table(("task", "steps x records", "rates of the earlier default", "of LoRA"), tuple(rows)).markdown()
+    for name, steps in {**of_earlier, **of_default}:
+        now = of_default.get((name, steps))
+        before, method = of_earlier.get((name, steps), (None, ""))
+        task = before or now
+        assert task is not None
+        rows.append((
+            name, f"{steps} x {task.records}", _rates(now.cells(), "plain") if now else "–",
+            _rates(before.cells(), method) if before else "–", _rates(task.cells(), task.lora),
+        ))  # fmt: skip
+    return Table(("task", "steps x records", "the default", "the earlier default", "LoRA"), tuple(rows)).markdown()
 
 
 def sequence(ways: Iterable[str] = tuple(WAYS)[:3]) -> str:
@@ -299,9 +306,12 @@ def _text(ratio: Ratio | None) -> str:
 
 
 def _rates(cells: Cells, method: str) -> str:
-    """Return the rates of a method that ran with its first seed; the one with the lowest loss is bold."""
+    """Return the rates at which a method ran; the one with the lowest mean loss is bold."""
     losses = {
-        c.learning_rate: float(row["validation_loss"]) for c, row in cells.items() if (c.method, c.seed) == (method, 0)
+        rate: fmean(
+            float(row["validation_loss"]) for c, row in cells.items() if (c.method, c.learning_rate) == (method, rate)
+        )
+        for rate in {c.learning_rate for c in cells if c.method == method}
     }
     best = min(losses, key=losses.__getitem__)
     return ", ".join(f"**{rate:g}**" if rate == best and len(losses) > 1 else f"{rate:g}" for rate in sorted(losses))

@@ -42,7 +42,7 @@ def test_reference_conversation_equals_llava(value: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 @given(value=conversations())
 def test_any_well_formed_conversation_equals_llava(kind: str, value: dict[str, Any]) -> None:
     tokenizer = llama_tokenizer(kind)
@@ -50,7 +50,7 @@ def test_any_well_formed_conversation_equals_llava(kind: str, value: dict[str, A
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(caption=answers, question=texts)
 def test_any_caption_equals_llavas_plain(kind: str, caption: str, question: str) -> None:
     assume((caption + question).encode("utf-8", "replace").decode() == caption + question)
@@ -95,7 +95,7 @@ anything = st.text(max_size=40).filter(
 )
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 @given(turns=st.lists(st.tuples(anything, anything), min_size=1, max_size=3))
 def test_what_is_learnt_is_the_answers_and_nothing_else(turns: list[tuple[str, str]]) -> None:
     for tokenizer, eos in ((TINY, "</s>"), (byte_bpe(), "<|im_end|>")):
@@ -170,7 +170,7 @@ def test_the_prompt_is_the_conversation_up_to_its_last_answer(kind: str, value: 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 @given(text=texts | st.text(alphabet=" ab\u2581\n</s>", max_size=25))
 def test_remembered_words_have_the_tokenizers_own_pieces(kind: str, text: str) -> None:
     assume(text.encode("utf-8", "replace").decode() == text)

@@ -37,7 +37,7 @@ valid = anything.filter(
 
 
 @pytest.mark.parametrize("template", ENDS)
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(turns=st.lists(st.tuples(valid, valid), min_size=1, max_size=3), system=st.none() | valid)
 def test_learnt_are_the_answers_and_their_ends(template: str, turns: list[tuple[str, str]], system: str | None) -> None:
     value = record(*[text for turn in turns for text in turn])
@@ -55,7 +55,7 @@ def test_learnt_are_the_answers_and_their_ends(template: str, turns: list[tuple[
 
 @pytest.mark.parametrize("template", ["llava_llama_2", "mistral"])
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 @given(value=conversations())
 def test_any_well_formed_conversation_equals_llavas_llama_2(kind: str, template: str, value: dict[str, Any]) -> None:
     assume(not any("[/INST]" in turn["value"] for turn in value["conversations"]))
@@ -73,7 +73,7 @@ def test_any_well_formed_conversation_equals_llavas_llama_2(kind: str, template:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(value=conversations())
 def test_mpt_has_llavas_ids_and_a_mask_that_llava_loses(kind: str, value: dict[str, Any]) -> None:
     tokenizer = mpt_tokenizer(kind)
@@ -164,7 +164,7 @@ OWN = {
 
 
 @pytest.mark.parametrize("kind", OWN)
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
 @given(turns=st.lists(st.tuples(valid, valid), min_size=1, max_size=3))
 def test_any_chat_template_of_a_tokenizer(kind: str, turns: list[tuple[str, str]]) -> None:
     tokenizer = own(kind)

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from milora_eval.answers import served
 from milora_eval.answers.served import ChatServer
 from milora_vl.common.errors import DataError, UserError, with_context
 from milora_vl.common.secrets import HIDDEN, without_secrets
@@ -78,7 +79,8 @@ def test_no_file_and_no_line_of_a_run_has_a_secret(
             assert "planted-" not in file.read_text(errors="replace").replace(f"a-{HIDDEN}", ""), file
 
 
-def test_a_server_that_refuses_is_named_without_its_password() -> None:
+def test_a_server_that_refuses_is_named_without_its_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(served, "RETRIES", 0)  # the waits between them take fifteen seconds
     with pytest.raises(UserError) as raised:
         ChatServer("http://me:planted-secret@127.0.0.1:9/v1?api_key=planted-too", "planted-key").chat("m", [], 1)
     assert "planted" not in str(raised.value)
