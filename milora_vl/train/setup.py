@@ -48,7 +48,7 @@ from milora_vl.train.recipe import BaseKLConfig, CalibrationConfig, PartsConfig,
 
 # Name of the feature selection in LLaVA -> in Hugging Face.
 FEATURES = {"patch": "default", "cls_patch": "full"}
-SMALL, SMALL_RATE = 1e9, 2e-3  # parameters of a small model, and the rate that it wants: docs/choose.md
+SMALL, SMALL_RATE = 1e9, 1e-3  # parameters of a small model, and the rate that it wants: docs/choose.md
 FLASH_PACKAGES = {f"flash_attention_{n}": f"flash-attn-{n}".removesuffix("-2") for n in (2, 3, 4)}
 QUANT = "pip install -e '.[quant]'"
 

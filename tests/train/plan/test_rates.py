@@ -45,8 +45,8 @@ def test_a_rule_without_a_rate_has_that_of_the_default_policy_and_in_full_that_o
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ("--model tiny --rank 4", ("0.002", "--num_train_epochs 1")),
-        ("--model tiny --rank 4 --num_train_epochs 2", ("0.002",)),
+        ("--model tiny --rank 4", ("0.001", "--num_train_epochs 1")),
+        ("--model tiny --rank 4 --num_train_epochs 2", ("0.001",)),
         ("--model tiny --rank 4 --learning_rate 1e-3", ()),
         ("--model llava-1.5-7b", ()),
     ],
