@@ -94,12 +94,17 @@ def _worst(data: Path, run: Path) -> list[Record]:
     file = run / "held_out.jsonl"
     if not file.is_file():
         raise UserError("no losses of held-out records", where=str(file), hint="train with --eval_data_path")
-    records = {Path(record.source).name: record for record in load_records(data)}  # the folder may have moved
+    records, by_name = dict[str, Record](), dict[str, list[Record]]()
+    for record in load_records(data):
+        records[record.source] = record
+        by_name.setdefault(Path(record.source).name, []).append(record)
     found = []
     for line in json_lines(file):
-        if (record := records.get(Path(line["source"]).name)) is not None:
+        named = by_name.get(Path(line["source"]).name, [])  # the folder may have moved
+        chosen = records.get(line["source"]) or (named[0] if len(named) == 1 else None)
+        if chosen is not None:
             losses: dict[str, object] = {key: line[key] for key in ("loss", "base_loss", "reply") if key in line}
-            found.append(replace(record, extra={**record.extra, **losses}))
+            found.append(replace(chosen, extra={**chosen.extra, **losses}))
     if not found:
         raise UserError(
             f"{data} has no record of the last evaluation", where=str(file), hint="name its --eval_data_path"

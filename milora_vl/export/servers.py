@@ -17,9 +17,9 @@ RENAMED = ("clip_vision_model", "siglip_vision_model")  # in LLaVA, vLLM's names
 TOWER_FLAG = "--enable-tower-connector-lora"
 SERVERS = (
     ("lora", "vLLM needs --enable-lora --max-lora-rank {limit}"),
-    ("towers", "vLLM ignores the half of the {towers} without " + TOWER_FLAG + " (experimental)"),
+    ("towers", "vLLM ignores the part for the {towers} without " + TOWER_FLAG + " (experimental)"),
     ("clip", "vLLM crashed on a small LLaVA with a CLIP tower with " + TOWER_FLAG + ": use --to merged"),
-    ("lost", "vLLM ignores the half of the {lost}, also with " + TOWER_FLAG + ": use --to merged"),
+    ("lost", "vLLM ignores the part for the {lost}, also with " + TOWER_FLAG + ": use --to merged"),
     ("plain projector", "vLLM refuses the folder for its projector: use --to merged"),
     ("whole", "vLLM refuses modules trained in full: use --with_base or --to merged"),
     ("scales", "vLLM before 0.32 ignores alpha_pattern: use --to rank-N"),
@@ -55,6 +55,7 @@ def notes_of(folder: Path, base: Any) -> list[str]:
         "ranks": len(set(ranks)) > 1,
         "scales": any(alpha / rank != lora.lora_alpha / lora.r for alpha, rank in zip(alphas, ranks, strict=True)),
     }
-    limit = next((size for size in VLLM_RANKS if size >= max(ranks)), f"N, at most {VLLM_RANKS[-1]}: use --to rank-N")
+    least = max(16, *ranks)  # vLLM's default is 16
+    limit = next((size for size in VLLM_RANKS if size >= least), f"N, at most {VLLM_RANKS[-1]}: use --to rank-N")
     names = {"limit": limit, "towers": " and ".join(towers), "lost": " and ".join(lost)}
     return [text.format(**names) for fact, text in SERVERS if holds[fact]]

@@ -236,7 +236,7 @@ def collator(
     *,
     bad_images: ImagePolicy | None = None,
 ) -> RecordCollator[Any]:
-    return collator_for(
+    collate = collator_for(
         base,
         processor,
         template=recipe.template,
@@ -247,6 +247,9 @@ def collator(
         packing="flat" if "flash" in recipe.attention_of("language") else "rows",
         substitutes=substitutes,
     )
+    if base.own_pictures:  # also on one device: a step of texts alone is the same on any number
+        collate.always_shows_images = True
+    return collate
 
 
 def strict_collator(recipe: Recipe, base: Base, processor: Any) -> RecordCollator[Any]:

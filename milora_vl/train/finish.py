@@ -155,6 +155,8 @@ def show_results(folder: RunFolder, recipe: Recipe, screen: Screen, style: str =
     rows = [("weights", str(folder.path / weights))]
     if page is not None:
         rows.append(("report", str(page)))
+    if (folder.path / HELD_OUT).is_file():
+        rows.append(("held out", str(folder.path / HELD_OUT)))
     rows.append(("recipe", str(folder.path / "recipe.yaml")))
     rows.append(("next", next_command(folder.path, recipe)))
     screen.block(rows)

@@ -129,7 +129,7 @@ def test_a_row_is_said_where_it_holds(row: tuple[str, str], case: Any, tmp_path:
 
 def test_a_family_outside_the_table_loses_its_towers_in_vllm(tmp_path: Path) -> None:
     notes = written(tmp_path, "aya_vision", TWO, {"r": 513})
-    assert "vLLM ignores the half of the projector, also with --enable-tower-connector-lora: use --to merged" in notes
+    assert "vLLM ignores the part for the projector, also with --enable-tower-connector-lora: use --to merged" in notes
     assert "vLLM needs --enable-lora --max-lora-rank N, at most 512: use --to rank-N" in notes
 
 

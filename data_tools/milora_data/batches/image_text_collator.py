@@ -99,7 +99,7 @@ class ImageTextCollator(RecordCollator[Row]):
 
     @property
     def hidden_tokens(self) -> int:
-        return self.image_tokens
+        return self.image_tokens if self.image_processor is not None else 0
 
     def full_length(self, record: Record) -> int:
         text = encode(record, self.tokenizer, template=self.template, image_token_id=-1, image_tokens=0)
