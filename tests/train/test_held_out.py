@@ -73,6 +73,21 @@ def test_the_losses_are_those_of_each_record_alone(data: Path, tmp_path: Path, c
     assert [line["extra"]["loss"] for line in printed] == [line["loss"] for line in lines]
 
 
+def test_files_of_one_name_keep_their_losses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        turns = [{"from": "human", "value": f"{name}?"}, {"from": "gpt", "value": name}]
+        (tmp_path / name / "d.json").write_text(json.dumps([{"conversations": turns}]))
+    (tmp_path / "mix.yaml").write_text(json.dumps({"sources": [{"path": "a/d.json"}, {"path": "b/d.json"}]}))
+    sources = [record.source for record in load_records(tmp_path / "mix.yaml")]
+    lines = [{"source": source, "loss": loss} for source, loss in zip(sources, (2.0, 1.0), strict=True)]
+    (tmp_path / "held_out.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    words = ["show", str(tmp_path / "mix.yaml"), "--worst", str(tmp_path), "--limit", "2", "--format", "json"]
+    assert milora_data(words) == 0
+    shown = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(line["source"], line["extra"]["loss"]) for line in shown] == list(zip(sources, (2.0, 1.0), strict=True))
+
+
 def test_a_run_in_full_has_no_losses_of_a_base(data: Path, tmp_path: Path) -> None:
     assert main(run_on(data, tmp_path / "run", "--method", "full")) == 0
     assert {line["base_loss"] for line in held_out(tmp_path / "run")} == {None}
