@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby, islice
@@ -94,15 +95,12 @@ def _worst(data: Path, run: Path) -> list[Record]:
     file = run / "held_out.jsonl"
     if not file.is_file():
         raise UserError("no losses of held-out records", where=str(file), hint="train with --eval_data_path")
-    records, by_name = dict[str, Record](), dict[str, list[Record]]()
-    for record in load_records(data):
-        records[record.source] = record
-        by_name.setdefault(Path(record.source).name, []).append(record)
-    found = []
+    records, found = list(load_records(data)), []
+    names = Counter(Path(record.source).name for record in records)  # the folder may have moved
+    of = {name: each for each in records if names[name := Path(each.source).name] == 1}
+    of |= {record.source: record for record in records}
     for line in json_lines(file):
-        named = by_name.get(Path(line["source"]).name, [])  # the folder may have moved
-        chosen = records.get(line["source"]) or (named[0] if len(named) == 1 else None)
-        if chosen is not None:
+        if (chosen := of.get(line["source"]) or of.get(Path(line["source"]).name)) is not None:
             losses: dict[str, object] = {key: line[key] for key in ("loss", "base_loss", "reply") if key in line}
             found.append(replace(chosen, extra={**chosen.extra, **losses}))
     if not found:

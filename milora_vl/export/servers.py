@@ -55,7 +55,7 @@ def notes_of(folder: Path, base: Any) -> list[str]:
         "ranks": len(set(ranks)) > 1,
         "scales": any(alpha / rank != lora.lora_alpha / lora.r for alpha, rank in zip(alphas, ranks, strict=True)),
     }
-    least = max(16, *ranks)  # vLLM's default is 16
-    limit = next((size for size in VLLM_RANKS if size >= least), f"N, at most {VLLM_RANKS[-1]}: use --to rank-N")
+    sizes = VLLM_RANKS[2:]  # vLLM's default is 16
+    limit = next((size for size in sizes if size >= max(ranks)), f"N, at most {sizes[-1]}: use --to rank-N")
     names = {"limit": limit, "towers": " and ".join(towers), "lost": " and ".join(lost)}
     return [text.format(**names) for fact, text in SERVERS if holds[fact]]

@@ -131,8 +131,8 @@ def summary(run: Run) -> str:
         by = points(score.any, abs(run.gain.value), sign="")
         words.append(f"That is {by} points {more} than {than} ({_interval(run, score)}).")
     words += [
-        f"On {old.benchmark}, an earlier task, it has {number(old.after)}, and had {number(old.before)} after that run."
-        for _, old in run.earlier
+        f"On {old.benchmark} it has {number(old.after)}, and had {number(old.before)} after {folder}."
+        for folder, old in run.earlier
         if old.after and old.benchmark != score.benchmark
     ]
     return " ".join(filter(None, [*words, tables.cut(comparison, score.benchmark)]))

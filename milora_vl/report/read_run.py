@@ -6,6 +6,7 @@ Metrics and answers are the entries of `results.json` and `predictions.jsonl`, a
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -95,10 +96,13 @@ class Run:
     held_out: tuple[Json, ...] = ()  # the records with the highest loss, highest first
 
     def headline(self) -> tuple[Comparison, Score] | None:
-        """Return the score to show first: of the tuned model, and of a benchmark that is no earlier run's."""
-        old = {score.benchmark for _, score in self.earlier}
+        """Return the score to show first: of what no earlier run was asked, or else of what has gained most since."""
+        gains = {
+            score.benchmark: score.after["value"] - score.before["value"] if score.before and score.after else 0.0
+            for _, score in reversed(self.earlier)
+        }
         found = [(comparison, score) for comparison in self.comparisons for score in comparison.scores()]
-        return min(found, key=lambda each: (each[0].after is None, each[1].benchmark in old), default=None)
+        return min(found, key=lambda f: (f[0].after is None, -gains.get(f[1].benchmark, math.inf)), default=None)
 
 
 def label(name: str) -> str:

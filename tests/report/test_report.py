@@ -320,6 +320,9 @@ def test_the_headline_of_a_run_after_another_is_of_its_own_task(run: Path, finis
     assert old.after == old_score["benchmarks"][0]["metrics"][0]
     mine, emoji = summary(content).split(". On ")
     assert mine == "The fine-tuned model correctly answers 90.0 % of the mine questions; the base model 20.0 %"
-    assert emoji.startswith(f"emoji, an earlier task, it has {number(old.after)}, and had {number(old.before)}")
+    assert emoji.startswith(f"emoji it has {number(old.after)}, and had {number(old.before)} after {finished}")
     # The last column of the table of tasks wraps, so that the table is not cut at the right.
     assert '<th scope="col" class="left">what trained</th>' in write_report(run).read_text(encoding="utf-8")
+    for name in ("results.json", "predictions.jsonl"):  # the earlier run was asked both
+        shutil.copy(run / "eval" / "emoji" / "base" / name, finished / "eval" / "emoji" / "final")
+    assert summary(read_run(run)).startswith(mine)

@@ -135,9 +135,7 @@ def show_warnings_in_one_line() -> None:
 
 
 # Errors of a path that the user named, or of its disk; a bug of ours does not raise them.
-_PATH_ERRORS = frozenset(
-    (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
-)
+_PATH_ERRORS = {getattr(errno, f"E{name}") for name in "ACCES PERM ROFS NOENT NOTDIR ISDIR EXIST NAMETOOLONG".split()}
 
 
 def _path_error(error: Exception) -> UserError | None:
