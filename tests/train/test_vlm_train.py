@@ -210,7 +210,7 @@ def test_records_with_and_without_pictures_mix_on_two_processes(name: str, data:
     records += mixed_records(single=True)[:3]
     (data / "few.json").write_text(json.dumps(records))
     model = Path("tiny") if name == "llava" else write_model(name, tmp_path / "model")
-    words = [*flags(model, data, "few.json"), "--optim", "sgd", "--learning_rate", "1.0"]
+    words = [*flags(model, data, "few.json"), "--adam_epsilon", "0.001"]  # momentum moves what a step leaves out
     two = [*words[: words.index("--device")], *words[words.index("--device") + 2 :], "--use_cpu", "True"]
     two[two.index("--per_device_train_batch_size") + 1] = "1"
     runs = {kind: [*ALIKE, *KINDS[kind]] for kind in ("ddp", "fsdp")}
