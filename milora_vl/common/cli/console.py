@@ -134,8 +134,7 @@ def show_warnings_in_one_line() -> None:
             logging.getLogger(package).addHandler(shown)
 
 
-# Errors of a path that the user named, or of its disk; a bug of ours does not raise them.
-_PATH_ERRORS = {getattr(errno, f"E{name}") for name in "ACCES PERM ROFS NOENT NOTDIR ISDIR EXIST NAMETOOLONG".split()}
+_PATH_ERRORS = (PermissionError, FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError)
 
 
 def _path_error(error: Exception) -> UserError | None:
@@ -144,7 +143,8 @@ def _path_error(error: Exception) -> UserError | None:
     if "No space left" in text or "Disk quota" in text:  # safetensors raises its own exception class
         message = f"a file cannot be written: {text}"
         return UserError(message, code="disk-full", hint="free some space, or use another disk", exit_code=1)
-    if isinstance(error, OSError) and error.errno in _PATH_ERRORS:
+    other = (errno.EROFS, errno.ENAMETOOLONG)
+    if isinstance(error, OSError) and (isinstance(error, _PATH_ERRORS) or error.errno in other):
         message = f"{error.filename or 'a file'}: {error.strerror}"
         return UserError(message, code="path-unusable", hint="use another path, or change its permissions")
     return None
