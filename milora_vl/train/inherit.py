@@ -259,7 +259,7 @@ def _records(task: Task, recipe: Recipe, screen: Screen) -> tuple[DataConfig, Ru
         else:
             return data, read
     if reasons:
-        raise _missing(run, "none of these are they:\n" + "\n".join(reasons.values()))
+        raise _missing(run, "none of the files found has them:\n" + "\n".join(reasons.values()))
     raise _missing(run, f"{source_text(stored)} is neither in {Path.cwd()} nor in a folder above {run}")
 
 
