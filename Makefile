@@ -10,6 +10,9 @@ JOBS ?= 2
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
+# With it, each program would compile every module again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-thorough test-all test-lowest test-extras check format peers bench bench-full bench-quick gpu docs wheel clean
 

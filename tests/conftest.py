@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import gc
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -21,6 +23,13 @@ if TYPE_CHECKING:
     from milora_vl.train.memory import Resident, Shape
 
 Made = tuple[Any, Any]
+
+
+def pytest_configure() -> None:
+    """One process with imported libraries serves all workers. Garbage is collected a tenth as often as in a program."""
+    gc.set_threshold(20_000, 10, 10)
+    if programs.ADDRESS not in os.environ:
+        programs.listen()
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
@@ -95,13 +104,26 @@ def known_costs() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def templates_compiled_once() -> Iterator[None]:
-    """PEFT writes a model card beside each adapter, and jinja2 compiles its template each time."""
+def made_once() -> Iterator[None]:
+    """The tiny models are copied. PEFT's template of a model card is compiled once, and not for each adapter.
+
+    Nor does each training collect garbage several times, which takes seconds beside the libraries of all tests.
+    """
+    from accelerate.utils import memory
     from jinja2 import Environment
 
+    from milora_vl.models import tiny
+
     with pytest.MonkeyPatch.context() as patch:
+        for name in ("tiny_llava", "tiny_llama"):
+            patch.setattr(tiny, name, functools.partial(_copied, functools.cache(getattr(tiny, name))))
         patch.setattr(Environment, "compile", functools.cache(Environment.compile))
+        patch.setattr(memory, "gc", SimpleNamespace(collect=lambda: gc.collect(0)))
         yield
+
+
+def _copied(make: Callable[[int], Made], seed: int = 0) -> Made:
+    return copy.deepcopy(make(seed))
 
 
 @pytest.fixture

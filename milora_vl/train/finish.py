@@ -218,17 +218,20 @@ def _losses(trainer: MiloraTrainer, *, measure: bool = True) -> dict[str, float]
 
 def _shown(run: Run, trainer: MiloraTrainer, records: Sequence[Record], processor: Any) -> dict[str, Mapping[str, Any]]:
     """Return what the report shows of each record, by place: its last question and answer, and the model's own."""
-    recipe, shown = run.recipe, dict[str, Mapping[str, Any]]()
+    data, lines, prompts = run.recipe.data, list[dict[str, Any]](), list[Prompt]()
     for record in records:
-        placed = within(record, recipe.data.image_folder)
+        placed = within(record, data.image_folder)
         last = max(number for number, turn in enumerate(record.turns) if turn.role == "assistant")
-        prompt = Prompt(record.turns[:last], placed.images, videos=placed.videos)
+        prompts.append(Prompt(record.turns[:last], placed.images, videos=placed.videos))
+        question, answer = (turn.text for turn in record.turns[last - 1 : last + 1])
+        lines.append({"id": record.id, "images": placed.images, "question": question, "answer": answer})
+    size = 1 if data.bad_images == "replace" else trainer.args.per_device_train_batch_size  # as many as a step held
+    for start in range(0, len(prompts), size):
         with suppress(DataError), trainer.compute_loss_context_manager():  # a picture that --bad_images replaced
-            (reply,) = generate(
-                trainer.trained(), processor, [prompt], template=recipe.template, max_new_tokens=MAX_NEW_TOKENS,
-                image_aspect_ratio=recipe.data.image_aspect_ratio,
+            replies = generate(
+                trainer.trained(), processor, prompts[start : start + size], template=run.recipe.template,
+                max_new_tokens=MAX_NEW_TOKENS, image_aspect_ratio=data.image_aspect_ratio,
             )  # fmt: skip
-            question, answer = (turn.text for turn in record.turns[last - 1 : last + 1])
-            line = {"id": record.id, "images": placed.images, "question": question, "answer": answer, "reply": reply}
-            shown[record.place] = line
-    return shown
+            for line, reply in zip(lines[start : start + size], replies, strict=True):
+                line["reply"] = reply
+    return {record.place: line for record, line in zip(records, lines, strict=True) if "reply" in line}

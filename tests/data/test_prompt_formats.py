@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import pytest
@@ -84,16 +85,13 @@ def test_mpt_has_llavas_ids_and_a_mask_that_llava_loses(kind: str, value: dict[s
     assert labels.count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == len(value["conversations"]) // 2
 
 
+@functools.cache
 def mpt_tokenizer(kind: str) -> Any:
-    if kind not in _mpt:
-        tokenizer = copy.deepcopy(llama_tokenizer(kind))
-        marks = [AddedToken(mark, special=True, normalized=False) for mark in MARKS[1:-1]]
-        tokenizer.add_tokens(marks, special_tokens=True)
-        _mpt[kind] = tokenizer
-    return _mpt[kind]
-
-
-_mpt: dict[str, Any] = {}
+    tokenizer = copy.deepcopy(llama_tokenizer(kind))
+    tokenizer.add_tokens(
+        [AddedToken(mark, special=True, normalized=False) for mark in MARKS[1:-1]], special_tokens=True
+    )
+    return tokenizer
 
 
 def test_rendered_texts_of_the_formats() -> None:
@@ -122,11 +120,16 @@ SAVED = [(name, kind) for name in ENDS for kind in ("byte BPE", "new", "legacy")
 SAVED.remove(("llama_3", "byte BPE"))
 
 
+@functools.cache
+def tokenizer_with_picture(kind: str) -> Any:
+    tokenizer = copy.deepcopy(mpt_tokenizer(kind))
+    tokenizer.add_tokens([AddedToken("<image>", special=True, normalized=False)], special_tokens=True)
+    return tokenizer
+
+
 @pytest.mark.parametrize(("template", "kind"), SAVED)
 def test_the_saved_chat_template_makes_the_same_ids(template: str, kind: str) -> None:
-    tokenizer = copy.deepcopy(BYTE_BPE if kind == "byte BPE" else mpt_tokenizer(kind))
-    if kind != "byte BPE":
-        tokenizer.add_tokens([AddedToken("<image>", special=True, normalized=False)], special_tokens=True)
+    tokenizer = BYTE_BPE if kind == "byte BPE" else tokenizer_with_picture(kind)
     jinja = render_chat_template(template, tokenizer, bos=True)
     image = tokenizer.convert_tokens_to_ids("<image>")
     for system in (None, "Be brief."):

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from support.fake_hub import FakeHub, running
-from support.programs import run
 
 ASKED = """
 import sys
@@ -52,5 +51,6 @@ def test_a_tokenizer_model_alone_names_the_packages_that_read_it(tiny_llama, tmp
     tiny_llama()[0].save_pretrained(tmp_path)
     shutil.copy(Path(common.__file__).parent / "data" / "tokenizer.model.v1", tmp_path / "tokenizer.model")
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
-    said = run(["-c", HIDDEN + ASKED, str(tmp_path), "load_processor"], first_import=True).stdout
+    words = [sys.executable, "-c", HIDDEN + ASKED, str(tmp_path), "load_processor"]
+    said = subprocess.run(words, stdout=subprocess.PIPE, text=True).stdout
     assert "tokenizer.json needs:  pip install sentencepiece protobuf" in said

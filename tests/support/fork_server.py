@@ -2,7 +2,7 @@
 
 A new interpreter takes four to six seconds of CPU time for imports; a fork takes a hundredth of one. Our own modules
 are not imported here, so a program can still show what works without them. Started by `tests/support/programs.py` with
-the number of a socket; each message is a JSON object, answered by a process ID, or by an exit code and CPU seconds.
+the number of a socket that listens; each message is a JSON object.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import importlib
 import json
 import os
 import runpy
+import select
 import signal
 import socket
 import sys
@@ -43,52 +44,44 @@ PRELOADED = (
     "matplotlib.figure",
     "matplotlib.backends.backend_agg",
 )
-# What transformers imports in its turn, for programs that must be the first to import transformers.
-WITHOUT_TRANSFORMERS = (
-    "torch",
-    "torch._dynamo",
-    "torch.distributed.tensor",
-    "torch.onnx",
-    "torchvision",
-    "scipy.stats",
-    "sympy",
-    "huggingface_hub.hf_api",
-    "torch.distributed.fsdp",
-    "filelock",
-    "tokenizers",
-    "safetensors.torch",
-    "PIL.Image",
-    "jinja2",
-    "yaml",
-    "regex",
-    "pydantic",
-)
 
 
-def serve(channel: socket.socket) -> None:
-    """Answer until the other end is closed."""
-    answer: Any
+def serve(listener: socket.socket) -> None:
+    """Answer all who connect, until standard input, a pipe from the test session, is closed."""
+    ended, clients = sys.stdin, list[socket.socket]()
     while True:
-        message, given, _, _ = socket.recv_fds(channel, 1 << 20, 3)
-        if not message:
+        ready = select.select([ended, listener, *clients], [], [])[0]
+        if ended in ready:
             return
-        request: dict[str, Any] = json.loads(message)
-        if "wait" in request:
-            pid, status, used = os.wait4(request["wait"], request["flags"])
-            answer = [os.waitstatus_to_exitcode(status) if pid else None, used.ru_utime + used.ru_stime]
-        else:
-            sys.stdout.flush()
-            answer = os.fork()
-            if answer == 0:
-                channel.close()
-                code = run(request, given)
-                if "WORLD_SIZE" not in request["env"]:  # the threads of a process group need Python's own end
-                    end(code)
-                atexit.register(gc.unfreeze)  # else extension modules report the frozen objects as leaks
-                sys.exit(code)
-            for number in given:
-                os.close(number)
-        channel.send(json.dumps(answer).encode())
+        if listener in ready:
+            clients.append(listener.accept()[0])
+        for client in [client for client in clients if client in ready]:
+            message, given, _, _ = socket.recv_fds(client, 1 << 20, 3)
+            if message:
+                client.send(json.dumps(answer(json.loads(message), given, [listener, *clients])).encode())
+            else:
+                clients.remove(client)
+                client.close()
+
+
+def answer(request: dict[str, Any], given: list[int], sockets: Sequence[socket.socket]) -> Any:
+    """Start a program and return its process ID, or return exit code and CPU seconds of one that may have ended."""
+    if "wait" in request:
+        pid, status, used = os.wait4(request["wait"], request["flags"])
+        return [os.waitstatus_to_exitcode(status) if pid else None, used.ru_utime + used.ru_stime]
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        for each in sockets:
+            each.close()
+        code = run(request, given)
+        if "WORLD_SIZE" not in request["env"]:  # the threads of a process group need Python's own end
+            end(code)
+        atexit.register(gc.unfreeze)  # else extension modules report the frozen objects as leaks
+        sys.exit(code)
+    for number in given:
+        os.close(number)
+    return child
 
 
 def run(request: dict[str, Any], given: list[int]) -> int:
@@ -149,8 +142,8 @@ def become(request: dict[str, Any], given: list[int]) -> None:
         runpy.run_module(first, run_name="__main__", alter_sys=True)
 
 
-def preload(names: Sequence[str]) -> None:
-    for name in names:
+def preload() -> None:
+    for name in PRELOADED:
         try:
             importlib.import_module(name)
         except ImportError:
@@ -160,5 +153,5 @@ def preload(names: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    preload(WITHOUT_TRANSFORMERS if sys.argv[2] == "torch" else PRELOADED)
+    preload()
     serve(socket.socket(fileno=int(sys.argv[1])))

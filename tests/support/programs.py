@@ -11,6 +11,8 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -24,34 +26,46 @@ from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
+ADDRESS = "MILORA_FORK_SERVER"  # the environment variable that names its socket
 ENVIRONMENT = os.environ | {"DS_ACCELERATOR": "cpu"}  # before any test has changed it
 seconds_of_ended = 0.0  # CPU time of all programs that have ended
 
 
+def listen() -> None:
+    """Make one server for this process and its workers. It starts when somebody connects."""
+    os.environ[ADDRESS] = ENVIRONMENT[ADDRESS] = tempfile.mkdtemp() + "/programs"
+    atexit.register(shutil.rmtree, Path(os.environ[ADDRESS]).parent, ignore_errors=True)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listener.bind(os.environ[ADDRESS])
+    listener.listen()
+    threading.Thread(target=_start, args=(listener,), daemon=True).start()
+
+
+def _start(listener: socket.socket) -> None:
+    select.select([listener], [], [])
+    number, nowhere = listener.fileno(), subprocess.DEVNULL
+    words = [sys.executable, str(Path(__file__).with_name("fork_server.py")), str(number)]
+    files = {"stdin": subprocess.PIPE, "stdout": nowhere, "stderr": nowhere}
+    subprocess.Popen(
+        words, pass_fds=[number], env=ENVIRONMENT, **files
+    ).wait()  # its pipe closes at our end
+
+
 class _Server:
-    def __init__(self, preloaded: str) -> None:
-        self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        script = str(Path(__file__).with_name("fork_server.py"))
-        words = [sys.executable, script, str(theirs.fileno()), preloaded]
-        nowhere = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        self.process = subprocess.Popen(words, pass_fds=[theirs.fileno()], env=ENVIRONMENT, **nowhere)
-        theirs.close()
+    def __init__(self) -> None:
+        self.channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.channel.connect(os.environ[ADDRESS])
         self.one_at_a_time = threading.Lock()
-        atexit.register(self.close)
 
     def ask(self, request: dict[str, Any], files: Sequence[int] = ()) -> Any:
         with self.one_at_a_time:
             socket.send_fds(self.channel, [json.dumps(request).encode()], files)
             return json.loads(self.channel.recv(100))
 
-    def close(self) -> None:
-        self.channel.close()
-        self.process.wait()
-
 
 @cache
-def _server(preloaded: str) -> _Server:
-    return _Server(preloaded)
+def _server() -> _Server:
+    return _Server()
 
 
 class Program:
@@ -66,9 +80,8 @@ class Program:
         stdout: IO[Any] | None = None,
         stderr: IO[Any] | None = None,
         new_session: bool = False,
-        first_import: bool = False,
     ) -> None:
-        self.server = _server("torch" if first_import else "all")
+        self.server = _server()
         self.returncode: int | None = None
         request = {
             "words": list(words),
@@ -155,17 +168,11 @@ def run(
     cwd: Path | str | None = None,
     env: Mapping[str, str] | None = None,
     together: bool = False,
-    first_import: bool = False,
     timeout: float = 600.0,
 ) -> subprocess.CompletedProcess[str]:
-    """Run Python with these words and return what it printed: with `together`, stderr is in stdout as well.
-
-    With `first_import`, the program is the first to import transformers and PEFT; only torch is there.
-    """
+    """Run Python with these words and return what it printed: with `together`, stderr is in stdout as well."""
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        program = Program(
-            words, cwd=cwd, env=env, stdout=out, stderr=out if together else err, first_import=first_import
-        )
+        program = Program(words, cwd=cwd, env=env, stdout=out, stderr=out if together else err)
         code = program.wait(timeout)
         for file in (out, err):
             file.seek(0)

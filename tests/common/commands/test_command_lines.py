@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import errno
 import json
-import os
 import shlex
 import shutil
 from importlib import import_module
@@ -19,7 +18,7 @@ from milora_vl.__main__ import MENU, main
 from milora_vl.common.cli.console import run
 from milora_vl.common.cli.parser import CommandParser
 from milora_vl.common.errors import UserError
-from support import fake_run, programs
+from support import fake_run
 from support.command_parsers import parser_of
 from support.problems import raises_code
 from support.stored_answers import write_answers
@@ -162,50 +161,6 @@ def test_plans_and_lists_are_json_too(capsys: pytest.CaptureFixture[str]) -> Non
     assert plan["policy"][0]["modules"] == "language"
     start = "python -m milora_vl.train --model tiny --rank 4"
     assert plan["next"] == f"{start} --data_path DATA.json --image_folder FOLDER"
-
-
-# In a process of its own, as the console script runs them: pytest would show warnings in its own way.
-SESSION = f"""
-import sys
-from milora_vl.common.cli.console import show_warnings_in_one_line
-from milora_vl.__main__ import main
-show_warnings_in_one_line()
-sys.path.insert(0, {str(Path(__file__).parents[2])!r})
-from support import quick_plots
-quick_plots.replace()
-"""
-SESSION += """
-data, run = sys.argv[1:]
-picture = f"{data}/images/0.png"
-words = ["--recipe", "tiny-test", "--data_path", f"{data}/train.json", "--image_folder", f"{data}/images"]
-tuned = ["--model", "tiny", "--adapter", run]
-for command in (
-    ["train", *words, "--max_steps", "2", "--output_dir", run],
-    ["chat", *tuned, "--image", picture, "--max_new_tokens", "2", "--compare", "What is it?"],
-    ["forgetting", *tuned, "--on", "text", "--num_tokens", "64"],
-    ["analyze", run],
-    ["export", run, "--to", "merged", "--output_dir", run + "-merged"],
-):
-    sys.stderr.write(f"== {command[0]}\\n")
-    assert main([*command, "--format", "json"]) == 0
-"""
-
-
-def test_a_normal_session_says_what_is_next_and_nothing_of_our_dependencies(tiny_data: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    done = programs.run(["-c", SESSION, str(tiny_data), str(run)], cwd=tmp_path, env=env, first_import=True)
-    assert done.returncode == 0, done.stderr
-    parts = dict(part.split("\n", 1) for part in done.stderr.split("== ")[1:])
-    assert {name for name, text in parts.items() if "\nnext" not in f"\n{text}"} == {"chat"}  # an answer is enough
-    assert "Warning" not in done.stderr
-    assert "warn(" not in done.stderr
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"')]  # not the losses
-    trained, chat, *_, exported = lines
-    assert (trained["output_dir"], trained["weights"]) == (str(run), str(run / "adapter_model.safetensors"))
-    assert trained["results"]["train_loss"] > 0
-    assert set(chat) == {"question", "base", "answer", "truncated"}
-    assert exported["form"] == "merged"
 
 
 @pytest.mark.parametrize(

@@ -72,9 +72,9 @@ def check(W: Tensor, f: Factors, part: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("part", ["minor", "principal"])
-def test_large_matrices_of_every_kind_keep_every_promise(kind: str, part: str) -> None:
-    W = matrix(900, 700, kind).float()
-    f = decompose(W, 12, part)
+def test_matrices_of_every_kind_keep_every_promise(kind: str, part: str) -> None:
+    W = matrix(480, 360, kind).float()
+    f = decompose(W, 12, part, method="fast")
     # Of one component alone the others that are asked for lie in rounding: nothing can be proven there.
     assert f.method in ("gram", "gram64") or (kind, part) == ("one component", "principal")
     check(W, f, part)
