@@ -55,9 +55,7 @@ COMMAND = Command(
     "Compare methods, each at its own best learning rate.",
     f"""\
 methods: {", ".join(ADAPTERS)}, full (as in milora_vl.train);
-         milora-paper (MiLoRA without protected inputs), minor-flat (the same without its singular values),
-         lora-decay (LoRA with weight decay 0.1);
-         and the variants in sweep.variants of the recipe
+         milora-paper (MiLoRA without protected inputs), and the variants in sweep.variants of the recipe
 Each cell is one training, an evaluation on the suite and a measurement of forgetting. The validation loss
 (data.eval_path of the recipe) selects the learning rate of each method; the suite gives its reported score.
 Run the same command again to resume.

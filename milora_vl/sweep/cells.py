@@ -18,9 +18,6 @@ from milora_vl.train.recipe import EvalConfig, Recipe, SweepConfig
 VARIANTS: dict[str, dict[str, Any]] = {
     **{name: {"method": name} for name in (*ADAPTERS, "full")},
     "milora-paper": {"method": "milora", "protect": 0.0},
-    # The minor directions without their singular values.
-    "minor-flat": {"method": "milora", "protect": 0.0, "sigma": "none"},
-    "lora-decay": {"method": "lora", "train": {"weight_decay": 0.1}},
 }
 CellNumbers = Mapping[str, Any]
 """What a finished cell has measured, and its place among the cells: the columns of cells.csv."""

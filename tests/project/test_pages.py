@@ -55,7 +55,7 @@ def a_show(folder: Path) -> Path:
 
 def a_sweep(folder: Path) -> Path:
     sweep = Sweep(folder, Recipe.parse(RECIPE), QuestionSet("emoji"))
-    cells = make_cells(sweep.recipe, ["milora", "lora", "minor-flat"], [1e-4, 1e-3], None, 2)
+    cells = make_cells(sweep.recipe, ["milora", "lora", "random"], [1e-4, 1e-3], None, 2)
     for place, cell in enumerate(cells[:-1]):
         finish_cell(sweep, cell, loss=1 - cell.learning_rate, right=[True, place % 2 == 0], forgetting=0.1 + place / 50)
     failure = folder / "failed" / f"{cells[-1].name}.json"
@@ -69,7 +69,7 @@ PAGES: dict[str, tuple[Callable[[Path], Path], tuple[str, ...]]] = {
     "report": (a_report, ("Before and after", "What it forgot", "Do it again", "64 test questions")),
     "view": (a_view, ("final corrects 3 wrong answers of base", "</script><script>alert(1)</script>", "6 shown")),
     "show": (a_show, ("3 records as training sees them", "gone.png (no such file)", "<b>Yes</b></s>")),
-    "sweep": (a_sweep, ("11 of 12 cells are done, 1 failed", "minor-flat − milora", "Do it again")),
+    "sweep": (a_sweep, ("11 of 12 cells are done, 1 failed", "random − milora", "Do it again")),
 }
 
 

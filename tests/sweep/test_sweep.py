@@ -44,8 +44,7 @@ def test_cells_are_every_combination_and_full_has_no_rank() -> None:
     ("method", "rule", "train"),
     [
         ("lora", {"method": "lora", "rank": 8, "alpha": 16.0}, {}),
-        ("minor-flat", {"method": "milora", "sigma": "none"}, {}),
-        ("lora-decay", {"method": "lora"}, {"weight_decay": 0.1}),
+        ("milora-paper", {"method": "milora", "protect": 0.0}, {}),
         ("strong", {"method": "lora", "alpha": 16}, {"weight_decay": 0.2}),
         ("full", {"method": "full"}, {}),
         ("random", {"method": "random", "seed": 9}, {}),  # each seed draws different components
