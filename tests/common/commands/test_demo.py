@@ -33,7 +33,7 @@ def test_the_demo_trains_evaluates_and_continues_where_it_stopped(place: Path, c
     out, err = capfd.readouterr()
     assert "report: runs/demo/report.html" in out
     assert "done already\n$ python -m milora_data emoji" in err
-    assert "[5/5] Write the report." in err
+    assert "[3/3] Ask the base" in err
     results = json.loads((place / "runs" / "demo" / "eval" / "emoji" / "final" / "results.json").read_text())
     assert results["limit"] == 64
     before = (place / "runs" / "demo" / "adapter_model.safetensors").stat().st_mtime
@@ -48,8 +48,8 @@ def test_a_step_that_fails_stops_the_demo(place: Path, capfd, forked_programs: N
         main(["--recipe", "no-such-recipe"])
     err = capfd.readouterr().err
     assert "no-such-recipe" in err
-    assert err.startswith("5 parts: ")  # the size, before anything is downloaded
-    assert "[2/5] Fine-tune." in err
+    assert err.startswith("3 parts: ")  # the size, before anything is downloaded
+    assert "[2/3] Fine-tune." in err
 
 
 @pytest.mark.parametrize("seconds", [60, 290, 700, 1500, 9000, 1e7])
