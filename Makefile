@@ -58,9 +58,11 @@ test-extras: $(INSTALLED)  ## Run the tests of optional packages, which `test` s
 	.venv-extras/bin/python -m pytest -n $(JOBS) --dist worksteal -m "not gpu" $(EXTRAS_TESTS) $(PYTEST_ARGS)
 
 check: $(INSTALLED)  ## Check lint, format, types, imports, spelling, pages and site; fail after all have run
-	@status=0; for tool in "ruff check ." "ruff format --check ." mypy lint-imports codespell; do \
+	@$(BIN)/mypy > $(VENV)/mypy.log 2>&1 & types=$$!; status=0; \
+	    for tool in "ruff check ." "ruff format --check ." lint-imports codespell; do \
 	    echo "$$tool"; $(BIN)/$$tool || status=1; done; \
-	    OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests/project || status=1; exit $$status
+	    OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests/project || status=1; \
+	    wait $$types || status=1; echo mypy; cat $(VENV)/mypy.log; exit $$status
 
 format: $(INSTALLED)  ## Fix lint and format in place
 	$(BIN)/ruff check --fix-only .
