@@ -131,9 +131,10 @@ def default() -> str:
         for method, label in DEFAULT.items():
             best, about = _best(cells, method)
             if best is not None:
-                is_full = method == "lora" and about != "–"  # with pictures, that arm trains the projector in full
+                if method == "lora" and about != "–":  # with pictures, that arm trains the projector in full
+                    label = DEFAULT["lora-same-projector"]
                 rows.append((
-                    task.name, str(task.steps), DEFAULT["lora-same-projector"] if is_full else label, f"{best.learning_rate:g}", str(len(best.seeds)),
+                    task.name, str(task.steps), label, f"{best.learning_rate:g}", str(len(best.seeds)),
                     best.validation.text, best.score.text, best.forgetting.text, about,
                 ))  # fmt: skip
     header = ("task", "steps", "trains", "rate", "seeds", "loss", "score", "forgets text", "about pictures")

@@ -225,7 +225,7 @@ def _shown(run: Run, trainer: MiloraTrainer, records: Sequence[Record], processo
         prompts.append(Prompt(record.turns[:last], placed.images, videos=placed.videos))
         question, answer = (turn.text for turn in record.turns[last - 1 : last + 1])
         lines.append({"id": record.id, "images": placed.images, "question": question, "answer": answer})
-    size = 1 if data.bad_images == "replace" else trainer.args.per_device_train_batch_size  # as many as a step held
+    size = 1 if data.bad_images == "replace" else min(trainer.args.per_device_train_batch_size, 8)  # a step held them
     for start in range(0, len(prompts), size):
         with suppress(DataError), trainer.compute_loss_context_manager():  # a picture that --bad_images replaced
             replies = generate(
