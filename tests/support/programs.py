@@ -33,8 +33,9 @@ seconds_of_ended = 0.0  # CPU time of all programs that have ended
 
 def listen() -> None:
     """Make one server for this process and its workers. It starts when somebody connects."""
-    os.environ[ADDRESS] = ENVIRONMENT[ADDRESS] = tempfile.mkdtemp() + "/programs"
-    atexit.register(shutil.rmtree, Path(os.environ[ADDRESS]).parent, ignore_errors=True)
+    folder = tempfile.mkdtemp(dir="/tmp")  # the path of a socket has at most 107 characters
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ[ADDRESS] = ENVIRONMENT[ADDRESS] = f"{folder}/programs"
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     listener.bind(os.environ[ADDRESS])
     listener.listen()
