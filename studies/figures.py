@@ -111,6 +111,7 @@ DEFAULT = {
 DEFAULT_TASKS = (
     Task("SmolLM2: topics of names", 40, 16, ("default.smollm2", "curves.smollm2")),
     Task("SmolLM2: topics of names", 300, 16, ("default.smollm2-300", "fixed-a.smollm2-300")),
+    Task("MiniLM-L6: topics of names", 60, 32, ("default.minilm", "curves.minilm")),
     Task("smol-llava: easy-VQA", 160, 4, ("default.easy-vqa", "fixed-a.easy-vqa")),
     Task("smol-llava: drawings", 40, 8, ("default.drawings",), "lora-both"),  # the product's own commands
     Task("smol-llava: emoji", 30, 8, ("default.smol-llava", "fixed-a.smol-llava"), "lora-same-projector"),
