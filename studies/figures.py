@@ -150,6 +150,7 @@ def in_short() -> str:
     if not known:
         return NO_RESULTS
     rows = (
+        ("validation loss", *(best.validation.text.partition(" ")[0] for best, _ in known.values())),
         ("score", *(best.score.text.partition(" ")[0] for best, _ in known.values())),  # intervals: docs/results.md
         ("forgets text", *(best.forgetting.text.partition(" ")[0] for best, _ in known.values())),
         ("forgets about pictures", *(about.partition(" ")[0] for _, about in known.values())),
@@ -318,7 +319,8 @@ def _rates(cells: Cells, method: str) -> str:
         )
         for rate in {c.learning_rate for c in cells if c.method == method}
     }
-    best = min(losses, key=losses.__getitem__)
+    seeds = {rate: sum((c.method, c.learning_rate) == (method, rate) for c in cells) for rate in losses}
+    best = min(losses, key=lambda rate: (-seeds[rate], losses[rate]))  # of the rates with all seeds
     return ", ".join(f"**{rate:g}**" if rate == best and len(losses) > 1 else f"{rate:g}" for rate in sorted(losses))
 
 

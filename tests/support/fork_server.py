@@ -19,6 +19,7 @@ import socket
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -58,7 +59,8 @@ def serve(listener: socket.socket) -> None:
         for client in [client for client in clients if client in ready]:
             message, given, _, _ = socket.recv_fds(client, 1 << 20, 3)
             if message:
-                client.send(json.dumps(answer(json.loads(message), given, [listener, *clients])).encode())
+                with suppress(OSError):  # who asked may have ended
+                    client.send(json.dumps(answer(json.loads(message), given, [listener, *clients])).encode())
             else:
                 clients.remove(client)
                 client.close()

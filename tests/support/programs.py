@@ -46,7 +46,7 @@ def _start(listener: socket.socket) -> None:
     select.select([listener], [], [])
     number, nowhere = listener.fileno(), subprocess.DEVNULL
     words = [sys.executable, str(Path(__file__).with_name("fork_server.py")), str(number)]
-    files = {"stdin": subprocess.PIPE, "stdout": nowhere, "stderr": nowhere}
+    files = {"stdin": subprocess.PIPE, "stdout": nowhere}
     subprocess.Popen(words, pass_fds=[number], env=ENVIRONMENT, **files).wait()  # its pipe closes at our end
 
 
