@@ -2,7 +2,7 @@
 
 python benchmarks/demo.py      # takes minutes: runs the demo, writes the section of the page, prints a JSON line
 
-Run `make demo` once before, so that downloads and the creation of smol-llava are not measured.
+Run `make demo` once before, so that downloads, the creation of smol-llava and its calibration are not measured.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PAGE = ROOT / "docs" / "quickstart.md"
 TABLE = re.compile(r"^.*baseline.*tuned.*\n(?:.*\n)*?.*text forgetting.*$", re.MULTILINE)
 BLOCK = re.compile(r"(<!-- demo -->\n).*?(<!-- end -->)", re.DOTALL)
 PRINTED = """\
-`make demo` took {minutes} minutes {seconds} seconds on two cores ({cpu}), in {dtype}. It printed
+A second `make demo` took {minutes} minutes {seconds} seconds on two cores ({cpu}), in {dtype}. It printed
 
 ```
 {table}
