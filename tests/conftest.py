@@ -26,7 +26,7 @@ Made = tuple[Any, Any]
 
 
 def pytest_configure() -> None:
-    """One process with imported libraries serves all workers. Garbage is collected a tenth as often as in a program."""
+    """One process with imported libraries serves all workers. Garbage is collected rarely."""
     gc.set_threshold(20_000, 10, 10)
     if programs.ADDRESS not in os.environ:
         programs.listen()

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import pickle
 import re
+import sys
+import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -165,6 +168,16 @@ def test_a_file_url_is_the_path_of_a_picture() -> None:
         assert parse_record(value).images == ("/photos/a cat.jpg",)
 
 
+def test_a_large_list_is_read_in_little_memory(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text("[\n" + ",\n".join([json.dumps(RECORD | {"pad": "é" * 2000})] * 8000) + "\n]")
+    assert path.stat().st_size > 30e6
+    tracemalloc.start()
+    assert sum(1 for _ in load_records(path)) == 8000
+    assert tracemalloc.get_traced_memory()[1] < 15e6
+    tracemalloc.stop()
+
+
 @pytest.mark.parametrize("name", ["a.json", "deep/er/a.jsonl"])
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_what_is_written_is_read_back_and_never_replaced(tmp_path: Path, name: str, count: int) -> None:
@@ -202,3 +215,19 @@ def growth(records: Sequence[Record], said: Any) -> None:
     before = private()
     assert sum(len(record.turns[0].text) for record in records)
     said.put(private() - before)
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").is_file(), reason="how much memory is one's own, Linux says")
+def test_a_loader_process_shares_them() -> None:
+    context = multiprocessing.get_context("fork")
+
+    def grown(records: Sequence[Record]) -> int:
+        said = context.SimpleQueue()
+        process = context.Process(target=growth, args=(records, said))
+        process.start()
+        process.join()
+        return int(said.get())
+
+    records = many(40_000)
+    assert grown(CompactRecords(records)) < 2 * MEGABYTE
+    assert sys.getsizeof(records) < grown(records)  # what a list costs

@@ -26,6 +26,26 @@ def test_llava_7b_has_the_known_counts(capsys: Any) -> None:
     assert "none yet (--data_path)" in shown
 
 
+def test_a_plan_is_made_for_devices_that_are_not_here(capsys: Any) -> None:
+    words = ["--model", "llava-1.5-7b", "--bf16", "--deepspeed", "zero3", "--dry-run"]
+    assert (
+        main([*words, "--devices", "64", "--gpu-memory", "24", "--per_device_train_batch_size", "16"]) == 1
+    )  # does not fit
+    shown = capsys.readouterr().out
+    assert "x 64 devices = 1024" in shown
+    assert "does not fit 24 GiB" in shown
+    assert "--gradient_checkpointing True --per_device_train_batch_size 8 --gradient_accumulation_steps 2: " in shown
+    assert "a step on the CPU of this machine" not in shown
+    start = shown.split("to start it so that it fits:\n")[1]
+    assert "--devices" not in start
+    assert start.startswith(
+        "  torchrun --nnodes 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 --nproc_per_node 8 -m "
+    )
+    assert start.rstrip().endswith("--image_folder FOLDER --gradient_checkpointing True --output_dir FOLDER")
+    with raises_code("flag-conflict", where="--devices", message="only with --dry-run"):
+        main([*words[:-1], "--devices", "4"])
+
+
 def test_the_first_batch_is_shown_with_its_targets(tiny_data: Path, tmp_path: Path, capsys: Any) -> None:
     words = ["--recipe", "tiny-test", "--data_path", str(tiny_data / "train.json"), "--output_dir", str(tmp_path / "r")]
     assert main([*words, "--image_folder", str(tiny_data / "images"), "--dry-run"]) == 0
