@@ -64,11 +64,8 @@ KEPT = (
     (SMOLLM2_300, GRADIENT, ""),
     (MINILM, FIRST, " (A’s rows half as long)"),
     (EASY_VQA, WITH_KL, ""),
-    (EASY_VQA, GRADIENT, " without `base_kl`"),
     (EMOJI, WITH_KL, ""),
-    (EMOJI, GRADIENT, " without `base_kl`"),
     (EMOJI_300, WITH_KL, ""),
-    (EMOJI_300, GRADIENT, " without `base_kl`"),
 )
 # Setting -> its rows of SmolLM2 and MiniLM-L6.
 OTHERS = {
@@ -249,20 +246,12 @@ def others() -> str:
 
 
 def rates() -> str:
-    """Return the rates at which the default, the earlier default and LoRA ran, the lowest loss in bold."""
-    of_default = {(task.name, task.steps): task for task in DEFAULT_TASKS if (DOCS / f"{task.files[0]}.csv").is_file()}
-    of_earlier = {(task.name, task.steps): (task, method) for task, method, note in KEPT if not note.endswith("`")}
+    """Return the rates at which the default and LoRA ran, the lowest loss in bold."""
     rows = []
-    for name, steps in {**of_earlier, **of_default}:
-        now = of_default.get((name, steps))
-        before, method = of_earlier.get((name, steps), (None, ""))
-        task = before or now
-        assert task is not None
-        rows.append((
-            name, f"{steps} x {task.records}", _rates(now.cells(), "plain") if now else "–",
-            _rates(before.cells(), method) if before else "–", _rates(task.cells(), task.lora),
-        ))  # fmt: skip
-    return Table(("task", "steps x records", "the default", "the earlier default", "LoRA"), tuple(rows)).markdown()
+    for task in DEFAULT_TASKS:
+        cells = task.cells()
+        rows.append((task.name, f"{task.steps} x {task.records}", _rates(cells, "plain"), _rates(cells, task.lora)))
+    return Table(("task", "steps x records", "the default", "LoRA"), tuple(rows)).markdown()
 
 
 def sequence(ways: Iterable[str] = tuple(WAYS)[:3]) -> str:
