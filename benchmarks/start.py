@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from benchmarks.timing import alternately, clocked
 from milora_vl import Policy, apply_milora
+from milora_vl.common.cli.screen import Screen
 from milora_vl.core.adapter.initialize import initialize
 from milora_vl.core.calibration import CAPTIONS, FACTORS, INPUTS, TEXTS
 from milora_vl.core.calibration.activations import energy_limits, find_inputs, input_rows
@@ -48,7 +49,6 @@ from milora_vl.train import model as models
 from milora_vl.train.base_kl import add_base_kl
 from milora_vl.train.data import collator, read_records
 from milora_vl.train.recipe import BaseKLConfig, Recipe
-from milora_vl.train.screen import Screen
 
 NAMES = ("tiny", "smollm2", "smol-llava")
 

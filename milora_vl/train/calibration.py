@@ -27,6 +27,7 @@ from milora_data.pictures.load import ImageError, content_of, load_image, place_
 from milora_data.records.record import IMAGE, Record, Turn
 from milora_data.stream import load_records
 from milora_vl.common.atomic_write import write_json
+from milora_vl.common.cli.screen import Screen
 from milora_vl.common.errors import DataError, Key, UserError, first_line
 from milora_vl.common.progress import progress_bar
 from milora_vl.core.calibration import CAPTIONS, TEXTS
@@ -53,7 +54,6 @@ from milora_vl.train.memory import (
     start_seconds,
 )
 from milora_vl.train.recipe import Recipe
-from milora_vl.train.screen import Screen
 from milora_vl.train.setup import Run
 
 CAPTION_TOKENS = 32

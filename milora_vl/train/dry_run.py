@@ -23,6 +23,7 @@ from milora_data.encode.templates import OWN
 from milora_data.encode.tokens import share_template
 from milora_data.records.record import IMAGE, Record
 from milora_vl.common.cli.console import amount
+from milora_vl.common.cli.screen import Screen
 from milora_vl.common.errors import Problem, UserError, collected
 from milora_vl.models.base import Base
 from milora_vl.models.loading import split_processor
@@ -35,7 +36,7 @@ from milora_vl.train.flags import PROG, Request
 from milora_vl.train.memory import MIX665K, Costs, Counts, costs_of, num_parameters
 from milora_vl.train.merge import Settings
 from milora_vl.train.recipe import Recipe
-from milora_vl.train.screen import COLUMNS, Screen, frozen_towers, policy_rows, trainable_line, trained_sizes
+from milora_vl.train.screen import COLUMNS, frozen_towers, policy_rows, show_policy, trainable_line, trained_sizes
 from milora_vl.train.setup import (
     Batching,
     Run,
@@ -145,7 +146,7 @@ def _policy_rows(run: Run, sizes: dict[str, int]) -> list[tuple[str, ...]]:
 def _show_policy(screen: Screen, run: Run) -> None:
     base, targets = run.base.meta, run.targets
     sizes = trained_sizes(targets, base)
-    screen.policy(_policy_rows(run, sizes), frozen_towers(base, targets))
+    show_policy(screen, _policy_rows(run, sizes), frozen_towers(base, targets))
     adapters = sum(sizes[t.path] for t in targets if t.rank is not None)
     full = sum(sizes.values()) - adapters
     copies = full if adapters else 0  # PEFT keeps the original beside a module that trains in full

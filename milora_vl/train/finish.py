@@ -20,6 +20,7 @@ from transformers import TrainingArguments
 from milora_data.records.record import Record
 from milora_data.stream import within
 from milora_vl.common.cli.console import command_line
+from milora_vl.common.cli.screen import Screen
 from milora_vl.common.errors import DataError, UserError, first_line
 from milora_vl.common.evaluator import EvaluationRequest, QuestionSet, evaluator
 from milora_vl.core.adapter.checkpoints import WEIGHTS
@@ -33,7 +34,6 @@ from milora_vl.report.read_run import HELD_OUT
 from milora_vl.report.repeat import of_earlier
 from milora_vl.train.folder import CARD, RunFolder
 from milora_vl.train.recipe import Recipe
-from milora_vl.train.screen import Screen
 from milora_vl.train.setup import Run, suites_of
 from milora_vl.train.trainer import MiloraTrainer
 

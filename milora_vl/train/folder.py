@@ -21,11 +21,11 @@ from typing import Any
 
 from milora_vl.common import atomic_write
 from milora_vl.common.cli.console import amount, require_folder
+from milora_vl.common.cli.screen import Screen
 from milora_vl.common.errors import UserError
 from milora_vl.core.adapter import checkpoints
 from milora_vl.report.read_run import HELD_OUT
 from milora_vl.train.recipe import Recipe
-from milora_vl.train.screen import Screen
 
 ENVIRONMENT, CARD = "environment.json", "README.md"  # shared with others, so secrets in them are hidden
 OWN_FILES = ("recipe.yaml", CARD, "policy.json", "report.html", HELD_OUT)

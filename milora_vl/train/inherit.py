@@ -25,6 +25,7 @@ import torch
 
 from milora_data.records.record import Record
 from milora_vl.common.cli.console import command_line
+from milora_vl.common.cli.screen import Screen
 from milora_vl.common.errors import Key, Problem, UserError
 from milora_vl.core.adapter.checkpoints import read_environment
 from milora_vl.core.adapter.fixed_a import Protection
@@ -46,7 +47,7 @@ from milora_vl.train.data import RunData, read_records, source_text
 from milora_vl.train.flags import PolicyEdits, edited
 from milora_vl.train.recipe import DataConfig, Recipe, SourceConfig
 from milora_vl.train.resume import differences
-from milora_vl.train.screen import Screen, protected_directions
+from milora_vl.train.screen import protected_directions
 
 # The keys of a recipe that describe a model and its inputs. The keys of FIXED are parts of the adapter itself.
 FIXED = ("template", "calibration")

@@ -21,6 +21,7 @@ from transformers.trainer_pt_utils import get_model_param_count
 
 from milora_data.encode.templates import OWN, render_chat_template
 from milora_data.encode.tokens import remember_legacy
+from milora_vl.common.cli.screen import Screen
 from milora_vl.common.errors import UserError
 from milora_vl.common.evaluator import TrainingQuestions
 from milora_vl.core.adapter import checkpoints
@@ -35,7 +36,7 @@ from milora_vl.train.folder import ENVIRONMENT, FirstFiles, created, git_state, 
 from milora_vl.train.inherit import EarlierRecords
 from milora_vl.train.merge import Settings
 from milora_vl.train.model import Built
-from milora_vl.train.screen import Screen, policy_rows, protection_lines, trainable_line
+from milora_vl.train.screen import policy_rows, protection_lines, show_policy, trainable_line
 from milora_vl.train.setup import Batching, Run, make_run, require_evaluation, require_usable
 from milora_vl.train.trainer import MiloraTrainer
 
@@ -245,7 +246,7 @@ def show_header_and_policy(
         ]
     )
     rows = policy_rows(recipe.policy or [], built.targets, built.sizes, run.base.meta, built.report)
-    screen.policy(rows, built.frozen)
+    show_policy(screen, rows, built.frozen)
     screen.say(trainable_line(get_model_param_count(built.model, True), get_model_param_count(built.model)))
     for line in protection_lines(built.targets, protection):
         screen.say(line)

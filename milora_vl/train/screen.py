@@ -1,21 +1,14 @@
-"""The terminal output of a run: header, policy table, warnings, slow steps, trainable parameters, closing block.
-
-Only rank 0 writes. Colour appears only on a terminal; rich follows NO_COLOR and COLUMNS.
-"""
+"""What a run prints about its policy: the table of rules, protected inputs, trainable parameters."""
 
 from __future__ import annotations
 
-import os
-import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, TextIO
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from rich.console import Console
 from torch import nn
 from transformers.trainer_pt_utils import get_model_param_count
 
+from milora_vl.common.cli.screen import Screen
 from milora_vl.common.cli.table import drawn
 from milora_vl.core.adapter.fixed_a import Protection
 from milora_vl.core.adapter.initialize import LayerReport
@@ -24,46 +17,14 @@ from milora_vl.core.policy.resolve import Selector
 from milora_vl.core.policy.rules import what_trains
 from milora_vl.core.policy.towers import TOWERS, find_towers
 
-Rows = Sequence[tuple[str, str]]
 COLUMNS = ("modules", "number", "method", "rank", "alpha", "parameters", "rate", "energy", "trains")
 
 
-class Screen:
-    """All output of a run except HF's progress bar."""
-
-    def __init__(self, stream: TextIO | None = None) -> None:
-        quiet = os.environ.get("RANK", "0") != "0"
-        self.console = Console(file=stream or sys.stderr, quiet=quiet, highlight=False)
-        if not self.console.is_terminal and "COLUMNS" not in os.environ:
-            self.console.width = 110  # a log file needs no narrow lines
-
-    def say(self, text: str) -> None:
-        self.console.print(text, markup=False, soft_wrap=True)
-
-    def warn(self, text: str) -> None:
-        self.console.print(f"warning: {text}", style="yellow", markup=False, soft_wrap=True)
-
-    @contextmanager
-    def step(self, what: str) -> Iterator[None]:
-        self.say(f"{what} ...")
-        start = time.perf_counter()
-        yield
-        seconds = time.perf_counter() - start
-        if seconds >= 1:
-            self.say(f"  done in {seconds:.0f} s")
-
-    def block(self, rows: Rows) -> None:
-        """Print rows with a name each: what a run is at its start, and where everything is at its end."""
-        width = max(len(name) for name, _ in rows)
-        self.console.print()
-        for name, value in rows:
-            self.say(f"{name:<{width}}  {value}")
-
-    def policy(self, rows: Sequence[tuple[str, ...]], frozen: Sequence[str]) -> None:
-        cells = [row[:-1] for row in rows] + [(tower, "-", "frozen", *[""] * 5) for tower in frozen]
-        drawn(self.console, COLUMNS[:-1], cells, left=("modules", "method"))
-        for modules, *_, trains in rows:
-            self.say(f"{modules}: {trains}")
+def show_policy(screen: Screen, rows: Sequence[tuple[str, ...]], frozen: Sequence[str]) -> None:
+    cells = [row[:-1] for row in rows] + [(tower, "-", "frozen", *[""] * 5) for tower in frozen]
+    drawn(screen.console, COLUMNS[:-1], cells, left=("modules", "method"))
+    for modules, *_, trains in rows:
+        screen.say(f"{modules}: {trains}")
 
 
 def policy_rows(

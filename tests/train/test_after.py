@@ -16,13 +16,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from milora_vl import load_adapter, load_model
+from milora_vl.common.cli.screen import Screen
 from milora_vl.core.adapter.sidecar import read_sidecar
 from milora_vl.models.tiny import tiny_llava
 from milora_vl.report.read_run import read_run
 from milora_vl.report.tables import tasks_table
 from milora_vl.train import inherit
 from milora_vl.train.command import main
-from milora_vl.train.screen import Screen
 from support.adapter_cases import llava_batch
 from support.drawn import write_tiny_data
 from support.launched import KINDS, needs_deepspeed, train_in_two

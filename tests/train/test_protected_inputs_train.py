@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from milora_data.records.record import IMAGE, Record, Turn
 from milora_data.stream import load_records
 from milora_vl import load_adapter
+from milora_vl.common.cli.screen import Screen
 from milora_vl.core.adapter.lora import lora_layer
 from milora_vl.core.calibration.texts import SEED
 from milora_vl.core.policy import Policy
@@ -28,7 +29,6 @@ from milora_vl.train import calibration
 from milora_vl.train.command import main
 from milora_vl.train.memory import distinct_inputs
 from milora_vl.train.recipe import Recipe
-from milora_vl.train.screen import Screen
 from support.calibrated import directions, leaks
 from support.launched import KINDS, needs_deepspeed, train_in_two
 from support.problems import raises_code

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from transformers.trainer_pt_utils import get_model_param_count
 
+from milora_vl.common.cli.screen import Screen
 from milora_vl.core.adapter.apply import apply_milora
 from milora_vl.core.policy import Policy
 from milora_vl.core.policy.rules import METHODS
-from milora_vl.train.screen import Screen, policy_rows, trainable_line, trained_sizes
+from milora_vl.train.screen import policy_rows, show_policy, trainable_line, trained_sizes
 from milora_vl.train.setup import with_rates
 
 RULES = [
@@ -45,7 +46,7 @@ def test_a_narrow_screen_cuts_no_number(columns: str, monkeypatch: pytest.Monkey
     monkeypatch.setenv("COLUMNS", columns)
     shown = io.StringIO()
     row = ("language.layers[0-11].self_attn.q_proj", "12", "milora", "64", "64", "123,456,789", "0.0002", "0.12 %", "x")
-    Screen(shown).policy([row], ["vision"])
+    show_policy(Screen(shown), [row], ["vision"])
     assert all(cell in shown.getvalue() for cell in row[1:])
 
 
