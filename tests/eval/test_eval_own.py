@@ -190,6 +190,7 @@ def test_a_file_of_code_is_a_benchmark(name: str, tmp_path: Path, monkeypatch: p
     [
         ([{"question": "?", "answer": "a", "metric": "exactt"}], ["question 1", 'unknown metric "exactt"', "exact"]),
         ([{"question": "?"}], ["question 1", "no answer"]),
+        ([{"question": "?", "answer": "a", "metric": "yes_no"}], ["question 1", "yes_no needs the answer yes or no"]),
         ([{"question": "?", "answer": "a", "image": 5}], ["question 1", '"image" must be a file name', "got 5"]),
         (
             [{"question": "?"}, {"question": "?", "answer": "a"}, *["x"] * 22],

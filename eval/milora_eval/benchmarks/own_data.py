@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -15,20 +16,42 @@ from typing import Any
 from milora_data.pictures.load import is_embedded, place_of, refusal
 from milora_data.records.record import IMAGE, VIDEO, identifier_of, parse_record, renamed_video
 from milora_eval.benchmark import Answer, Benchmark, Form, Item, Metric, MissingData, mean_of_items
-from milora_eval.benchmarks.pope import pope_answer
 from milora_eval.benchmarks.short_answers import FIRST_LINE, anls, chartqa_correct, exact_match, in_first_line
-from milora_eval.benchmarks.vqa import m4c_normalise, vqav2_accuracy
+from milora_eval.benchmarks.vqa import clean, leave_one_out, m4c_normalise, normalise
 from milora_eval.data_files import file_digest, json_values
 from milora_vl.common.cli.console import beside, did_you_mean, suggest
 from milora_vl.common.cli.web import url_problem
 from milora_vl.common.errors import DataError, Problem, UserError, collected
 
+
+def yes_or_no(text: str) -> str:
+    """Return the first yes or no of a text, whatever its case; empty without one.
+
+    >>> yes_or_no("YES!"), yes_or_no("No, it is not."), yes_or_no("nothing")
+    ('yes', 'no', '')
+    """
+    found = re.search(r"\b(yes|no)\b", text.lower())
+    return found[1] if found else ""
+
+
+def vqa(text: str, answers: Sequence[str]) -> float:
+    """Return VQA's accuracy. Three annotators must agree with an answer; of fewer than four, one is enough.
+
+    Unlike the official script, it normalises the texts also where all annotators agree.
+
+    >>> vqa("Red.", ["red"]), vqa("red", ["red", "red", "blue", "blue"])
+    (1.0, 0.5)
+    """
+    said, references = normalise(clean(text)), [normalise(clean(answer)) for answer in answers]
+    return leave_one_out(said, references) if len(references) > 3 else float(said in references)
+
+
 METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
     "exact": lambda text, answers: float(exact_match(text, answers)),
     "equal": lambda text, answers: float(text in answers),
     "contains": lambda text, answers: float(any(answer.lower() in text.lower() for answer in answers)),
-    "yes_no": lambda text, answers: float(pope_answer(text) == answers[0].strip().lower()),
-    "vqa": vqav2_accuracy,
+    "yes_no": lambda text, answers: float(yes_or_no(text) in map(yes_or_no, answers)),
+    "vqa": vqa,
     "m4c": lambda text, answers: float(m4c_normalise(text) in map(m4c_normalise, answers)),
     "anls": anls,
     "relaxed": lambda text, answers: max(float(chartqa_correct(text, answer)) for answer in answers),
@@ -145,6 +168,8 @@ def _item(row: Any, number: int, path: Path, data_dir: Path) -> Item:
         raise DataError(message, where=place, hint=hint)
     if not answers:
         raise DataError("no answer to compare with", where=place, hint='add "answer" to the question')
+    if metric == "yes_no" and not all(map(yes_or_no, map(str, answers))):
+        raise DataError(f"the metric yes_no needs the answer yes or no, got {answers!r:.80}", where=place)
     files = (*record.images, *(name for video in record.videos for name in video.files))
     if embedded := next(filter(is_embedded, files), ""):
         form = "messages" if "messages" in row else "llava" if is_record else "table"
