@@ -20,16 +20,17 @@ from milora_vl.core.policy.rules import METHODS
 from milora_vl.sweep.cells import Cell, arm_rules
 
 FOLDER = Path(__file__).parent  # its YAML files are the studies
-VERSION = 2  # increase it if the results of an unchanged cell may change
+VERSION = 3  # increase it if the results of an unchanged cell may change
 # The keys of an arm that are not fields of its adapter rules.
-_OF_ARM = ("train", "learning_rates", "seeds", "rival", "chain")
+_OF_ARM = ("train", "learning_rates", "seeds", "rival", "chain", "inside")
 
 
 class Study(Strict):
     """One file of studies. An arm sets fields of the adapter rules, or has its own `policy`.
 
     The `train` of an arm replaces `steps`, `weight_decay` and so on for this arm, and its `learning_rates` replace the
-    rates of the study. An arm may have fewer `seeds`, and a `rival`.
+    rates of the study. An arm may have fewer `seeds`, a `rival`, and with `inside` an A that trains off the protected
+    inputs. `losses_at` are steps at which the losses are measured, beside the last one.
     With `then`, a cell is a chain: it trains these tasks after `task`, as the `chain` of its arm says.
     `also` names arms whose cells are read from the CSV of another study with the same task and settings. `figure` is
     the plot of score over forgetting.
@@ -42,6 +43,7 @@ class Study(Strict):
     batch_size: PositiveInt
     warmup: float = Field(0.1, ge=0, lt=1)
     weight_decay: float = Field(0.0, ge=0)
+    losses_at: list[PositiveInt] = Field(default_factory=list)
     policy: list[dict[str, Any]]
     arms: dict[str, dict[str, Any]]
     also: dict[str, list[str]] = Field(default_factory=dict)
@@ -56,7 +58,7 @@ class Study(Strict):
         if self.reference not in named:
             raise ValueError(f"reference: no arm has the name {self.reference!r}; arms: {', '.join(named)}")
         for arm in self.arms:
-            self.training(arm), self.rival(arm), self.chain(arm)
+            self.training(arm), self.rival(arm), self.chain(arm), self.inside(arm)
             Policy.parse(self.rules(arm, self.rates(arm)[0]))
         return self
 
@@ -74,6 +76,10 @@ class Study(Strict):
         """Return the term that the arm adds to its loss, if any."""
         return Rival.model_validate(self.arms[arm]["rival"]) if "rival" in self.arms[arm] else None
 
+    def inside(self, arm: str) -> Inside | None:
+        """Return the directions that the A of the arm trains in, if it does not train in all."""
+        return Inside.model_validate(self.arms[arm]["inside"]) if "inside" in self.arms[arm] else None
+
     def chain(self, arm: str) -> Chain:
         """Return how the arm trains one task after the other."""
         return Chain.model_validate(self.arms[arm].get("chain", {}))
@@ -84,13 +90,13 @@ class Study(Strict):
         return rates
 
     def cells(self) -> list[Cell]:
-        """Return the cells of all arms, learning rates and seeds, seed by seed."""
+        """Return the cells of all arms, learning rates and seeds: the first rate of every arm, seed by seed, first."""
         return [
-            Cell(arm, rate, None, seed)
+            Cell(arm, self.rates(arm)[place], None, seed)
+            for place in range(max(len(self.rates(arm)) for arm in self.arms))
             for seed in range(self.seeds)
             for arm in self.arms
-            if seed < self.arms[arm].get("seeds", self.seeds)
-            for rate in self.rates(arm)
+            if seed < self.arms[arm].get("seeds", self.seeds) and place < len(self.rates(arm))
         ]
 
     def key(self, cell: Cell) -> str:
@@ -98,8 +104,11 @@ class Study(Strict):
         training, rival = self.training(cell.method).model_dump(), self.rival(cell.method)
         rules = self.rules(cell.method, cell.learning_rate, cell.seed)
         content: list[Any] = [VERSION, self.task, None, training, rules, cell.seed]
+        inside = self.inside(cell.method)
+        content += [self.losses_at] if self.losses_at else []
         content += [rival.model_dump()] if rival else []
-        content += [CALIBRATION_VERSION] if protects(rules) else []
+        content += [inside.model_dump()] if inside else []
+        content += [CALIBRATION_VERSION] if protects(rules) or inside else []
         content += [self.then, self.chain(cell.method).model_dump()] if self.then else []
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:20]
 
@@ -137,6 +146,16 @@ class Chain(Strict):
     start: Literal["new", "further", "joint"] = "new"
     earlier: NonNegativeInt = 0
     replay: float = Field(0.0, ge=0, le=1)
+
+
+class Inside(Strict):
+    """The key `inside` of an arm: A trains off the inputs that hold the share `protect`, from the last directions of W.
+
+    `count` is the number of directions it trains in, drawn at random; None: all.
+    """
+
+    protect: float = Field(gt=0, lt=1)
+    count: PositiveInt | None = None
 
 
 class Rival(Strict):

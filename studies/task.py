@@ -41,6 +41,10 @@ class Task(Protocol):
         """Return the mean loss of one batch."""
         ...
 
+    def losses(self, model: nn.Module) -> dict[str, float]:
+        """Return `validation_loss` and `test_loss` of a model in eval mode, without gradients."""
+        ...
+
     def measure(self, model: nn.Module) -> Measured:
         """Measure a tuned model in eval mode, without gradients."""
         ...

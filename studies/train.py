@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
-import math
 import time
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 from torch import nn
 
 from milora_vl import apply_milora
+from milora_vl.core.adapter.fixed_a import calibration_key
+from milora_vl.core.adapter.free_a import Directions, free_directions, minor_start, train_inside
+from milora_vl.core.adapter.lora import lora_layer
 from milora_vl.core.adapter.rates import parameter_groups
+from milora_vl.core.calibration.activations import protected_inputs
+from milora_vl.core.calibration.bases import Calibration
+from milora_vl.core.policy import Policy
+from milora_vl.core.weights.matrices import read_matrix
 from milora_vl.sweep.cells import Cell, CellNumbers
 from studies.rivals import kl_from_base, pieces
-from studies.study import Study, protects
+from studies.study import Inside, Study, protects
 from studies.task import Task
 
 _CLIP = 1.0  # HF's max_grad_norm
+_LAST = 10  # steps whose mean is a training loss
 
 
 def run_cell(task: Task, study: Study, cell: Cell, factors: Path) -> tuple[CellNumbers, dict[str, float]]:
@@ -30,13 +40,13 @@ def run_cell(task: Task, study: Study, cell: Cell, factors: Path) -> tuple[CellN
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cell.seed)
         model = adapted(task, study, cell, task.model(), factors)
-        last, step_seconds = train(task, model, study, cell)
+        losses, step_seconds = train(task, model, study, cell)
     with torch.no_grad():
         measured = task.measure(model.eval())
     numbers = {
         "method": cell.method, "learning_rate": cell.learning_rate, "rank": cell.rank, "seed": cell.seed,
         "validation_loss": measured.validation_loss, "score": measured.score, "forgetting": measured.forgetting,
-        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad), "train_loss": last,
+        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad), **losses,
         **measured.more, "step_seconds": step_seconds, "seconds": round(time.monotonic() - began, 1),
     }  # fmt: skip
     return numbers, dict(measured.items)
@@ -45,16 +55,46 @@ def run_cell(task: Task, study: Study, cell: Cell, factors: Path) -> tuple[CellN
 def adapted(task: Task, study: Study, cell: Cell, base: nn.Module, factors: Path) -> Any:
     """Return the model with the adapter of a cell, ready to train."""
     rules = study.rules(cell.method, cell.learning_rate, cell.seed)
+    inside = study.inside(cell.method)
+    free = None if inside is None else free_rows(base, rules, task.calibration(), inside, factors)
     model = apply_milora(base, rules, cache_dir=factors, calibration=task.calibration() if protects(rules) else None)
+    if free is not None:
+        train_off_inputs(model, free)
     for parameter in (p for p in model.parameters() if p.requires_grad):
         parameter.data = parameter.data.float()  # half precision loses small Adam steps
     return model
 
 
-def train(task: Task, model: Any, study: Study, cell: Cell) -> tuple[float, float]:
+def free_rows(
+    base: nn.Module, rules: list[dict[str, Any]], calibration: Calibration, inside: Inside, folder: Path
+) -> dict[str, Directions]:
+    """Return the directions off the protected inputs by path, one object for each layer input, cached in `folder`."""
+    targets = [replace(t, protect=inside.protect) for t in Policy.parse(rules).resolve(base) if t.rank is not None]
+    file = folder / f"free-{calibration_key(base, targets, calibration)}-{inside.count}.pt"
+    if not file.is_file():
+        found = protected_inputs(base, targets, calibration)
+        assert found is not None
+        rows = [free_directions(one.V, inside.count, seed=number) for number, one in enumerate(found.bases)]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save((rows, dict(found.numbers)), file)
+    rows, numbers = torch.load(file)
+    shared = [Directions(R) for R in rows]
+    return {path: shared[number] for path, number in numbers.items()}
+
+
+def train_off_inputs(model: Any, free: Mapping[str, Directions]) -> None:
+    """Let the A of every layer train inside its free directions, from the last directions of its weight on."""
+    for target in model.milora_targets:
+        if target.path in free and target.rank is not None:
+            layer, directions = lora_layer(model, target.path), free[target.path]
+            W = read_matrix(layer.get_base_layer())
+            train_inside(layer, "default", minor_start(W, directions.R, target.rank), directions)
+
+
+def train(task: Task, model: Any, study: Study, cell: Cell) -> tuple[dict[str, float], float]:
     """Train with AdamW, linear warm-up, cosine decay and gradient clipping, like HF's Trainer.
 
-    Return the last loss and the seconds of a step.
+    Return the mean training loss of the last steps and the losses at the steps of the study, and the seconds of a step.
     """
     from transformers import get_cosine_schedule_with_warmup
 
@@ -66,17 +106,25 @@ def train(task: Task, model: Any, study: Study, cell: Cell) -> tuple[float, floa
     schedule = get_cosine_schedule_with_warmup(optimizer, round(training.warmup * training.steps), training.steps)
     batches = task.batches(training.batch_size, cell.seed)
     model.train()
-    last = math.nan
-    began = time.monotonic()
+    losses: list[float] = []
+    at_steps: dict[str, float] = {}
+    seconds, began = 0.0, time.monotonic()
     for step in range(training.steps):
-        batch, term = next(batches), torch.zeros(())
+        loss = task.loss(model, next(batches))
+        losses.append(float(loss.detach()))
         if rival is not None and (step + 1) % rival.every == 0:
-            term = rival.every * rival.weight * kl_from_base(task, model, next(texts))
-        loss = task.loss(model, batch) + term
+            loss = loss + rival.every * rival.weight * kl_from_base(task, model, next(texts))
         loss.backward()
         nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], _CLIP)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        last = float(loss.detach())
-    return last, round((time.monotonic() - began) / training.steps, 3)
+        if step + 1 in study.losses_at:
+            seconds += time.monotonic() - began
+            with torch.no_grad():
+                held_out = {"train_loss": fmean(losses[-_LAST:]), **task.losses(model.eval())}
+            at_steps |= {f"{name}_{step + 1}": value for name, value in held_out.items()}
+            model.train()
+            began = time.monotonic()
+    seconds += time.monotonic() - began
+    return {"train_loss": fmean(losses[-_LAST:]), **at_steps}, round(seconds / training.steps, 3)

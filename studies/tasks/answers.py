@@ -129,6 +129,11 @@ class AnswerTask:
         rows = [(str(number), row) for number, row in enumerate(self._written)]
         return [batch.inputs for batch in padded_batches(rows, 8, self.collator.tokenizer)]
 
+    def losses(self, model: nn.Module) -> dict[str, float]:
+        """Return the mean loss on validation and on test records."""
+        parts = {"validation_loss": self.validation, "test_loss": self.test}
+        return {name: fmean(self._answers(model, records)[0]) for name, records in parts.items()}
+
     def measure(self, model: nn.Module) -> Measured:
         """Measure the loss on held-out records, exact answers on test questions, and the KL on text and the probes."""
         losses, _ = self._answers(model, self.validation)

@@ -75,17 +75,22 @@ class SentenceTopics:
     def measure(self, model: nn.Module) -> Measured:
         """Measure loss (160 names), accuracy (400), and the change and correlation of 7,140 cosine similarities."""
         texts, labels = self.test
+        losses = self.losses(model)
         is_right = (self.scores(model, texts).argmax(1) == labels).float()
         after = _similarities(self.embeddings(model, self.sentences))
         correlation = float(torch.corrcoef(torch.stack([self.before, after]))[0, 1])
-        loss = float(cross_entropy(self.scores(model, self.validation[0]), self.validation[1]))
         return Measured(
-            loss,
+            losses["validation_loss"],
             float(is_right.mean()),
             dict(zip(texts, is_right.tolist(), strict=True)),
             float((after - self.before).abs().mean()),
-            {"forgetting_correlation": 1 - correlation},
+            {"test_loss": losses["test_loss"], "forgetting_correlation": 1 - correlation},
         )
+
+    def losses(self, model: nn.Module) -> dict[str, float]:
+        """Return the mean cross-entropy on validation and on test texts."""
+        parts = {"validation_loss": self.validation, "test_loss": self.test}
+        return {name: float(cross_entropy(self.scores(model, texts), y)) for name, (texts, y) in parts.items()}
 
     def tokens(self, texts: Sequence[str]) -> Tokens:
         """Return the texts as one padded batch."""

@@ -29,7 +29,7 @@ from studies.tasks import EASY_VQA, EMOJI
 from studies.tasks.answers import AnswerTask
 
 CALIBRATION_PICTURES = 64
-VALIDATION = 64
+VALIDATION = 105
 
 
 class PictureQuestions(AnswerTask):
@@ -110,7 +110,7 @@ class EmojiQuestions(PictureQuestions):
     """The demo's task."""
 
     folder = EMOJI
-    validation_every, test_every = 1, 4
+    validation_every, test_every = 1, 2
 
 
 class EasyVqa(PictureQuestions):
