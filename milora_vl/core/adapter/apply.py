@@ -48,9 +48,9 @@ def apply_milora(
     """Return `model` as a PeftModel whose adapters follow the policy. Its output is unchanged until training starts.
 
     With `protect` in its rule, which is 0.95 for `milora`, a layer computes y = W x + s B A x: A (r, in) never changes
-    and is zero on the protected inputs, B (out, r) trains from zero (`fixed_a.py`). Fixing A there is ours. Without
-    it (`protect: 0`), `milora` is the paper's: y = W x + s (B A - B0 A0) x, where A and B train from A0 and B0 on; the
-    parameters are the differences D = A - A0 and E = B - B0, from zero on (`anchored.py`).
+    and is zero on the protected inputs, B (out, r) trains from zero (`fixed_a.py`). Without it (`protect: 0`), `milora`
+    is the paper's: y = W x + s (B A - B0 A0) x, where A and B train from A0 and B0 on; the parameters are the
+    differences D = A - A0 and E = B - B0, from zero on (`anchored.py`).
     If the policy has only `full` and `frozen` rules, the model itself is returned, with `requires_grad` set. The result
     has the attributes `milora_targets` (one Target per trained module), `milora_report` (one LayerReport per
     decomposed weight) and `milora_protection` (one Protection per protected module, by path).

@@ -4,7 +4,7 @@
 
 The rows of R are orthonormal and off the protected inputs V (in, k), so A V = C R V = 0 under any optimizer. The layers
 that read one input share R. A is formed once per forward in full float32 and then used as A: R rounded to bfloat16 is
-off V by a thousandth only. NB-LoRA (arXiv:2609.25618) trains A in this form too.
+off V by a thousandth only.
 
 PEFT creates a stock LoRA, and `train_inside` replaces the weight of its A by C. The factor that PEFT reads, merges and
 saves is A multiplied out.
