@@ -60,6 +60,8 @@ def load_weights(
             with whole_weights(), torch.device("meta"):
                 chosen = quantization_config(chosen, unquantized(auto.from_config(config)))
         arguments |= {"quantization_config": chosen, "device_map": {"": device or "cpu"}}
+    elif device is not None and device.type != "cpu" and not is_deepspeed_zero3_enabled():
+        arguments["device_map"] = {"": device}  # the weights go there from the file, not through the machine's memory
     with quiet_bars() if name in BUILT_IN_MODELS or not sys.stderr.isatty() else nullcontext():
         model = pretrained.read(auto.from_pretrained, source, name, **arguments)
     if is_deepspeed_zero3_enabled():

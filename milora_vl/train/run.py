@@ -136,9 +136,8 @@ def compose_base(run: Run, screen: Screen) -> Run:
 def load_base(run: Run, records: RunData, screen: Screen) -> tuple[nn.Module, Any]:
     recipe, args = run.recipe, run.args
     data.check(data.strict_collator(recipe, run.base, run.base.processor), recipe, records)
-    device = torch.device("cpu") if args.deepspeed or args.fsdp else args.device
     with screen.step(f"loading {recipe.model}"):
-        loaded, processor = model.load_base(recipe, run.base, arguments.base_dtype(recipe), device)
+        loaded, processor = model.load_base(recipe, run.base, arguments.base_dtype(recipe), args.device)
     tokenizer, pictures = loading.split_processor(processor)
     if pictures is None and recipe.template == "vicuna_v1" and tokenizer.chat_template:
         screen.warn("the template is vicuna_v1, but this model has a chat template: use --template chat_template")

@@ -8,8 +8,8 @@ How it works: torch has a dispatch key for devices of others (PrivateUse1). `Sim
 are those of torch's own test of such a device; there is no public way to register one from Python.
 
 What it can't show: the memory and the speed of a device; streams, and copies beside the computation; kernels (their
-rounding, FlashAttention, Triton, bitsandbytes, fused and foreach optimizers); torch.compile; NCCL, and with it DDP,
-FSDP and DeepSpeed; fp16, which accelerate refuses for it; generators of the device (random numbers come from the CPU);
+rounding, FlashAttention, Triton, bitsandbytes, fused and foreach optimizers); torch.compile; several processes
+(`simulated_cluster.py`); fp16, which accelerate refuses; generators of the device (random numbers are the CPU's);
 `parameter.data = tensor` with a tensor of another device, as PEFT's MiCA does. Autocast casts what `_CAST` multiplies
 to half precision and knows no operations that need float32. `torch.inference_mode` is `torch.no_grad`. A tensor in a
 file of torch.save loads on the CPU.
@@ -25,6 +25,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils._device
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
@@ -275,6 +276,7 @@ def register() -> None:
     """
     if _libraries:
         return
+    torch.utils._device._device_constructors()  # cached: torch.device("meta") has to know those of torch itself
     _setup_privateuseone_for_python_backend(NAME, backend_module=_module)
     every, aten = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
     _libraries.extend([every, aten])

@@ -135,7 +135,7 @@ def fixed_factors(
     """
     factors, protections = {}, {}
     for target in targets:
-        if not target.has_fixed_A or inputs is None:
+        if not target.has_fixed_A or inputs is None or target.path not in inputs.numbers:
             continue
         start = initial[target.path].A0 if target.is_decomposed else _random_rows(target)
         basis = inputs.of(target.path)
@@ -175,17 +175,17 @@ def chosen_factors(
     folder = Path(cache_dir or "")
     entry = read_cached(folder, key) if key and is_first else None  # alone: each node may have a cache of its own
     content = gather(None if entry is None else json.loads(entry[1]["content"]))[0]
+    owners: dict[str, int] = {}
+    notes: list[str] | None = None
     if content is None:
         with warnings.catch_warnings(record=True) as caught:
             factors, protections = choose()
         notes = [str(one.message) for one in caught if issubclass(one.category, UserWarning)]
         for one in caught:
             warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
-        if key and is_first:
-            described = {path: asdict(protection) for path, protection in protections.items()}
-            content = {"protection": described, "warnings": notes}
-            write_cached(folder, key, factors, {"content": json.dumps(content)})
-        protections = gather(protections)[0]
+        found = gather(protections)
+        owners = {path: rank for rank, part in enumerate(found) for path in part}
+        protections = {t.path: found[owners[t.path]][t.path] for t in fixed}
     else:
         if is_shown and is_first:
             sys.stderr.write(f"the calibration of an earlier start is used ({folder}/{key}.safetensors)\n")
@@ -196,7 +196,11 @@ def chosen_factors(
     device = next(model.parameters()).device
     for t in fixed:
         shape = (t.rank or 0, t.shape[1])
-        factors[t.path] = broadcast(factors.get(t.path), shape, torch.float32, device, owner=0).to(device)
+        owner = owners.get(t.path, 0)
+        factors[t.path] = broadcast(factors.get(t.path), shape, torch.float32, device, owner=owner).to(device)
+    if content is None and key and is_first:
+        described = {path: asdict(protection) for path, protection in protections.items()}
+        write_cached(folder, key, factors, {"content": json.dumps({"protection": described, "warnings": notes})})
     return factors, protections
 
 

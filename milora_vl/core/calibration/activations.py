@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from milora_vl.common.progress import progress_bar
 from milora_vl.core.calibration import INPUTS
@@ -33,7 +34,7 @@ from milora_vl.core.calibration.bases import (
 from milora_vl.core.policy.rules import Target
 from milora_vl.core.policy.towers import image_token_of, is_encoder_decoder, keep_weights_readable
 from milora_vl.core.svd.gram import add_to_lower, full_precision, mirror
-from milora_vl.core.weights.distributed import from_first_rank, rank_and_world_size
+from milora_vl.core.weights.distributed import gather, rank_and_world_size
 from milora_vl.core.weights.matrices import gathered_in_forward, is_linear
 
 Batch = Mapping[str, Any]
@@ -62,10 +63,26 @@ def protected_inputs(
     if calibration is None:
         return None
     found = find_inputs(model, wanted, calibration, is_shown=is_shown)
-    lowered, changed = leaving_ranks(found, {t.path: t.rank for t in wanted if t.rank is not None})
+    lowered, changed = leaving_ranks(
+        found, {t.path: t.rank for t in wanted if t.rank is not None and t.path in found.numbers}
+    )
+    told = gather((_told(found), _told(lowered), changed))
     if rank_and_world_size()[0] == 0:
-        _warn(found, lowered, changed)
+        _warn(*(_joined([part[n] for part in told]) for n in (0, 1)), [path for part in told for path in part[2]])
     return lowered
+
+
+def _told(inputs: ProtectedInputs) -> ProtectedInputs:
+    """Return the inputs without their directions, which are large."""
+    return replace(inputs, bases=[replace(one, V=one.V.to("meta")) for one in inputs.bases])
+
+
+def _joined(parts: Sequence[ProtectedInputs]) -> ProtectedInputs:
+    bases = [basis for part in parts for basis in part.bases]
+    starts = [sum(len(part.bases) for part in parts[:n]) for n in range(len(parts))]
+    return ProtectedInputs(
+        bases, {path: start + n for start, part in zip(starts, parts, strict=True) for path, n in part.numbers.items()}
+    )
 
 
 def require_calibration(targets: Sequence[Target], calibration: Calibration | None) -> None:
@@ -198,7 +215,10 @@ def find_inputs(
     shown = is_shown and rank_and_world_size()[0] == 0
     with evaluated(model), without_caches(model):
         inputs = _inputs_in_order(model, targets, [batch for fit, _ in parted for batch in fit])
-        passes = list(_passes(inputs))
+        mine = _share(inputs)
+        passes = list(_passes(mine))
+        if is_deepspeed_zero3_enabled():  # all processes run the same forwards, and to their ends
+            passes += [[]] * (max(gather(len(passes))) - len(passes))
         with progress_bar(INPUTS, len(passes) * num_fit + num_held, "batches", is_shown=shown) as bar:
             for part in passes:
                 for fit in fits:
@@ -212,13 +232,26 @@ def find_inputs(
                     one.total = None
             for held in helds:
                 for batch, positions in held:
-                    _run(model, batch, {one.module: _checker(one, positions) for one in inputs}, _ends(inputs))
+                    _run(model, batch, {one.module: _checker(one, positions) for one in mine}, _ends(mine))
                     bar.update()
-                for one in inputs:
+                for one in mine:
                     _end_source(one, _count(held))
     return ProtectedInputs(
-        [_checked(one) for one in inputs], {path: number for number, one in enumerate(inputs) for path in one.paths}
+        [_checked(one) for one in mine], {path: number for number, one in enumerate(mine) for path in one.paths}
     )
+
+
+def _share(inputs: Sequence[_Input]) -> list[_Input]:
+    """Return the inputs of this process: shares of equal work, each input with the layers that read it."""
+    rank, processes = rank_and_world_size()
+    work = [0.0] * processes
+    mine = []
+    for number in sorted(range(len(inputs)), key=lambda n: -inputs[n].size):
+        owner = work.index(min(work))
+        work[owner] += float(inputs[number].size) ** 3
+        if owner == rank:
+            mine.append(number)
+    return [inputs[number] for number in sorted(mine)]
 
 
 def _split(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
@@ -256,7 +289,7 @@ class _AllSeen(Exception):
 
 def _ends(inputs: Sequence[_Input]) -> bool:
     """Return whether a forward may end when each module ran: not if one runs again."""
-    return not any(one.is_repeated for one in inputs)
+    return not (is_deepspeed_zero3_enabled() or any(one.is_repeated for one in inputs))
 
 
 def _run(model: nn.Module, batch: Batch, hooks: Mapping[nn.Module, Hook], ends: bool) -> None:
@@ -424,22 +457,13 @@ def _basis(one: _Input) -> InputBasis:
     assert one.total is not None
     if not bool(torch.isfinite(one.total).all()):
         raise _not_finite(one)
-    V, shares = first_directions(mirror(one.total), one.protect)
-    if rank_and_world_size()[1] > 1:  # the number of directions may differ between processes, too
-        V, shares = _from_first_rank(V), _from_first_rank(shares)
-    return InputBasis(V.cpu(), shares, one.num_positions)  # a 7B's are 5 to 7 GiB
+    return InputBasis(*first_directions(mirror(one.total), one.protect), one.num_positions)
 
 
 def _not_finite(one: _Input) -> CalibrationError:
     message = "the inputs of this layer contain NaN or infinite values on the calibration text"
     hint = "load the base model in bfloat16 or float32, and check its weights and the calibration batches"
     return CalibrationError(message, where=one.paths[0], hint=hint)
-
-
-def _from_first_rank(values: Tensor) -> Tensor:
-    """Return the values of rank 0, whose last dimension may have another size."""
-    count = int(from_first_rank(torch.tensor(values.shape[-1])))
-    return from_first_rank(F.pad(values, (0, count - values.shape[-1])).contiguous())
 
 
 def _checker(one: _Input, positions: Tensor | None) -> Hook:

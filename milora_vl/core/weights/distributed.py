@@ -25,6 +25,11 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
+def device_of_collectives() -> torch.device:
+    is_nccl = dist.get_backend() == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if is_nccl else torch.device("cpu")
+
+
 def broadcast(
     tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, owner: int
 ) -> Tensor:
@@ -32,9 +37,7 @@ def broadcast(
     if processes == 1:
         assert tensor is not None
         return tensor
-    is_nccl = dist.get_backend() == "nccl"
-    place = torch.device("cuda", torch.cuda.current_device()) if is_nccl else torch.device("cpu")
-    buffer = torch.empty(shape, dtype=dtype, device=place)
+    buffer = torch.empty(shape, dtype=dtype, device=device_of_collectives())
     if rank == owner and tensor is not None:
         buffer.copy_(tensor)
     dist.broadcast(buffer, src=owner)
