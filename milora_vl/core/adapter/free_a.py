@@ -6,12 +6,13 @@ The rows of R are orthonormal and off the protected inputs V (in, k), so A V = C
 that read one input share R. A is formed once per forward in full float32 and then used as A: R rounded to bfloat16 is
 off V by a thousandth only.
 
-PEFT creates a stock LoRA, and `train_inside` replaces the weight of its A by C. The factor that PEFT reads, merges and
-saves is A multiplied out.
+PEFT creates a stock LoRA, and `train_inside` replaces the weight of its A by C. PEFT reads, merges and saves A
+multiplied out. A training that continues needs the bits of C: `coordinates` returns them.
 """
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from typing import Any
 
 import torch
@@ -22,23 +23,33 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from milora_vl.common.compat.peft import set_variant
-from milora_vl.common.compat.torch import change_class
+from milora_vl.common.compat.torch import OwnState, change_class
 from milora_vl.core.adapter.fixed_a import ROW_LENGTH, FixedA
 from milora_vl.core.svd.gram import full_precision
 
+LARGEST_OUTSIDE = 1e-5  # of A, beyond which it is no C R
+
 
 class Directions(nn.Module):
-    """R (m, in): orthonormal rows in float32 that never change. Layers with the same input share the module."""
+    """R (m, in): orthonormal rows that never change. Layers with the same input share the module."""
 
-    R: Tensor
+    bits: Tensor
 
     def __init__(self, R: Tensor) -> None:
         super().__init__()
-        self.register_buffer("R", R, persistent=False)
+        # Trainers cast the floating-point buffers of a model to bfloat16, and leave integers alone.
+        self.register_buffer("bits", R.float().contiguous().view(torch.int32), persistent=False)
+
+    @property
+    def R(self) -> Tensor:
+        return self.bits.view(torch.float32)
 
 
-class FreeFactor(nn.Linear):
-    """PEFT's `lora_A[name]` with the trained C (r, m) in the place of its weight, which is A = C R (r, in)."""
+class FreeFactor(OwnState, nn.Linear):
+    """PEFT's `lora_A[name]` with the trained C (r, m) in the place of its weight, which is A = C R (r, in).
+
+    A state dict holds A under the name of stock PEFT. It is read back as C = A R', and refused if it is no C R.
+    """
 
     C: nn.Parameter
     directions: Directions
@@ -50,6 +61,23 @@ class FreeFactor(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight)
 
+    def write_state(self, destination: MutableMapping[str, Any], prefix: str, keep_vars: bool) -> None:
+        destination[f"{prefix}weight"] = self.weight if keep_vars else self.weight.detach()
+
+    def read_state(self, state_dict: MutableMapping[str, Any], prefix: str, *about: Any) -> None:
+        A = state_dict.pop(f"{prefix}weight", None)
+        if A is not None:
+            R = self.directions.R
+            with full_precision(R.device):
+                C = A.to(R) @ R.T
+                outside = torch.linalg.vector_norm(A.to(R) - C @ R)
+            if outside > LARGEST_OUTSIDE * torch.linalg.vector_norm(A.to(R)):
+                *_, errors = about
+                errors.append(f"{prefix}weight: A reads inputs outside the free directions of this run")
+                return
+            state_dict[f"{prefix}C"] = C
+        super().read_state(state_dict, prefix, *about)
+
 
 class _Product(torch.autograd.Function):
     """A = C R with the gradient of C, dC = dA R'; both products are in full precision."""
@@ -59,14 +87,14 @@ class _Product(torch.autograd.Function):
         ctx.save_for_backward(R)
         ctx.dtype = C.dtype
         with full_precision(C.device):
-            return C.to(R.dtype) @ R
+            return C.to(R) @ R
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (R,) = ctx.saved_tensors
         with full_precision(grad.device):
-            return (grad.to(R.dtype) @ R.T).to(ctx.dtype), None
+            return (grad.to(R) @ R.T).to(ctx.dtype), None
 
 
 def train_inside(layer: LoraLayer, adapter: str, C: Tensor, directions: Directions) -> None:
@@ -79,6 +107,11 @@ def train_inside(layer: LoraLayer, adapter: str, C: Tensor, directions: Directio
     factor.C = nn.Parameter(C.to(stock.device, torch.float32), requires_grad=stock.requires_grad)
     if type(layer) is lora.Linear:  # a quantized layer or a subclass keeps its own forward
         set_variant(layer, adapter, FixedA())
+
+
+def coordinates(model: nn.Module) -> dict[str, Tensor]:
+    """Return the C (r, m) of every A that trains inside its free directions, by its module path."""
+    return {name: module.C.detach() for name, module in model.named_modules() if isinstance(module, FreeFactor)}
 
 
 def free_directions(V: Tensor, count: int | None = None, *, seed: int = 0) -> Tensor:
