@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from milora_eval.benchmark import Answer, Benchmark, Item, Metric
     from milora_eval.evaluate import run
-    from milora_eval.scores.results import score
+    from milora_eval.scores.table import score
 
 # Loaded on first use: `run` needs torch, and the command reads its arguments before it imports torch.
 _HOMES = {
@@ -21,7 +21,7 @@ _HOMES = {
     "Item": "benchmark",
     "Metric": "benchmark",
     "run": "evaluate",
-    "score": "scores.results",
+    "score": "scores.table",
 }
 
 __all__ = ["Answer", "Benchmark", "Item", "Metric", "run", "score"]

@@ -81,7 +81,8 @@ class Metric:
 
     `mean_of` says how the number is computed from the values of the answers, for paired comparisons. "items": the mean
     over the items (of the type with this name, else all). "types": the mean of the means of the types. None: not a mean
-    (for example an F1). A `detail` appears in results.json but not in the table.
+    (for example an F1). It `counts` the score of each answer, or whether the answer mentions an accepted one. A
+    `detail` appears in results.json but not in the table.
     """
 
     name: str
@@ -94,6 +95,7 @@ class Metric:
     unit: Literal["fraction", "points"] = "fraction"
     mean_of: Literal["items", "types"] | None = None
     detail: bool = False
+    counts: Literal["score", "mention"] = "score"
 
     @property
     def scale(self) -> float:
@@ -154,6 +156,15 @@ class Benchmark:
     def score(self, item: Item, text: str) -> float | None:
         """Return the value of one answer, 0.0 to 1.0; None if the answer alone does not determine it."""
         raise NotImplementedError(f"benchmark {type(self).__name__} has no method score(item, text)")
+
+    def mentions(self, item: Item, text: str) -> float | None:
+        """Return 1.0 if an answer mentions an accepted one, else 0.0; None if the score counts this anyway."""
+        return None
+
+    def mentioned(self, answers: Iterable[Answer]) -> list[Answer]:
+        """Return the answers with the value of `mentions`, without those that have none."""
+        found = ((answer, self.mentions(answer.item, answer.text)) for answer in answers)
+        return [replace(answer, value=value) for answer, value in found if value is not None]
 
     def summarise(self, answers: Iterable[Answer]) -> list[Metric]:
         """Return the numbers, the headline first: the mean, then the mean of each type if there are several types."""
@@ -229,7 +240,7 @@ def means_of_types(answers: Iterable[Answer], name: str) -> list[Metric]:
     if not scored:
         return []
     values, kinds = [answer.worth for answer in scored], [answer.item.kind for answer in scored]
-    of_kinds = [mean_of_items(kind, part) for kind, part in grouped(scored).items()]
+    of_kinds = [mean_of_items(kind, part) for kind, part in sorted(grouped(scored).items())]
     baselines = [metric.baseline for metric in of_kinds if metric.baseline is not None]
     baseline = mean(baselines) if len(baselines) == len(of_kinds) else None
     stderr = stratified_stderr(values, kinds, [answer.item.group for answer in scored])

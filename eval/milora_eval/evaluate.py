@@ -27,7 +27,7 @@ from milora_eval.benchmark import Benchmark
 from milora_eval.benchmarks.own_data import OwnData
 from milora_eval.scores.exports import export
 from milora_eval.scores.results import Results, headlines, numbers, read_results, write_results
-from milora_eval.scores.table import write_table
+from milora_eval.scores.table import write_tables
 from milora_eval.suites import Chosen, choose, data_folder, find_benchmark, folder_of, name_apart
 from milora_vl.common.errors import at_flag
 from milora_vl.forgetting.measure import can_recover_base, measure_forgetting
@@ -115,9 +115,9 @@ def _write(plan: EvaluationPlan, asked: tuple[int, float], folder: Path) -> Resu
         **({"questions": {each.name: each.identity(folder_of(each, plan.data_dir)) for each in own}} if own else {}),
     }
     write_results(folder, results)
-    write_table(folder)
+    write_tables(folder)
     export(folder)
-    return results
+    return read_results(folder)
 
 
 def results_folder(output_dir: str | Path, suite: str, which: str) -> Path:

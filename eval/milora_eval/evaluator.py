@@ -6,10 +6,11 @@ import json
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, Literal
 
 from milora_vl.common.errors import Key, UserError
-from milora_vl.common.evaluator import EvaluationRequest, Gain, QuestionSet, TrainingQuestions
+from milora_vl.common.evaluator import EvaluationRequest, QuestionSet, TrainingQuestions
 
 
 def require_questions(questions: QuestionSet, *, at: str | Key, data_at: str | Key) -> None:
@@ -77,11 +78,11 @@ def scores(request: EvaluationRequest) -> dict[str, Any]:
     return sides
 
 
-def gain(base: Sequence[Mapping[str, Any]], tuned: Sequence[Mapping[str, Any]]) -> Gain | None:
-    """Compare the stored answers of two models to one benchmark; None if its headline is no mean over items.
+def compare(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Compare stored answers of two models on the questions that both answer: the entries of a stored comparison.
 
     Raises UserError for answers that cannot be scored.
     """
-    from milora_eval.scores.compare import gain
+    from milora_eval.scores.compare import compare
 
-    return gain(list(map(dict, base)), list(map(dict, tuned)))
+    return [asdict(each) for each in compare(list(map(dict, before)), list(map(dict, after)))]

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from milora_vl.common.errors import Key, UserError
 
@@ -55,22 +55,6 @@ class EvaluationRequest:
         return cls(model=model, adapter=run, questions=questions, output_dir=run, with_base=with_base)
 
 
-Over = Literal["base", "majority"]
-
-
-@dataclass(frozen=True, slots=True)
-class Gain:
-    """The paired difference of a tuned model to the better of its base and the most frequent answer.
-
-    It has the unit of the benchmark's headline, with its 95 % interval; None: too few items for one.
-    """
-
-    over: Over
-    value: float
-    low: float | None
-    high: float | None
-
-
 class TrainingQuestions(Protocol):
     """Questions that are read, to ask a model during its training. `names` has the benchmarks."""
 
@@ -99,8 +83,10 @@ class Evaluator(Protocol):
         """
         ...
 
-    def gain(self, base: Sequence[Mapping[str, Any]], tuned: Sequence[Mapping[str, Any]]) -> Gain | None:
-        """Compare the stored answers of two models to one benchmark; None if its headline is no mean over items.
+    def compare(
+        self, before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]
+    ) -> Sequence[Mapping[str, Any]]:
+        """Compare stored answers of two models on the questions that both answer: the entries of a stored comparison.
 
         Raises UserError for answers that cannot be scored.
         """

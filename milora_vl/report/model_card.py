@@ -8,6 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock
+
+from milora_vl.common.atomic_write import write_text
 from milora_vl.core.adapter.checkpoints import read_environment
 from milora_vl.core.adapter.folders import has_config, holds_projector_alone, holds_text_model
 from milora_vl.core.policy.rules import what_trains
@@ -100,7 +103,7 @@ def _results(path: Path) -> list[EvalResult]:
             task_type=_task(path),
             dataset_type=benchmark["name"],
             dataset_name=benchmark["name"],
-            metric_type="accuracy",
+            metric_type=metric["name"],
             metric_name=metric["name"],
             metric_value=round(in_units(metric, metric["value"]), 2),
         )
@@ -118,14 +121,15 @@ def update_scores(path: Path) -> None:
     from huggingface_hub import ModelCard
 
     file = path / "README.md"
-    text = file.read_text(encoding="utf-8") if file.is_file() else ""
-    before, begin, tail = text.partition(SCORES_BEGIN)
-    _, end, after = tail.partition(SCORES_END)
-    if begin and end:
-        card = ModelCard(before + _scores(path) + after, ignore_metadata_errors=True)
-        data: Any = card.data
-        data.model_name, data.eval_results = path.resolve().name, _results(path) or None
-        file.write_text(str(card), encoding="utf-8")
+    with FileLock(path / "eval" / ".lock"):  # two evaluations of one run may end at the same time
+        text = file.read_text(encoding="utf-8") if file.is_file() else ""
+        before, begin, tail = text.partition(SCORES_BEGIN)
+        _, end, after = tail.partition(SCORES_END)
+        if begin and end:
+            card = ModelCard(before + _scores(path) + after, ignore_metadata_errors=True)
+            data: Any = card.data
+            data.model_name, data.eval_results = path.resolve().name, _results(path) or None
+            write_text(file, str(card))
 
 
 def _summary(path: Path, recipe: Mapping[str, Any], environment: Mapping[str, Any]) -> str:

@@ -22,12 +22,12 @@ from milora_vl.report.tables import amount, change, method_name, number, percent
 
 # A question with the answers of the base model and of the tuned one, as predictions.jsonl has them.
 Asked = tuple[Json | None, Json | None]
-# Outcome of a question -> (is right before, after), and its CSS class (base.css).
+# Outcome of a question in a stored comparison, which is its CSS class too (base.css), in words.
 OUTCOMES = {
-    "right before and after": ((True, True), "kept"),
-    "newly right": ((False, True), "gained"),
-    "no longer right": ((True, False), "lost"),
-    "wrong before and after": ((False, False), "never"),
+    "kept": "right before and after",
+    "gained": "newly right",
+    "lost": "no longer right",
+    "never": "wrong before and after",
 }
 # Descriptions of questions, for benchmarks whose name is not enough.
 _ABOUT = {"emoji": "questions about emoji that training did not contain"}
@@ -78,7 +78,7 @@ def _content(run: Run) -> dict[str, Any]:
         "headline": found,
         "interval": _interval(run, found[1]) if found else "",
         "suites": [_suite(comparison, plots) for comparison in run.comparisons],
-        "outcome_class": {name: css for name, (_, css) in OUTCOMES.items()},
+        "outcome_class": {words: css for css, words in OUTCOMES.items()},
         "earlier": tables.earlier_table(run),
         "gallery": gallery(run),
         "held_out": list(zip(run.held_out, fitting(pictures, _PICTURES), strict=True)),
@@ -126,9 +126,9 @@ def summary(run: Run) -> str:
     words = [f"The fine-tuned model {verb} {number(score.after)}{of}; {base}."]
     if run.gain is not None:
         majority = amount(score.any, score.any.get("baseline") or 0.0)
-        than = "the base model" if run.gain.over == "base" else f"the most frequent answer, {majority}"
-        more = "less" if run.gain.value < 0 else "more"
-        by = points(score.any, abs(run.gain.value), sign="")
+        than = "the base model" if run.gain["over"] == "base" else f"the most frequent answer, {majority}"
+        more = "less" if run.gain["value"] < 0 else "more"
+        by = points(score.any, abs(run.gain["value"]), sign="")
         words.append(f"That is {by} points {more} than {than} ({_interval(run, score)}).")
     words += [
         f"On {old.benchmark} it has {number(old.after)}, and had {number(old.before)} after {folder}."
@@ -139,9 +139,9 @@ def summary(run: Run) -> str:
 
 
 def _interval(run: Run, score: Score) -> str:
-    if run.gain is None or run.gain.low is None or run.gain.high is None:
+    if run.gain is None or run.gain["low"] is None:
         return "too few questions for an interval"
-    return f"95 % interval {points(score.any, run.gain.low)} to {points(score.any, run.gain.high)}"
+    return f"95 % interval {points(score.any, run.gain['low'])} to {points(score.any, run.gain['high'])}"
 
 
 def _unevaluated(run: Run) -> str:
@@ -181,29 +181,23 @@ def _suite(comparison: Comparison, plots: Mapping[str, str]) -> dict[str, Any]:
         "has_before": comparison.before is not None,
         "has_after": comparison.after is not None,
         "plot": plots.get(f"scores-{comparison.suite}".replace("/", "-")),
-        "outcomes": outcomes(questions(comparison)),
+        "outcomes": outcomes(comparison),
         "tables": tables.score_tables(comparison),
     }
 
 
 def questions(comparison: Comparison) -> list[Asked]:
     before, after = (
-        {(line.get("benchmark"), line["id"]): line for line in (side.answers if side else ())}
+        {line["question_key"]: line for line in (side.answers if side else ())}
         for side in (comparison.before, comparison.after)
     )
     return [(before.get(key), after.get(key)) for key in {**after, **before}]
 
 
-def is_right(answer: Json | None) -> bool | None:
-    return None if answer is None or answer["correct"] is None else answer["correct"] >= 0.5
-
-
-def outcomes(items: Sequence[Asked]) -> dict[str, int]:
-    """Count questions by outcome: both models right, one, or none. Empty unless both answered all questions."""
-    both = [(is_right(before), is_right(after)) for before, after in items]
-    if not both or any(None in pair for pair in both):
-        return {}
-    return {name: both.count(pair) for name, (pair, _) in OUTCOMES.items()}
+def outcomes(comparison: Comparison) -> dict[str, int]:
+    """Return the number of questions by outcome, over the benchmarks of a suite; empty without scored ones."""
+    counts = [entry["outcomes"] for entry in comparison.paired.values() if entry["outcomes"]]
+    return {words: sum(each[name] for each in counts) for name, words in OUTCOMES.items()} if counts else {}
 
 
 def sample(items: Sequence[Asked], count: int) -> list[Asked]:
@@ -215,7 +209,7 @@ def sample(items: Sequence[Asked], count: int) -> list[Asked]:
 
     def place(item: Asked) -> str:
         line = item[1] or item[0] or {}
-        return hashlib.sha256(f"{line.get('benchmark')}/{line['id']}".encode()).hexdigest()
+        return hashlib.sha256(line["question_key"].encode()).hexdigest()
 
     def order(item: Asked) -> tuple[Any, ...]:
         line = item[1] or item[0] or {}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import yaml
 
 from milora_vl.common.atomic_write import json_lines
 from milora_vl.common.errors import UserError
-from milora_vl.common.evaluator import Gain, evaluator
+from milora_vl.common.evaluator import evaluator
 
 Json = Mapping[str, Any]
 RESTORE = "restore the files of the run, or move the damaged one away for a report without it"
@@ -66,23 +66,41 @@ class Comparison:
     before: Evaluation | None
     after: Evaluation | None
 
-    def scores(self) -> list[Score]:
-        """Return the metrics of both models, in the order of the tuned one."""
-        old, new = (
-            {(benchmark["name"], metric["name"]): metric for benchmark, metric in (side.metrics() if side else ())}
-            for side in (self.before, self.after)
-        )
-        return [Score(key[0], old.get(key), new.get(key)) for key in {**new, **old}]
+    @property
+    def paired(self) -> dict[str, Json]:
+        """The stored comparison of the two by the name of the benchmark, each over the questions that both answer."""
+        stored = self.after.results.get("comparison") if self.before and self.after else None
+        return {entry["benchmark"]: entry for entry in (stored or {}).get("benchmarks", ())}
 
-    def benchmark(self, name: str) -> dict[str, Json]:
-        sides = {"before": self.before, "after": self.after}
-        entries = [(which, side.results.get("benchmarks", ())) for which, side in sides.items() if side]
-        return {which: entry for which, of_side in entries for entry in of_side if entry["name"] == name}
+    @property
+    def notes(self) -> list[str]:
+        return list(((self.after and self.after.results.get("comparison")) or {}).get("notes", ()))
+
+    def scores(self) -> list[Score]:
+        """Return the compared metrics, then those of benchmarks that one model alone has answered."""
+        found = [
+            Score(name, pair["a"], pair["b"])
+            for name, entry in self.paired.items()
+            for pair in sorted(entry["pairs"], key=lambda pair, first=entry["headline"]: pair["b"]["name"] != first)
+            if not pair["b"]["detail"]
+        ]
+        known = set(self.paired)
+        for which, side in (("after", self.after), ("before", self.before)):
+            own = [(entry["name"], metric) for entry, metric in (side.metrics() if side else ())]
+            empty: dict[str, Json | None] = {"before": None, "after": None}
+            found += [Score(name, **{**empty, which: metric}) for name, metric in own if name not in known]
+            known.update(name for name, _ in own)
+        return found
+
+    def benchmark(self, name: str) -> Json:
+        """Return the entry of a benchmark in the results of either model."""
+        sides = [side for side in (self.after, self.before) if side]
+        return next(entry for side in sides for entry in side.results["benchmarks"] if entry["name"] == name)
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """The content of a run folder. `gain` is of the headline; `earlier` has scores of the runs that it came after."""
+    """The content of a run folder; `earlier` has scores of the runs that it came after."""
 
     folder: Path
     recipe: Json = field(default_factory=dict)
@@ -92,7 +110,6 @@ class Run:
     comparisons: tuple[Comparison, ...] = ()
     forgetting: Json = field(default_factory=dict)
     earlier: tuple[tuple[Path, Score], ...] = ()
-    gain: Gain | None = None
     held_out: tuple[Json, ...] = ()  # the records with the highest loss, highest first
 
     def headline(self) -> tuple[Comparison, Score] | None:
@@ -102,7 +119,13 @@ class Run:
             for _, score in reversed(self.earlier)
         }
         found = [(comparison, score) for comparison in self.comparisons for score in comparison.scores()]
-        return min(found, key=lambda f: (f[0].after is None, -gains.get(f[1].benchmark, math.inf)), default=None)
+        return min(found, key=lambda f: (f[1].after is None, -gains.get(f[1].benchmark, math.inf)), default=None)
+
+    @property
+    def gain(self) -> Json | None:
+        """The gain of the headline's benchmark over its base or the most frequent answer, as it is stored."""
+        found = self.headline()
+        return found[0].paired.get(found[1].benchmark, {}).get("gain") if found else None
 
 
 def label(name: str) -> str:
@@ -132,7 +155,7 @@ def read_run(folder: Path) -> Run:
         )
         raise UserError(found if folder.exists() else "no such folder", where=str(folder), hint=hint)
     comparisons = tuple(_comparisons(folder / "eval"))
-    run = Run(
+    return Run(
         folder=folder,
         recipe=_read(folder / "recipe.yaml", {}) or {},
         environment=_read(folder / "environment.json", {}),
@@ -143,20 +166,6 @@ def read_run(folder: Path) -> Run:
         earlier=tuple(_earlier(folder, comparisons)),
         held_out=tuple(line for line in json_lines(folder / HELD_OUT) if "reply" in line),
     )
-    return replace(run, gain=_gain(run))
-
-
-def _gain(run: Run) -> Gain | None:
-    """Return the gain of the headline's benchmark; None if its answers cannot be compared."""
-    if (found := run.headline()) is None or found[0].before is None or found[0].after is None:
-        return None
-    entries = found[0].benchmark(found[1].benchmark)
-    sides = {"before": found[0].before, "after": found[0].after}
-    answers = {which: sides[which].of(entry) for which, entry in entries.items()}
-    try:
-        return evaluator().gain(answers["before"], answers["after"]) if all(map(answers.get, sides)) else None
-    except UserError:  # damaged answers, or a benchmark of the user whose code is not imported
-        return None
 
 
 def tasks_of(folder: Path) -> list[Json]:
@@ -187,26 +196,26 @@ def _evaluation(folder: Path) -> Evaluation:
 
 def _earlier(folder: Path, comparisons: Sequence[Comparison]) -> Iterator[tuple[Path, Score]]:
     """Yield the scores that earlier runs had, and this run's on the same questions; the first run of each set alone."""
-    now = {asked: metric for each in comparisons if each.after for asked, metric in _headlines(each.after)}
     known = set[Any]()
     for run in [Path(task["run"]) for task in tasks_of(folder)[:-1]]:
-        for comparison in _comparisons(run / "eval"):
-            after = comparison.after
-            for asked, metric in _headlines(after) if after and after.which == "final" else ():
-                if asked not in known:
+        for after in (comparison.after for comparison in _comparisons(run / "eval")):
+            for benchmark in after.results.get("benchmarks", ()) if after and after.which == "final" else ():
+                assert after is not None
+                own = after.of(benchmark)
+                asked = (benchmark["name"], frozenset(line["question_key"] for line in own))
+                if benchmark["metrics"] and asked not in known:
                     known.add(asked)
-                    yield run, Score(asked[0], metric, now.get(asked))
+                    now = [line for each in comparisons if each.after for line in each.after.of(benchmark)]
+                    yield run, _since(benchmark, own, now)
 
 
-def _headlines(evaluation: Evaluation) -> Iterator[tuple[tuple[str, Any], Json]]:
-    """Yield (name, questions) and the first metric of each benchmark: another file may have the same name."""
-    seen = set[str]()
-    for benchmark, metric in evaluation.metrics():
-        name = str(benchmark["name"])
-        if name not in seen:
-            seen.add(name)
-            asked = frozenset((str(line.get("id")), str(line.get("question"))) for line in evaluation.of(benchmark))
-            yield (name, asked), metric
+def _since(benchmark: Json, before: Sequence[Json], now: Sequence[Json]) -> Score:
+    """Return the headline of a benchmark then and now, over the questions of both; without one, as it was then."""
+    try:
+        [entry] = evaluator().compare(before, now)
+        return Score(benchmark["name"], entry["pairs"][0]["a"], entry["pairs"][0]["b"])
+    except (ValueError, LookupError):  # no question in common, or a benchmark of the user whose code is not imported
+        return Score(benchmark["name"], benchmark["metrics"][0], None)
 
 
 def _read(path: Path, default: Any) -> Any:

@@ -43,6 +43,7 @@ def points(metric: Json, difference: float, sign: str = "+") -> str:
 
 
 def change(score: Score) -> str:
+    """Return the difference of two scores on the same questions."""
     if score.before is None or score.after is None:
         return "–"
     return points(score.any, score.after["value"] - score.before["value"])
@@ -100,25 +101,29 @@ def score_tables(comparison: Comparison) -> list[Table]:
 
 def _about(comparison: Comparison, benchmark: str) -> str:
     """Return the caption of a table: benchmark, version, split and protocol, and the answers that were cut."""
-    found = comparison.benchmark(benchmark)
-    entry = found.get("after") or found["before"]
+    entry = comparison.benchmark(benchmark)
     parts = [f"{benchmark}, version {entry['version']}" if entry.get("version") else benchmark]
     parts += [f"{entry['split']} split"] if entry.get("split") else []
     parts += [str(entry["protocol"])] if entry.get("protocol") else []
+    notes = [f"{note}." for note in comparison.notes]
     return " ".join(
-        filter(None, ["; ".join(parts) + ".", "Brackets show one standard error.", cut(comparison, benchmark)])
+        filter(None, ["; ".join(parts) + ".", "Brackets show one standard error.", cut(comparison, benchmark), *notes])
     )
 
 
 def cut(comparison: Comparison, benchmark: str) -> str:
     """Return how many answers were cut at the token limit, in one sentence; empty if none was."""
     parts = []
-    found = comparison.benchmark(benchmark)
-    for which, side in (("before", comparison.before), ("after", comparison.after)):
-        if side and (number_cut := found.get(which, {}).get("truncated")):
+    paired = comparison.paired.get(benchmark)
+    for place, side in enumerate((comparison.before, comparison.after)):
+        entry = next((each for each in side.results["benchmarks"] if each["name"] == benchmark), None) if side else None
+        if side is None or entry is None:
+            continue
+        num_cut, num = (paired["cut"][place], paired["n"]) if paired else (entry.get("truncated"), entry["n"])
+        if num_cut:
             limit = side.results["generation"]["max_new_tokens"][benchmark]
-            who = "the base model" if which == "before" else "the fine-tuned model"
-            parts.append(f"{number_cut:,} of the {found[which]['n']:,} answers of {who} were cut at {limit:,} tokens")
+            who = ("the base model", "the fine-tuned model")[place]
+            parts.append(f"{num_cut:,} of the {num:,} answers of {who} were cut at {limit:,} tokens")
     return f"{' and '.join(parts)}." if parts else ""
 
 

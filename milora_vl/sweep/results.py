@@ -10,7 +10,7 @@ from typing import Any
 from milora_eval.stats import Difference, paired_difference
 from milora_vl.sweep.cells import Cell, CellNumbers
 
-# The test items of a cell: id -> (score, group, usually the picture); items of one group are not independent.
+# The test items of a cell: key of the question -> (score, group, usually the picture); items of one group are not independent.
 Answers = Callable[[Cell], Mapping[str, tuple[float, Any]]]
 # Student's t for a two-sided 95 % interval, by degrees of freedom from 1 on.
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
@@ -108,7 +108,7 @@ def pairs(all_arms: Sequence[Arm], answers: Answers) -> list[Pair]:
         first, of_first = known[0]
         common = sorted(set(of_first.seeds) & set(best.seeds))
         a, b = (_mean_answers(answers, point, common) for point in (of_first, best))
-        ids = [item for item in a if item in b]
+        ids = sorted(item for item in a if item in b)
         if ids:
             groups = [a[item][1] for item in ids]
             difference = paired_difference([a[i][0] for i in ids], [b[i][0] for i in ids], clusters=groups)

@@ -69,7 +69,11 @@ class Sweep:
     def answers(self, cell: Cell) -> dict[str, tuple[float, Any]]:
         lines = require_lines(self.results_folder(cell))
         of_first = (line for line in lines if line["benchmark"] == lines[0]["benchmark"])
-        return {line["id"]: (float(line["correct"]), line["group"]) for line in of_first if line["correct"] is not None}
+        return {
+            line["question_key"]: (float(line["correct"]), line["group"])
+            for line in of_first
+            if line["correct"] is not None
+        }
 
     def training(self, cell: Cell) -> list[str]:
         recipe, run = self.folder / "recipes" / f"{cell.name}.yaml", self.run_folder(cell)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,15 @@ import pytest
 from milora_eval.__main__ import main
 from milora_eval.answers.store import Store, to_line
 from milora_eval.benchmarks.emoji import Emoji
-from milora_eval.scores.compare import compare, gain
-from milora_eval.scores.results import numbers, write_results
+from milora_eval.scores.compare import Pair, compare
+from milora_eval.scores.results import numbers, read_results, write_results
+from milora_eval.scores.table import write_tables
 from milora_eval.stats import clustered_stderr
 from milora_eval.suites import find_benchmark
 from milora_vl.common.errors import UserError
+from milora_vl.report.read_run import read_run
+from milora_vl.report.tables import change, score_tables
+from support.drawn import encoded
 from support.eval_questions import write_questions
 from support.problems import raises_code
 
@@ -136,10 +141,21 @@ def test_what_cannot_be_compared_is_refused_or_said(
     found = read([base, sampled, "--targets", "birds"], capsys)
     assert "sampled was evaluated with another decoding than the base" in found["notes"]
     path = run / "predictions.jsonl"
-    path.write_text(path.read_text().replace("charts 7?", "charts seven?"))
+    (questions / "other").mkdir()
+    rows = (questions / "charts.json").read_text()
+
+    def answer_other(old: str, new: str) -> None:
+        """Answer a file of the same name with other questions."""
+        (questions / "other" / "charts.json").write_text(rows.replace(old, new))
+        answered_birds = [line for line in path.read_text().splitlines(keepends=True) if '"data:birds"' in line]
+        limits = {"birds": 128, "charts": 128}
+        evaluated(run, questions / "other", {"charts": 24}, max_new_tokens=limits)
+        path.write_text("".join([*answered_birds, path.read_text()]))
+
+    answer_other("charts 7?", "charts seven?")
     found = read([base, run, "--targets", "birds"], capsys)
     assert found["notes"] == ["charts: compared on the 59 questions that all have (the base 60, a 60)"]
-    path.write_text(path.read_text().replace("charts ", "chart "))
+    answer_other("charts ", "chart ")
     with raises_code("eval-nothing-in-common", hint="left out: charts is not in B"):
         main(["compare", str(base), str(evaluated(tmp_path / "other", questions, {"signs": 4}))])
     assert read([base, run, "--targets", "birds"], capsys)["notes"] == [
@@ -181,10 +197,14 @@ def answered(data: Path, right: set[str]) -> list[dict[str, Any]]:
     ]
 
 
-def test_differences_are_paired_by_id_whatever_the_order(data: Path) -> None:
+def pairs_of(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> dict[str, Pair]:
+    return {pair.b.name: pair for each in compare(a, b) for pair in each.pairs}
+
+
+def test_differences_are_paired_by_question_whatever_order_and_ids(data: Path) -> None:
     a = answered(data, {"colour-red", "colour-green"})
     b = answered(data, {"colour-red", "colour-blue", "colour-white", "yes_no-red"})
-    pairs = {pair.b.name: pair for pair in compare(a, b[::-1])}
+    pairs = pairs_of(a, [line | {"id": f"{n}", "image_file": "moved.png"} for n, line in enumerate(b[::-1])])
     colour = pairs["colour"].difference
     assert colour is not None
     assert (colour.value, colour.only_a, colour.only_b, colour.n) == (0.25, 1, 2, 4)
@@ -193,15 +213,39 @@ def test_differences_are_paired_by_id_whatever_the_order(data: Path) -> None:
     assert overall is not None
     assert overall.value == pytest.approx(pairs["mean over types"].b.value - pairs["mean over types"].a.value)
     assert overall.n == 22
+    assert pairs == pairs_of(a, b)
 
 
-def test_only_equal_questions_are_compared(data: Path) -> None:
+def test_only_equal_questions_are_compared(data: Path, tmp_path: Path) -> None:
     """An id may belong to another question, and a picture may be another one under the same name."""
     a, b = answered(data, set()), answered(data, {"colour-red"})
-    assert sum(pair.b.n for pair in compare(a, b[:10])[1:-1]) == 10
-    other = [line | {"question": f"{line['question']} Now?"} if n < 5 else line for n, line in enumerate(b)]
-    assert sum(pair.b.n for pair in compare(a, other)[1:-1]) == 17
-    shown, redrawn = ([line | {"content": [text]} for line in b] for text in ("1", "2"))
-    assert compare(a, shown) == compare(a, b)
-    assert compare(shown, redrawn) == []
-    assert gain(shown, redrawn) is None
+    assert pairs_of(a, b[:10])["mean over types"].b.n == 10
+    shutil.copytree(data, tmp_path / "copy")
+    for picture in (tmp_path / "copy" / "images").iterdir():
+        picture.write_bytes(encoded("red"))
+    (text_only,) = compare(a, answered(tmp_path / "copy", set()))
+    assert text_only.n == sum(line["image_file"] is None for line in a)
+    assert text_only.asked == (22, 22)
+
+
+def test_every_place_shows_the_one_comparison_over_equal_questions(tmp_path: Path) -> None:
+    """The base has answered 40 questions, the tuned model all 200 of a shuffled copy, and both answer alike."""
+    rows = [{"question": f"{n}?", "answer": "yes" if n < 80 else "no"} for n in range(200)]
+    (tmp_path / "all.json").write_text(json.dumps(rows))
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "moved" / "all.json").write_text(json.dumps(rows[::-1]))
+    run = tmp_path / "run"
+    for which, folder, count in (("final", tmp_path / "moved", 200), ("base", tmp_path, 40)):
+        evaluated(run / "eval" / "all" / which, folder, {"all": 200}, skip=0 if count == 200 else -count)
+    lines = (run / "eval" / "all" / "base" / "predictions.jsonl").read_text()
+    assert lines.count('"correct": 0.0') == 40
+    folder = run / "eval" / "all" / "final"
+    write_tables(run / "eval" / "all" / "base")  # the base's own evaluation comes last
+    (entry,) = read_results(folder)["comparison"]["benchmarks"]
+    assert (entry["n"], entry["asked"], entry["outcomes"]["never"]) == (40, [40, 200], 40)
+    (run / "recipe.yaml").write_text("model: tiny\n")
+    (comparison, score), table = read_run(run).headline() or (), (folder / "table.md").read_text()
+    assert (score.before["value"], score.after["value"], change(score)) == (0.0, 0.0, "+0.0")
+    assert "40 questions that all have" in score_tables(comparison)[0].caption
+    assert re.search(r"\| 0\.0 +\| 0\.0 +\| \+0\.0", table)
+    assert "40 questions that all have" in table

@@ -37,11 +37,11 @@ def test_the_front_matter_has_the_schema_of_the_hub(tmp_path: Path) -> None:
     results = tmp_path / "eval" / "emoji" / "final" / "results.json"
     results.parent.mkdir(parents=True)
     for value in (0.5, 0.537):
-        score = {"name": "mean over types", "value": value, "unit": "fraction"}
+        score = {"name": "mean F1", "value": value, "unit": "fraction"}
         results.write_text(json.dumps({"benchmarks": [{"name": "emoji", "metrics": [score]}]}))
         model_card.update_scores(tmp_path)
     (found,) = ModelCard.load(card).data.eval_results or []
-    assert (found.dataset_name, found.metric_type, found.metric_value) == ("emoji", "accuracy", 53.7)
+    assert (found.dataset_name, found.metric_type, found.metric_value) == ("emoji", "mean F1", 53.7)
     assert card.read_text().count("model-index") == 1
 
 

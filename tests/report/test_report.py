@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from milora_eval.benchmarks.own_data import OwnData
+from milora_eval.scores.compare import store_comparison
 from milora_eval.scores.results import numbers
 from milora_vl.common.errors import UserError
 from milora_vl.common.evaluator import QuestionSet
@@ -75,7 +75,7 @@ def test_the_page_tells_the_result_in_words(finished: Path) -> None:
     mean = results["benchmarks"][0]["metrics"][0]
     assert f"correctly answers {100 * mean['value']:.1f} % (±{100 * mean['stderr']:.1f}) of the questions" in text
     assert "0.220 (±0.010) nats per token" in text
-    assert "answers by letter alone stay near chance" in text
+    assert "small models rarely learn to answer with a letter" in text
     assert "7.5 % of the cross-entropy" in text
 
 
@@ -222,42 +222,54 @@ def edit(path: Path, change: Any) -> None:
     dump(path, content)
 
 
-def test_own_questions_are_compared_with_the_better_of_base_and_majority(run: Path) -> None:
-    """The base is cut and gets nothing; the most frequent answer gets a third; the tuned model gets half."""
+def own_answers(run: Path, num_cut: int) -> None:
+    """Replace the evaluation of a run: the base gets nothing, the most frequent answer a third, the run a half.
+
+    A third of the base's answers mention the right one; its first `num_cut` answers were cut.
+    """
     shutil.rmtree(run / "eval")
-    questions = OwnData("data:own")
     metas = {"meta": {"metric": "exact"}, "image": None, "image_file": None, "key": "k"}
     for which in ("base", "final"):
         lines = []
         for place in range(120):
             answer = "red" if place % 3 == 0 else f"colour {place}"
-            said = (
-                answer if which == "final" and place % 2 else "A long answer that does not" if which == "base" else ""
-            )
+            said = answer if which == "final" and place % 2 else ""
+            said = "It seems to be red, or a similar one" if which == "base" else said
             lines.append(metas | {
                 "id": str(place), "benchmark": "data:own", "type": "", "question": "Which?", "prediction": said,
                 "answers": [answer], "correct": float(said == answer), "group": str(place // 2),
-                "baseline": float(answer == "red"), **({"truncated": True} if which == "base" else {}),
+                "baseline": float(answer == "red"), "question_key": f"{place:03}",
+                **({"truncated": True} if which == "base" and place < num_cut else {}),
             })  # fmt: skip
         folder = run / "eval" / "own" / which
         folder.mkdir(parents=True)
         (folder / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        generation = {"max_new_tokens": {questions.name: 128}}
+        generation = {"max_new_tokens": {"own": 128}}
         dump(
             folder / "results.json", {"suite": "own", "which": which, "generation": generation} | numbers(folder, "own")
         )
+    store_comparison(run / "eval" / "own" / "final")
+
+
+def test_own_questions_are_compared_with_the_better_of_base_and_majority(run: Path) -> None:
+    own_answers(run, num_cut=40)
     content = read_run(run)
     (comparison,), found = content.comparisons, content.gain
     assert found is not None
-    assert (found.over, found.value) == ("majority", pytest.approx(0.5 - 1 / 3))
-    assert found.low is not None
-    assert found.high is not None
-    assert found.low < found.value < found.high
+    assert (found["over"], found["value"]) == ("majority", pytest.approx(0.5 - 1 / 3))
+    assert found["low"] < found["value"] < found["high"]
     assert [score.any["name"] for score in comparison.scores()] == ["accuracy", "answer in first line"]
     text = page_of(run).text
     assert "16.7 points more than the most frequent answer, 33.3 % (95 % interval" in text
     assert "gain over the majority answer+16.7 points95 % interval" in text
-    assert text.count("120 of the 120 answers of the base model were cut at 128 tokens.") == 2
+    assert text.count("40 of the 120 answers of the base model were cut at 128 tokens.") == 2
+
+
+def test_where_most_answers_of_the_base_were_cut_the_lenient_score_comes_first(run: Path) -> None:
+    own_answers(run, num_cut=61)
+    text = page_of(run).text
+    assert "reaches 50.0 % (±0.4) (answer in first line) on the own questions; the base model 33.3 %" in text
+    assert "That is 16.7 points more than the base model (95 % interval" in text
 
 
 @pytest.mark.parametrize(
@@ -296,7 +308,7 @@ def test_scores_of_earlier_tasks_stand_beside_those_after_their_own_run(run: Pat
     shutil.rmtree(finished / "eval" / "emoji+other")
 
     answers = run / "eval" / "emoji" / "final" / "predictions.jsonl"
-    answers.write_text(answers.read_text().replace("What", "Which"))  # another file of the same name
+    answers.write_text(answers.read_text().replace('"question_key": "', '"question_key": "other '))
     ((_, score),) = read_run(run).earlier
     assert (score.before is not None, score.after) == (True, None)
     (command,) = commands(read_run(run)).earlier
@@ -310,16 +322,22 @@ def test_the_headline_of_a_run_after_another_is_of_its_own_task(run: Path, finis
     for which in ("base", "final"):
         folder = run / "eval" / "emoji" / which
         lines = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
-        lines += [line | {"benchmark": "data:mine", "correct": float(which == "final")} for line in lines]
+        more: dict[str, Any] = {
+            "benchmark": "data:mine",
+            "correct": float(which == "final"),
+            "meta": {"metric": "equal"},
+        }
+        lines += [line | more | {"baseline": None} for line in lines]
         (folder / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        score = {"name": "accuracy", "value": 0.9 if which == "final" else 0.2, "n": 9}
-        mine = {"name": "mine", "reference": "data:mine", "n": 9, "metrics": [score]}
-        edit(folder / "results.json", lambda content, mine=mine: content["benchmarks"].append(mine))
+        new = numbers(folder, "emoji")
+        edit(folder / "results.json", lambda content, new=new: content.update(new))
+    store_comparison(run / "eval" / "emoji" / "final")
     content = read_run(run)
     (_, old), old_score = content.earlier[0], json.loads((finished / "eval/emoji/final/results.json").read_text())
     assert old.after == old_score["benchmarks"][0]["metrics"][0]
     mine, emoji = summary(content).split(". On ")
-    assert mine == "The fine-tuned model correctly answers 90.0 % of the mine questions; the base model 20.0 %"
+    base = "base model 0.0 %. That is 100.0 points more than the base model (95 % interval +100.0 to +100.0)"
+    assert mine == f"The fine-tuned model correctly answers 100.0 % of the mine questions; the {base}"
     assert emoji.startswith(f"emoji it has {number(old.after)}, and had {number(old.before)} after {finished}")
     # The last column of the table of tasks wraps, so that the table is not cut at the right.
     assert '<th scope="col" class="left">what trained</th>' in write_report(run).read_text(encoding="utf-8")

@@ -10,16 +10,20 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
+from milora_eval.data_files import file_digest
+from milora_eval.scores.compare import store_comparison
+from milora_eval.scores.results import numbers
+
 TYPES = ("naming", "category", "colour", "yes_no", "choice", "choice_letter", "multi_turn", "text_only")
-ACCURACY = {  # of each type: base, tuned, majority answer
-    "naming": (0.04, 0.31, 0.02),
-    "category": (0.07, 0.59, 0.24),
-    "colour": (0.15, 0.74, 0.33),
-    "yes_no": (0.48, 0.81, 0.52),
-    "choice": (0.22, 0.63, 0.27),
-    "choice_letter": (0.26, 0.30, 0.28),
-    "multi_turn": (0.11, 0.56, 0.24),
-    "text_only": (0.30, 0.70, 0.20),
+ACCURACY = {  # of each type: base, tuned
+    "naming": (0.04, 0.31),
+    "category": (0.07, 0.59),
+    "colour": (0.15, 0.74),
+    "yes_no": (0.48, 0.81),
+    "choice": (0.22, 0.63),
+    "choice_letter": (0.26, 0.30),
+    "multi_turn": (0.11, 0.56),
+    "text_only": (0.30, 0.70),
 }
 SHAPES = {
     "self_attn.q_proj": (576, 576),
@@ -149,42 +153,22 @@ def evaluate(folder: Path, which: str, images: list[Json], num_questions: int) -
         text = text if kind in ("multi_turn", "text_only") else f"<image>\n{text}"
         correct = rng.random() < ACCURACY[kind][which == "final"]
         fallback = wrong if which == "final" else f"The image shows a {wrong} with a lot of details in it."
-        shown = kind != "text_only"
+        picture = str(truth["file"]) if kind != "text_only" else None
         lines.append({
             "id": f"q{index}", "benchmark": "emoji", "type": kind, "question": text,
-            "image": truth["file"].name if shown else None, "image_file": str(truth["file"]) if shown else None,
-            "prediction": answers[0] if correct else fallback, "answers": answers, "correct": correct, "key": "k",
+            "image": picture and truth["file"].name, "image_file": picture, "content": [file_digest(picture)] if picture else [],
+            "prediction": answers[0] if correct else fallback, "answers": answers, "correct": float(correct), "key": "k",
+            "question_key": f"{index:03}", "group": picture or f"q{index}", "baseline": float(index % 4 == 0),
         })  # fmt: skip
         if kind == "multi_turn":
             lines[-1]["context"] = [["user", "<image>\nWhat is this?"], ["assistant", "a thing"]]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    dump(folder / "results.json", results(which, lines))
-
-
-def results(which: str, lines: list[Json]) -> Json:
-    metrics = []
-    for kind in TYPES:
-        marks = [line["correct"] for line in lines if line["type"] == kind]
-        note = "answers by letter alone stay near chance at this size" if kind == "choice_letter" else None
-        metrics.append(metric(kind, marks, ACCURACY[kind][2], note))
-    metrics.insert(0, metric("mean over types", [line["correct"] for line in lines], 0.26, None))
     forgetting: Json = {"cross_entropy": 2.93, "stderr": 0.03, "base_entropy": 2.71, "kl": 0.22, "kl_stderr": 0.01}
     forgetting |= {"n_tokens": 8192, "text": "alice_in_wonderland + news_from_nowhere"}
-    return {
+    dump(folder / "results.json", {
         "suite": "emoji", "which": which, "model": "smol-llava", "template": "vicuna_v1", "seconds": 31.0,
-        "adapter": "runs/demo" if which == "final" else None,
-        "benchmarks": [{"name": "emoji", "reference": "emoji", "version": 1, "split": "test",
-                        "protocol": "exact match after normalisation", "n": len(lines), "metrics": metrics}],
-        "forgetting": forgetting if which == "final" else None,
-        "generation": {"max_new_tokens": {"emoji": 16}},
-    }  # fmt: skip
-
-
-def metric(name: str, marks: list[bool], baseline: float, note: str | None) -> Json:
-    value = sum(marks) / max(1, len(marks))
-    stderr = math.sqrt(value * (1 - value) / max(1, len(marks)))
-    return {
-        "name": name, "value": value, "stderr": stderr, "n": len(marks), "baseline": baseline,
-        "higher_is_better": True, "note": note, "unit": "fraction",
-    }  # fmt: skip
+        "adapter": "runs/demo" if which == "final" else None, "forgetting": forgetting if which == "final" else None,
+        "generation": {"max_new_tokens": {"emoji": 16}}, **numbers(folder, "emoji"),
+    })  # fmt: skip
+    store_comparison(folder)

@@ -38,6 +38,7 @@ def finish_cell(sweep: Sweep, cell: Cell, *, loss: float, right: list[bool], for
     lines = [
         {
             "id": f"q{i}",
+            "question_key": f"q{i}",
             "benchmark": "emoji",
             "correct": float(ok),
             "group": f"picture {i // 2}",

@@ -73,7 +73,17 @@ def answer_key(settings: Mapping[str, Any], benchmark: Benchmark, item: Item, co
     """Return the key of one answer: a digest of the settings, the prompt, and the content of pictures and videos."""
     turns = [[turn.role, turn.text] for turn in benchmark.prompt(item)]
     decoding = [benchmark.max_new_tokens, benchmark.num_beams, benchmark.form]
-    return digest([settings, benchmark.name, decoding, turns, list(content)])
+    return digest([settings, decoding, turns, list(content)])
+
+
+def question_key(benchmark: Benchmark, item: Item, content: Sequence[Any]) -> str:
+    """Return the key of a question: its prompt, answers, type and metric, and the content of pictures and videos.
+
+    Only a picture whose file is missing is known by the id of the question.
+    """
+    turns = [[turn.role, turn.text] for turn in benchmark.prompt(item)]
+    shown = [item.id if each is None else each for each in content]
+    return digest([turns, shown, item.answers, item.kind, item.meta.get("metric")])
 
 
 def _base_name(name: str) -> str | None:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from milora_data.records.record import Reply, Turn, Video
+from milora_eval.answers.identity import content_of, question_key
 from milora_eval.benchmark import Answer, Benchmark, Item
 from milora_eval.suites import reference
 from milora_vl.common.atomic_write import atomic_file, json_lines
@@ -29,8 +31,8 @@ def each_line(path: Path) -> Iterator[Line]:
     """Yield the answers in a file, none if it does not exist. Skips a last line that a kill has truncated."""
     for line in json_lines(path):
         if "key" in line:
-            if not all(isinstance(line.get(name), str) for name in ("benchmark", "id", "prediction")):
-                message = "a stored answer has no texts for benchmark, id and prediction"
+            if not all(isinstance(line.get(name), str) for name in ("benchmark", "id", "prediction", "question_key")):
+                message = "a stored answer has no texts for benchmark, id, prediction and question_key"
                 raise UserError(message, code="predictions-format", where=str(path), hint=RESTORE)
             yield line
 
@@ -91,7 +93,7 @@ class Store:
 def to_line(benchmark: Benchmark, item: Item, text: str, key: str, data_dir: Path, content: Sequence[Any] = ()) -> Line:
     """Return the scored line of one answer; `correct` stays empty (None) if a server or an official script scores it.
 
-    `content` identifies the pictures.
+    `content` identifies the pictures; without it they are read.
     """
     return unscored_line(benchmark, item, text, key, data_dir, content) | {"correct": benchmark.score(item, text)}
 
@@ -116,6 +118,7 @@ def unscored_line(
         "baseline": item.baseline,
         "group": item.group,
         "key": key,
+        "question_key": question_key(benchmark, item, content or content_of(item)),
     }
     if isinstance(text, Reply) and text.truncated:
         line["truncated"] = True
@@ -125,7 +128,7 @@ def unscored_line(
         line["more_images"] = list(item.images[1:])
     if item.videos:
         line["videos"] = [video._asdict() for video in item.videos]
-    if content:
+    if content := content or content_of(item):
         line["content"] = list(content)
     if item.meta:
         line["meta"] = dict(item.meta)
@@ -151,11 +154,14 @@ def to_answer(line: Mapping[str, Any]) -> Answer:
         return Answer(item, line["prediction"], None if line["correct"] is None else float(line["correct"]))
 
 
-def same_question(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
-    """Return whether two lines answer the same question: all texts, and the pictures whose content both lines know."""
-    texts = all(a.get(key) == b.get(key) for key in ("id", "question", "context", "answers"))
-    contents = zip(a.get("content", ()), b.get("content", ()), strict=False)
-    return texts and all(one == other or None in (one, other) for one, other in contents)
+def by_question(lines: Iterable[Line]) -> dict[tuple[str, int], Line]:
+    """Return the lines by the key of their question, and the number of equal questions before it in the file."""
+    found: dict[tuple[str, int], Line] = {}
+    times: Counter[str] = Counter()
+    for line in lines:
+        found[line["question_key"], times[line["question_key"]]] = line
+        times[line["question_key"]] += 1
+    return found
 
 
 def expected_of(benchmark: Benchmark, what: str) -> AbstractContextManager[None]:

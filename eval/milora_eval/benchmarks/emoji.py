@@ -58,20 +58,17 @@ class Emoji(Benchmark):
     def score(self, item: Item, text: str) -> float:
         return float(exact_match(text, item.answers))
 
+    def mentions(self, item: Item, text: str) -> float | None:
+        return None if item.kind == LETTER else float(in_first_line(text, item.answers))
+
     def summarise(self, answers: Iterable[Answer]) -> list[Metric]:
         """Return the mean over types, then each type, then how often a reply mentions an accepted answer."""
         answers = list(answers)
         metrics = means_of_types(answers, "mean over types")
         metrics = [replace(each, note=LETTER_NOTE) if each.name == LETTER else each for each in metrics]
-        asked = [
-            replace(each, value=float(in_first_line(each.text, each.item.answers)))
-            for each in answers
-            if each.item.kind != LETTER
-        ]
+        lenient = means_of_types(self.mentioned(answers), LENIENT)[:1]
         note = f"{FIRST_LINE}; without letters"
-        return metrics + [
-            replace(each, baseline=None, note=note, mean_of=None) for each in means_of_types(asked, LENIENT)[:1]
-        ]
+        return metrics + [replace(each, baseline=None, note=note, counts="mention") for each in lenient]
 
 
 def _baselines(items: Sequence[Item]) -> dict[str, float]:

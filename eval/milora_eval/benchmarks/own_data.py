@@ -109,21 +109,20 @@ class OwnData(Benchmark):
         answers: dict[str, Counter[str]] = defaultdict(Counter)
         for item in items:
             answers[item.kind][item.answers[0]] += 1
-        frequent = {kind: counts.most_common(1)[0][0] for kind, counts in answers.items()}
+        frequent = {kind: min(counts, key=lambda text: (-counts[text], text)) for kind, counts in answers.items()}
         return [replace(item, baseline=self.score(item, frequent[item.kind])) for item in items]
 
     def score(self, item: Item, text: str) -> float:
         return METRICS[item.meta["metric"]](text, item.answers)
 
+    def mentions(self, item: Item, text: str) -> float | None:
+        return float(in_first_line(text, item.answers)) if item.meta["metric"] in EQUALITIES else None
+
     def summarise(self, answers: Iterable[Answer]) -> list[Metric]:
         answers = list(answers)
-        lenient = [
-            replace(each, value=float(in_first_line(each.text, each.item.answers)))
-            for each in answers
-            if each.item.meta["metric"] in EQUALITIES
-        ]
+        lenient = self.mentioned(answers)
         rows = [mean_of_items(LENIENT, lenient)] if lenient else []
-        rows = [replace(row, baseline=None, note=FIRST_LINE, mean_of=None) for row in rows]
+        rows = [replace(row, baseline=None, note=FIRST_LINE, counts="mention") for row in rows]
         return [*super().summarise(answers), *rows]
 
 

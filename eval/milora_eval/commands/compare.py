@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     runs = [read_evaluation(folder, "final", name) for folder, name in zip(options.runs, names, strict=True)]
     result = compare_runs(base, runs, options.targets, sequence=options.sequence)
     if is_pair:
-        pairs = compare(_lines(base), _lines(runs[0]))
+        pairs = [pair for each in compare(_lines(base), _lines(runs[0])) for pair in each.pairs]
         sys.stderr.write("".join(f"{note}\n" for note in result.notes))
         if options.format == "json":
             sys.stdout.write(json.dumps([asdict(pair) for pair in pairs], indent=1) + "\n")

@@ -18,8 +18,8 @@ from milora_eval.benchmark import Benchmark
 from milora_eval.commands.flags import PLUGIN, PROTOCOL
 from milora_eval.data_files import file_digest, load_items
 from milora_eval.scores.exports import export, join, read_llava_answers, read_predictions
-from milora_eval.scores.results import Results, numbers, score, write_results
-from milora_eval.scores.table import write_table
+from milora_eval.scores.results import Results, numbers, read_results, write_results
+from milora_eval.scores.table import score, write_table, write_tables
 from milora_eval.suites import find_benchmark, folder_of, import_plugins, with_protocol
 from milora_vl.common.cli.console import next_step
 from milora_vl.common.cli.parser import Command, option, shared
@@ -111,7 +111,8 @@ def _results(benchmark: Benchmark, path: Path, options: argparse.Namespace, fold
     about = {"suite": benchmark.name, "which": path.stem, "model": str(path), "adapter": None}
     results = about | {"data": str(options.data), "limit": options.limit} | numbers(folder, benchmark.name)
     write_results(folder, results)
-    return results
+    write_tables(folder)
+    return read_results(folder)
 
 
 def _rows(path: Path) -> Sequence[Mapping[str, Any]]:

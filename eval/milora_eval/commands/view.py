@@ -14,12 +14,12 @@ from typing import Any
 
 from milora_data.pictures.load import credit_lines, fitting, thumbnail
 from milora_eval.answers.questions import select
-from milora_eval.answers.store import Line, same_question, to_answer
+from milora_eval.answers.store import Line, by_question, to_answer
 from milora_eval.commands.flags import names_of
+from milora_eval.data_files import file_digest
 from milora_eval.scores.results import require_lines
-from milora_vl.common.atomic_write import write_text
 from milora_vl.common.cli.console import next_step, require_folder
-from milora_vl.common.cli.page import MAX_BYTES, render
+from milora_vl.common.cli.page import MAX_BYTES, render, write
 from milora_vl.common.cli.parser import Command, option, shared
 from milora_vl.common.errors import UserError
 
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"{options.output} exists already", code="output-exists", hint=hint)
     target = options.output or folders[-1] / "view.html"
     html, shown, total = page(runs, options.limit)
-    write_text(target, html)
+    write(target, html)
     summary = {"page": str(target), "questions": shown, "of": total}
     sys.stdout.write(json.dumps(summary) + "\n" if options.format == "json" else f"{target}\n")
     next_step("milora_eval", "compare", options.folder, options.other or "OTHER")
@@ -69,17 +69,17 @@ def page(runs: Runs, limit: int) -> tuple[str, int, int]:
     The page shows the questions of the first run, one or two answers to each, and small copies of the pictures.
     """
     names = [name for name, _ in runs]
-    lines = [{(line["benchmark"], line["id"]): line for line in run_lines} for _, run_lines in runs]
+    lines = [by_question(run_lines) for _, run_lines in runs]
     items = [to_answer(line).item for line in lines[0].values()]
     kept = {id(item) for item in select(items, limit)}
-    pictures: dict[str, int] = {}
+    pictures: dict[tuple[str, str], int] = {}  # file and key -> number; a file with another content is not shown
     rows = [
-        _row(key, [by_key.get(key) for by_key in lines], pictures)
+        _row([by_key.get(key) for by_key in lines], pictures)
         for key, item in zip(lines[0], items, strict=True)
         if id(item) in kept
     ]
     budget = max(MAX_BYTES * 9 // 10 - len(json.dumps(rows)), MAX_BYTES // 3)
-    small = fitting([thumbnail(Path(name)) for name in pictures], budget)
+    small = fitting([thumbnail(Path(name)) if file_digest(name) == key else None for name, key in pictures], budget)
     content = json.dumps({"runs": names, "rows": rows, "pictures": small})
     count = f"{len(rows):,} of {len(items):,}" if len(rows) < len(items) else f"{len(rows):,}"
     html = render(
@@ -88,7 +88,7 @@ def page(runs: Runs, limit: int) -> tuple[str, int, int]:
             "title": " and ".join(names),
             "lede": _lede(names, rows),
             "about": f"{count} questions",
-            "credits": credit_lines(folder for name in pictures for folder in list(Path(name).parents)[:2]),
+            "credits": credit_lines(folder for name, _ in pictures for folder in list(Path(name).parents)[:2]),
             # Plain ASCII without "<", so no answer can end the script element that contains it.
             "content": content.replace("<", "\\u003c"),
         },
@@ -106,20 +106,21 @@ def _lede(names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
     return f"{second} corrects {gained:,} wrong answers of {first}, and gets {lost:,} of its right ones wrong"
 
 
-def _row(key: tuple[str, str], lines: Sequence[Line | None], pictures: dict[str, int]) -> dict[str, Any]:
+def _row(lines: Sequence[Line | None], pictures: dict[tuple[str, str], int]) -> dict[str, Any]:
     first = lines[0]
     assert first is not None
     names = [name for name in (first["image_file"], *first.get("more_images", ())) if name]
-    said = [line if line is not None and same_question(first, line) else None for line in lines]
     return {
-        "benchmark": key[0],
-        "id": key[1],
+        "benchmark": first["benchmark"],
+        "id": first["id"],
         "type": first["type"],
         "context": [f"{role}: {_shown(text)}" for role, text in first.get("context", ())],
         "question": _shown(first["question"]),
         "truths": list(dict.fromkeys(map(str, first["answers"]))),
-        "pictures": [pictures.setdefault(name, len(pictures)) for name in names],
-        "answers": [line and {"text": line["prediction"], "value": line["correct"]} for line in said],
+        "pictures": [
+            pictures.setdefault(shown, len(pictures)) for shown in zip(names, first.get("content", ()), strict=False)
+        ],
+        "answers": [line and {"text": line["prediction"], "value": line["correct"]} for line in lines],
     }
 
 

@@ -9,13 +9,21 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from milora_eval.answers.store import PREDICTIONS, Line, expected_of, same_question, to_answer
+from milora_eval.answers.store import PREDICTIONS, Line, by_question, expected_of, to_answer
 from milora_eval.benchmark import Answer, Benchmark, Metric
-from milora_eval.scores.results import check_ids, read_results, require_answers, require_lines
+from milora_eval.scores.results import (
+    check_ids,
+    read_results,
+    require_answers,
+    require_lines,
+    suite_mean,
+    write_results,
+)
 from milora_eval.stats import (
     MIN_GROUPS,
     MIN_UNLIKE,
@@ -28,12 +36,12 @@ from milora_eval.stats import (
 from milora_eval.suites import stored_benchmark
 from milora_vl.common.cli.console import amount, did_you_mean, suggest
 from milora_vl.common.errors import UserError
-from milora_vl.common.evaluator import Gain, Over
 from milora_vl.core.adapter.checkpoints import step_of
 
 WORK = 1_000_000  # largest number of answers that a bootstrap scores
 MIN_RESAMPLES = 100
 WEIGHTS = ("base", "adapter", "scale", "key", "batch_size")  # settings that name the weights, or change no answer
+OUTCOMES = {(1, 1): "kept", (0, 1): "gained", (1, 0): "lost", (0, 0): "never"}  # is the answer right: of a, of b
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,44 +59,131 @@ class Pair:
         return self.b.scale * (self.b.value - self.a.value)
 
 
-def compare(a: Sequence[Line], b: Sequence[Line]) -> list[Pair]:
-    """Return every metric that both sides have, computed over the questions that both answer; [] without any."""
-    pairs: list[Pair] = []
-    for name in dict.fromkeys(line["benchmark"] for line in a):
-        left, right = common([[line for line in side if line["benchmark"] == name] for side in (a, b)])
-        if left:
-            pairs += _pairs(name, left, right)
-    return pairs
+Over = Literal["base", "majority"]
 
 
-def gain(base: Sequence[Line], tuned: Sequence[Line]) -> Gain | None:
-    """Return how much better the tuned model is than the base and than the most frequent answer.
+@dataclass(frozen=True, slots=True)
+class Gain:
+    """The paired difference of a tuned model to the better of its base and the most frequent answer.
 
-    The lines answer one benchmark. None if its headline is not a mean over items, or without common questions.
+    It has the unit of the benchmark's headline, with its 95 % interval; None: too few items for one.
     """
-    benchmark = stored_benchmark(tuned[0]["benchmark"])
-    left, right = (list(map(to_answer, side)) for side in common([base, tuned]))
-    metric = next(iter(benchmark.summarise(right)), None)
-    if metric is None or metric.mean_of is None:
-        return None
+
+    over: Over
+    value: float
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Paired:
+    """One benchmark over the `n` equal questions that a base and a tuned model answer, of `asked` (base, tuned).
+
+    `headline` names the metric of `pairs` to show first: where most of the base's answers were cut, the one that counts
+    a mention. `gain` is of it. `outcomes` counts the scored questions by what happened to their answer. `cut` is the
+    number of answers that reached the token limit.
+    """
+
+    benchmark: str
+    reference: str
+    n: int
+    asked: tuple[int, int]
+    cut: tuple[int, int]
+    outcomes: dict[str, int]
+    pairs: list[Pair]
+    headline: str | None
+    gain: Gain | None
+
+
+def compare(a: Sequence[Line], b: Sequence[Line]) -> list[Paired]:
+    """Compare two models on the questions that both answer, by benchmark; one without common questions is left out."""
+    found = []
+    for name in dict.fromkeys(line["benchmark"] for line in a):
+        sides = [[line for line in side if line["benchmark"] == name] for side in (a, b)]
+        left, right = common(sides)
+        if left:
+            found.append(_paired(name, left, right, (len(sides[0]), len(sides[1]))))
+    return found
+
+
+def _paired(name: str, a: Sequence[Line], b: Sequence[Line], asked: tuple[int, int]) -> Paired:
+    pairs = _pairs(name, a, b)
+    cut, right = ([sum(bool(line.get("truncated")) for line in side) for side in (a, b)]), Counter[str]()
+    wanted = "mention" if 2 * cut[0] > len(a) else "score"
+    headline = next((pair for pair in pairs if pair.b.counts == wanted), next(iter(pairs), None))
+    for before, after in zip(a, b, strict=True):
+        if before["correct"] is not None and after["correct"] is not None:
+            right[OUTCOMES[int(before["correct"] >= 0.5), int(after["correct"] >= 0.5)]] += 1
+    outcomes = {name: right[name] for name in OUTCOMES.values()} if right else {}
+    gain = headline and _gain(stored_benchmark(name), headline, list(map(to_answer, b)))
+    return Paired(
+        stored_benchmark(name).name, name, len(a), asked, (cut[0], cut[1]), outcomes, pairs,
+        headline and headline.b.name, gain,
+    )  # fmt: skip
+
+
+def _gain(benchmark: Benchmark, headline: Pair, tuned: Sequence[Answer]) -> Gain | None:
+    """Return how much better the tuned model is than the base and than the most frequent answer."""
     over: Over = "base"
-    before = next(metric for metric in benchmark.summarise(left))
-    if metric.baseline is not None and metric.baseline > before.value:
-        over, left = "majority", [replace(answer, value=answer.item.baseline) for answer in right]
-    difference = _difference(metric, benchmark.units(left), benchmark.units(right))
+    difference, metric = headline.difference, headline.b
+    if metric.mean_of is not None and metric.baseline is not None and metric.baseline > headline.a.value:
+        majority = [replace(answer, value=answer.item.baseline) for answer in tuned]
+        over, difference = "majority", _difference(benchmark, metric, majority, tuned)
     return None if difference is None else Gain(over, difference.value, difference.low, difference.high)
 
 
-def common(sides: Sequence[Sequence[Line]]) -> list[list[Line]]:
-    """Return, per side, the answers to the questions of one benchmark that all sides have, in the order of the first.
+def store_comparison(folder: Path) -> list[Path]:
+    """Write the comparison of the answers in a results folder with those in `base` beside it into its results.json.
 
-    Two lines with one id can ask different questions, for example of files with one name: these are not common.
+    After the base's own evaluation, all folders beside it are compared with it again. Returns the compared folders.
     """
-    first, *others = by_id = [{line["id"]: line for line in side} for side in sides]
-    ids = [
-        key for key, line in first.items() if all(key in lines and same_question(line, lines[key]) for lines in others)
+    results = {key: value for key, value in read_results(folder).items() if key != "comparison"}
+    base, others = folder.parent / "base", list[Path]()
+    if results.get("which") == "base":
+        others = [path.parent for path in sorted(folder.parent.glob(f"*/{PREDICTIONS}")) if path.parent != folder]
+    elif results.get("which") is not None and (base / PREDICTIONS).is_file():
+        sides = [_evaluation(each, name) for each, name in ((base, "the base"), (folder, results["which"]))]
+        try:
+            shared, notes = _shared(sides)
+        except UserError as error:  # other rules, or other questions
+            shared, notes = {}, [str(error)]
+        paired = [
+            _paired(a[0]["benchmark"], a, b, (len(sides[0].lines[name]), len(sides[1].lines[name])))
+            for name, (a, b) in shared.items()
+        ]
+        results["comparison"] = {
+            "benchmarks": list(map(asdict, paired)),
+            "means": [suite_mean(results["suite"], _entries(paired, side)) for side in ("a", "b")],
+            "notes": notes,
+        }
+    write_results(folder, results)
+    return [folder, *(each for other in others for each in store_comparison(other))]
+
+
+def _entries(paired: Sequence[Paired], side: Literal["a", "b"]) -> list[dict[str, Any]]:
+    return [
+        {"name": each.benchmark, "metrics": [{"value": getattr(pair, side).value} for pair in each.pairs]}
+        for each in paired
     ]
-    return [[lines[key] for key in ids] for lines in by_id]
+
+
+def stored_pairs(comparison: Mapping[str, Any]) -> list[Pair]:
+    """Return the pairs of metrics of a stored comparison."""
+    return [
+        Pair(name, Metric(**a), Metric(**b), None if difference is None else Difference(**difference))
+        for entry in comparison["benchmarks"]
+        for name, a, b, difference in map(dict.values, entry["pairs"])
+    ]
+
+
+def common(sides: Sequence[Sequence[Line]]) -> list[list[Line]]:
+    """Return, per side, the answers to the questions of one benchmark that all sides have, in the order of their keys.
+
+    Ids and names of pictures do not count: two files can use one name for different questions.
+    """
+    by_key = list(map(by_question, sides))
+    keys = sorted(set(by_key[0]).intersection(*by_key[1:]))
+    return [[lines[key] for key in keys] for lines in by_key]
 
 
 def _pairs(name: str, a: Sequence[Line], b: Sequence[Line], count: int | None = None) -> list[Pair]:
@@ -99,16 +194,22 @@ def _pairs(name: str, a: Sequence[Line], b: Sequence[Line], count: int | None = 
         others = {metric.name: metric for metric in benchmark.summarise(right)}
         found = [(metric, others[metric.name]) for metric in benchmark.summarise(left) if metric.name in others][:count]
         resampled = _resampled(benchmark, found, left, right)
-        units = benchmark.units(left), benchmark.units(right)
         return [
-            Pair(benchmark.name, metric, other, resampled.get(metric.name) or _difference(metric, *units))
+            Pair(
+                benchmark.name, metric, other,
+                resampled.get(metric.name) or _difference(benchmark, metric, left, right),
+            )
             for metric, other in found
-        ]
+        ]  # fmt: skip
 
 
-def _difference(metric: Metric, a: Sequence[Answer], b: Sequence[Answer]) -> Difference | None:
+def _difference(benchmark: Benchmark, metric: Metric, a: Sequence[Answer], b: Sequence[Answer]) -> Difference | None:
     if metric.mean_of is None:
         return None
+    if metric.counts == "mention":
+        a, b = benchmark.mentioned(a), benchmark.mentioned(b)
+    else:
+        a, b = benchmark.units(a), benchmark.units(b)
     places = [place for place in range(len(a)) if a[place].value is not None and b[place].value is not None]
     if metric.mean_of == "items":
         places = [place for place in places if a[place].item.kind == metric.name] or places
@@ -229,22 +330,29 @@ def read_evaluation(folder: Path, which: str, name: str) -> Evaluation:
         require_answers(run if step_of(folder) >= 0 else folder)
     found = Evaluation(name, {}, {})
     for each in folders:
-        lines, results = require_lines(each), read_results(each)
-        check_ids(each, results)
-        for reference in dict.fromkeys(line["benchmark"] for line in lines):
-            benchmark = stored_benchmark(reference).name
-            own = [line for line in lines if line["benchmark"] == reference]
+        check_ids(each, read_results(each))
+        for benchmark, own in _evaluation(each, name).lines.items():
             known = found.lines.setdefault(benchmark, own)
             if _answered(known) != _answered(own):
-                message = f"{folder} has two evaluations of {reference} with different answers"
+                message = f"{folder} has two evaluations of {own[0]['benchmark']} with different answers"
                 hint = "name the results folder of one of them, eval/SUITE/WHICH"
                 raise UserError(message, code="compare-two-evaluations", where=str(each), hint=hint)
-            found.settings[benchmark] = results.get("generation") or {}
+            found.settings[benchmark] = read_results(each).get("generation") or {}
+    return found
+
+
+def _evaluation(folder: Path, name: str) -> Evaluation:
+    found, settings = Evaluation(name, {}, {}), read_results(folder).get("generation") or {}
+    benchmark_of = cache(stored_benchmark)
+    for line in require_lines(folder):
+        benchmark = benchmark_of(line["benchmark"]).name
+        found.lines.setdefault(benchmark, []).append(line)
+        found.settings[benchmark] = settings
     return found
 
 
 def _answered(lines: Sequence[Line]) -> Counter[tuple[str, str]]:
-    return Counter((line["id"], line["prediction"]) for line in lines)
+    return Counter((line["question_key"], line["prediction"]) for line in lines)
 
 
 def compare_runs(

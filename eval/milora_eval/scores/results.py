@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from milora_eval.answers.store import PREDICTIONS, Line, each_line, expected_of, read_lines, to_answer, write_lines
+from milora_eval.answers.store import PREDICTIONS, Line, each_line, expected_of, read_lines, to_answer
 from milora_eval.benchmark import Metric
 from milora_eval.stats import mean
 from milora_eval.suites import SUITES, stored_benchmark
@@ -23,38 +22,14 @@ RESULTS, TABLE = "results.json", "table.md"
 Results = dict[str, Any]
 
 
-def score(folder: str | Path) -> Results:
-    """Score the stored answers of an evaluation again, without its model, and rewrite its results.json.
-
-    Raises UserError if the folder has no answers, or if answers are duplicated or missing.
-    """
-    folder = Path(folder)
-    require_answers(folder)
-    before = read_results(folder)
-    check_ids(folder, before)
-    benchmark_of = cache(stored_benchmark)
-
-    def rescored() -> Iterator[Line]:
-        for line in each_line(folder / PREDICTIONS):
-            benchmark, answer = benchmark_of(line["benchmark"]), to_answer(line | {"correct": None})
-            with expected_of(benchmark, line["id"]):
-                yield line | {"correct": benchmark.score(answer.item, answer.text)}
-
-    write_lines(folder / PREDICTIONS, rescored())
-    about = {"suite": folder.absolute().parent.name, "which": folder.absolute().name} | before
-    results = about | numbers(folder, str(about["suite"]))
-    write_results(folder, results)
-    return results
-
-
 def numbers(folder: Path, suite: str) -> dict[str, Any]:
     by_benchmark: dict[str, list[Line]] = {}
-    total = hashlib.sha256()
     for line in each_line(folder / PREDICTIONS):
         by_benchmark.setdefault(line["benchmark"], []).append(line)
-        total.update(json.dumps([line["benchmark"], line["id"], line["prediction"]]).encode())
     entries = [_entry(name, lines) for name, lines in by_benchmark.items()]
-    return {"benchmarks": entries, "mean": suite_mean(suite, entries), "predictions": total.hexdigest()[:16]}
+    answers = sorted((line["question_key"], line["prediction"]) for lines in by_benchmark.values() for line in lines)
+    total = hashlib.sha256(json.dumps(answers).encode()).hexdigest()[:16]
+    return {"benchmarks": entries, "mean": suite_mean(suite, entries), "predictions": total}
 
 
 def suite_mean(suite: str, entries: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:
@@ -129,7 +104,8 @@ def headlines(results: Mapping[str, Any]) -> dict[str, Metric]:
 
 def _entry(name: str, lines: Sequence[Line]) -> dict[str, Any]:
     benchmark = stored_benchmark(name)
-    answers = list(map(to_answer, lines))
+    # The order of the questions in their file changes no digit of a number.
+    answers = [to_answer(line) for line in sorted(lines, key=lambda line: line["question_key"])]
     with expected_of(benchmark, name):
         metrics = [asdict(metric) for metric in benchmark.summarise(answers)]
     return {

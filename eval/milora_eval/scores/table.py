@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from milora_eval.answers.store import PREDICTIONS
+from milora_eval.answers.store import PREDICTIONS, Line, each_line, expected_of, to_answer, write_lines
 from milora_eval.benchmark import Metric
-from milora_eval.scores.compare import Comparison, Mean, Pair, compare
-from milora_eval.scores.results import TABLE, Results, headlines, metrics_of, read_results, require_lines
+from milora_eval.scores.compare import Comparison, Mean, Pair, store_comparison, stored_pairs
+from milora_eval.scores.results import (
+    TABLE,
+    Results,
+    check_ids,
+    headlines,
+    metrics_of,
+    numbers,
+    read_results,
+    require_answers,
+    write_results,
+)
+from milora_eval.suites import stored_benchmark
 from milora_vl.common.atomic_write import write_text
 from milora_vl.common.cli.console import amount
 from milora_vl.common.cli.table import Table
@@ -18,16 +30,45 @@ from milora_vl.common.cli.table import Table
 Keyed = Mapping[tuple[str, str], Metric]
 
 
+def score(folder: str | Path) -> Results:
+    """Score the stored answers of an evaluation again, without its model, and rewrite its results.json and table.md.
+
+    Raises UserError if the folder has no answers, or if answers are duplicated or missing.
+    """
+    folder = Path(folder)
+    require_answers(folder)
+    before = read_results(folder)
+    check_ids(folder, before)
+    benchmark_of = cache(stored_benchmark)
+
+    def rescored() -> Iterator[Line]:
+        for line in each_line(folder / PREDICTIONS):
+            benchmark, answer = benchmark_of(line["benchmark"]), to_answer(line | {"correct": None})
+            with expected_of(benchmark, line["id"]):
+                yield line | {"correct": benchmark.score(answer.item, answer.text)}
+
+    write_lines(folder / PREDICTIONS, rescored())
+    about = {"suite": folder.absolute().parent.name, "which": folder.absolute().name} | before
+    write_results(folder, about | numbers(folder, str(about["suite"])))
+    write_tables(folder)
+    return read_results(folder)
+
+
+def write_tables(folder: Path) -> None:
+    """Compare an evaluation with its base, and write the table of each folder whose comparison is new."""
+    for each in store_comparison(folder):
+        write_table(each)
+
+
 def write_table(folder: Path) -> Table:
-    """Write table.md next to results.json and return the table; it compares with the base if its answers exist."""
+    """Write table.md next to results.json and return the table; it has the comparison with the base if one is stored."""
     results = read_results(folder)
-    base = folder.parent / "base"
     table = results_table(results)
-    if results.get("which") not in ("base", None) and (base / PREDICTIONS).is_file():
+    if comparison := results.get("comparison"):
         names = ("base", "tuned" if results["which"] == "final" else results["which"])
-        means = (read_results(base).get("mean"), results.get("mean"))
-        pairs = compare(require_lines(base), require_lines(folder))
-        table = pairs_table(table.title, pairs, names, means) if pairs else table
+        pairs, notes = stored_pairs(comparison), comparison["notes"]
+        table = pairs_table(table.title, pairs, names, comparison["means"]) if pairs else table
+        table = replace(table, caption="\n".join(filter(None, (table.caption, *notes))))
     table = with_forgetting(table, results.get("forgetting"))
     write_text(folder / TABLE, table.markdown())
     return table
