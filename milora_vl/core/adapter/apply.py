@@ -29,7 +29,7 @@ from milora_vl.core.adapter.initialize import Initial, initialize
 from milora_vl.core.adapter.lora import lora_layer, make_lora, require_module, set_dropout
 from milora_vl.core.adapter.peft_model import MiloraMixin, adopt
 from milora_vl.core.adapter.rates import check_rates_at_first_step
-from milora_vl.core.adapter.sidecar import Sidecar, precision, require_readable
+from milora_vl.core.adapter.sidecar import Sidecar, frozen_fingerprints, precision, require_readable
 from milora_vl.core.calibration.activations import protected_inputs, require_calibration
 from milora_vl.core.calibration.bases import Calibration
 from milora_vl.core.policy import Policy, Rule, Target
@@ -182,6 +182,7 @@ def _describe(
         reports,
         fixed={path: fingerprint(A) for path, A in fixed.items()},
         protection=protection,
+        frozen=frozen_fingerprints(model, targets),
     )
 
 

@@ -153,7 +153,9 @@ def join(folder: Path, earlier: Earlier, model: nn.Module) -> None:
         save_file({name: t.contiguous() for name, t in apart.items()}, folder / APART_FILE, metadata={"format": "pt"})
     names, prints = {**earlier.sidecar.names, **own.names}, {**earlier.sidecar.fingerprints, **own.fingerprints}
     named, printed = {target.path: names[target.path] for target in every}, {path: prints[path] for path in targets}
-    Sidecar(every, named, printed, {}, tasks=earlier.tasks, own=own).write(folder, {})
+    in_full = [names[path] for path in full]
+    frozen = {name: one for name, one in own.frozen.items() if not module_path(name, in_full)}
+    Sidecar(every, named, printed, {}, tasks=earlier.tasks, frozen=frozen, own=own).write(folder, {})
 
 
 def split(folder: Path, model: nn.Module, own_folder: Path, *, allow_base_mismatch: bool = False) -> Earlier:

@@ -99,14 +99,19 @@ def load_adapter(
 
 
 def load_checkpoint(base: nn.Module, path: str | Path) -> Any:
-    """Return `base` with the adapter in a checkpoint, to train further. A base of a run after others holds theirs."""
+    """Return `base` with the adapter in a checkpoint, to train further. A base of a run after others holds theirs.
+
+    Raises AdapterError as `load_adapter`, and for a base with other frozen parameters.
+    """
     saved = read_sidecar(Path(path))
     if saved is None or saved.own is None:
-        return load_adapter(base, path, is_trainable=True)
+        if saved is not None:
+            fitted(base, saved, allow_base_mismatch=False, is_resumed=True)
+        return load_adapter(base, path, is_trainable=True, allow_base_mismatch=saved is not None)
     with TemporaryDirectory() as own:
         earlier = split(Path(path), base, Path(own))
         hold(base, earlier)
-        model = load_adapter(base, own, is_trainable=True)
+        model = load_checkpoint(base, own)
     model.earlier = earlier
     return model
 

@@ -16,8 +16,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,12 +27,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from milora_vl.core.adapter.fixed_a import Protection
-from milora_vl.core.adapter.folders import ADAPTER_FILES, ANCHORS_FILE, RESTORE, AdapterError
+from milora_vl.core.adapter.folders import ADAPTER_FILES, ANCHORS_FILE, RESTORE, AdapterError, module_path
 from milora_vl.core.adapter.initialize import LayerReport
 from milora_vl.core.adapter.lora import base_layer, base_model_of
 from milora_vl.core.policy.rules import METHODS, RETIRED, FloorSigma, Target
 from milora_vl.core.policy.towers import canonical_names, keep_weights_readable
-from milora_vl.core.weights.matrices import QUANTIZED_EPS, Fingerprint, distance, read_matrix
+from milora_vl.core.weights.matrices import (
+    QUANTIZED_EPS,
+    Fingerprint,
+    distance,
+    fingerprint,
+    read_matrix,
+    read_parameter,
+)
 from milora_vl.core.weights.tensor_files import read_weights
 
 Kind = TypeVar("Kind")
@@ -45,7 +54,8 @@ class Sidecar:
     """The content of milora.json. `names` maps the path of each target to a name that holds in every layout.
 
     `anchors` holds the names of the modules whose B0 is in ANCHORS_FILE. `fixed` holds the fingerprint of each A that
-    never changes, and `protection` what the calibration found for its layer. `tasks` holds one entry per task, as the
+    never changes, and `protection` what the calibration found for its layer. `frozen` holds the fingerprints of all
+    other parameters that do not train, by names that hold in every layout. `tasks` holds one entry per task, as the
     training writes it; it is empty for a single task. `retired` is the method of an adapter that earlier code trained;
     its targets are then those of a plain LoRA.
     """
@@ -57,6 +67,7 @@ class Sidecar:
     anchors: Sequence[str] = ()
     fixed: Mapping[str, Fingerprint] = field(default_factory=dict)
     protection: Mapping[str, Protection] = field(default_factory=dict)
+    frozen: Mapping[str, Fingerprint] = field(default_factory=dict)
     tasks: Sequence[Mapping[str, Any]] = ()
     own: Sidecar | None = None
     retired: str = ""
@@ -68,7 +79,9 @@ class Sidecar:
         return json.dumps(content, indent=1) + "\n"
 
     def _content(self) -> dict[str, Any]:
-        return {"anchors": list(self.anchors), "modules": {t.path: self._module(t) for t in self.targets}}
+        frozen = {name: dataclasses.asdict(one) for name, one in self.frozen.items()}
+        modules = {t.path: self._module(t) for t in self.targets}
+        return {"anchors": list(self.anchors), "modules": modules, "frozen": frozen}
 
     def _module(self, target: Target) -> dict[str, Any]:
         fields = target.to_dict()
@@ -182,7 +195,9 @@ def _from_content(content: Mapping[str, Any]) -> Sidecar:
         for key, (name, kind) in _PARTS.items():
             if key in entry:
                 parts[name][path] = _restored(kind, entry[key])
-    return Sidecar(targets, names, anchors=tuple(content.get("anchors", ())), retired=retired, **parts)
+    frozen = {name: _restored(Fingerprint, values) for name, values in content["frozen"].items()}
+    anchors = tuple(content["anchors"])
+    return Sidecar(targets, names, anchors=anchors, frozen=frozen, retired=retired, **parts)
 
 
 def _restored(kind: type[Kind], values: Mapping[str, Any]) -> Kind:
@@ -217,17 +232,54 @@ def new_paths(saved: Sidecar, here: Sidecar) -> dict[str, str]:
     return {old.path: new.path for old, new in zip(saved.targets, here.targets, strict=True)}
 
 
-def fitted(model: nn.Module, sidecar: Sidecar, *, allow_base_mismatch: bool) -> Sidecar:
+def fitted(model: nn.Module, sidecar: Sidecar, *, allow_base_mismatch: bool, is_resumed: bool = False) -> Sidecar:
     """Return the sidecar with the module paths of `model`, after comparing its fingerprints with the weights.
 
-    Raises AdapterError for missing modules and, without `allow_base_mismatch`, for weights that differ.
+    Raises AdapterError for missing modules and, without `allow_base_mismatch`, for adapted weights that differ. Warns
+    if other parameters differ; with `is_resumed` this is an AdapterError too. Modules that the model lacks are not
+    compared (LLaVA loads its vision tower later), and neither is a shorter vocabulary (without padding).
     """
     base = base_model_of(model)
     require_readable(base)
-    located = locate(sidecar, canonical_names(base))
+    names = canonical_names(base)
+    located = locate(sidecar, names)
     if not allow_base_mismatch:
         _require_base(base, located)
+        paths = {"": "", **{name: path for path, name in names.items()}}
+        here = {name: saved for name, saved in located.frozen.items() if name.rpartition(".")[0] in paths}
+        differ = [name for name, saved in here.items() if _differs(saved, base, *name.rsplit(".", 1), paths)]
+        message = "this frozen parameter is not that of the base model that the adapter was made for"
+        message += f" ({len(differ):,} of {len(here):,} differ)"
+        hint = "load the base model that adapter_config.json names"
+        if differ and is_resumed:
+            raise AdapterError(message, code="adapter-wrong-base", where=differ[0], hint=hint)
+        if differ:
+            warnings.warn(f"{differ[0]}: {message}: {hint}", stacklevel=3)
     return located
+
+
+def frozen_fingerprints(model: nn.Module, targets: Sequence[Target]) -> dict[str, Fingerprint]:
+    """Return the fingerprints of all parameters that `targets` neither adapt nor train, see `Sidecar`."""
+    names, found = canonical_names(model), {}
+    adapted = {target.path for target in targets if target.rank is not None}
+    full = {target.path for target in targets if target.rank is None}
+    for parameter, _ in model.named_parameters():
+        path, _, leaf = parameter.rpartition(".")
+        if not (module_path(path, full) or (leaf == "weight" and path in adapted)):
+            module = model.get_submodule(path)
+            here = fingerprint(read_parameter(module, leaf))
+            found[f"{names.get(path, path)}.{leaf}"] = dataclasses.replace(here, eps=max(here.eps, precision(module)))
+    return found
+
+
+def _differs(saved: Fingerprint, base: nn.Module, name: str, leaf: str, paths: Mapping[str, str]) -> bool:
+    """Return whether a parameter is not that of `saved`; `paths` maps names of modules to paths."""
+    layer = base_layer(base, paths[name])
+    if leaf not in dict(layer.named_parameters(recurse=False)):
+        return True
+    W = read_parameter(layer, leaf)
+    is_shorter = name.startswith("language.") and name.count(".") == 1 and W.numel() < prod(saved.shape)
+    return not is_shorter and distance(saved, W, precision(layer)) > 1
 
 
 def _require_base(base: nn.Module, sidecar: Sidecar) -> None:
@@ -253,7 +305,8 @@ def _require_base(base: nn.Module, sidecar: Sidecar) -> None:
 
 def precision(layer: nn.Module) -> float:
     """Return the relative precision of a quantized weight; 0 for others, whose dtype determines it."""
-    return QUANTIZED_EPS.get(layer.get_parameter("weight").dtype, 0.0)
+    weight = dict(layer.named_parameters(recurse=False)).get("weight")
+    return 0.0 if weight is None else QUANTIZED_EPS.get(weight.dtype, 0.0)
 
 
 def require_readable(base: nn.Module) -> None:

@@ -23,6 +23,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.pytorch_utils import Conv1D
 
 from milora_vl.core.svd import frobenius
+from milora_vl.core.svd.gram import full_precision
 
 
 def is_adaptable(module: nn.Module) -> bool:
@@ -75,6 +76,16 @@ def read_matrix(module: nn.Module) -> Tensor:
     with torch.no_grad(), gather_params_ctx(list(module.parameters(recurse=False)), modifier_rank=None):
         weight = as_matrix(module, dequantize_module_weight(module).detach())
         return weight.clone() if is_deepspeed_zero3_enabled() else weight
+
+
+def read_parameter(module: nn.Module, name: str) -> Tensor:
+    """Return a parameter of `module` as a matrix (rows, columns), detached; a vector has one row."""
+    if name == "weight" and is_adaptable(module):
+        return read_matrix(module)
+    parameter = module.get_parameter(name)
+    with gather_params_ctx([parameter], modifier_rank=None):
+        matrix = parameter.detach().reshape(-1, parameter.shape[-1] if parameter.ndim else 1).clone()
+    return matrix if matrix.is_floating_point() else matrix.float()
 
 
 @contextmanager
@@ -141,7 +152,8 @@ def fingerprint(W: Tensor, shape: tuple[int, int] | None = None) -> Fingerprint:
     W = W[:rows, :columns].detach().float()
     norm = frobenius(W)
     left, right = _signs(rows, 0).to(W.device), _signs(columns, 1).to(W.device)
-    values = ((W @ right) * left).sum(0, dtype=torch.float64)
+    with full_precision(W.device):
+        values = ((W @ right) * left).sum(0, dtype=torch.float64)
     return Fingerprint(tuple(float(v) / norm if norm > 0 else 0.0 for v in values), norm, (rows, columns), eps)
 
 

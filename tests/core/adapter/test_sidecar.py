@@ -112,6 +112,7 @@ def adapted(tiny_llava, tmp_path: Path) -> SimpleNamespace:
     return SimpleNamespace(model=model, other=other, folder=tmp_path / "adapter")
 
 
+@pytest.mark.filterwarnings("error:.*this frozen parameter")
 @pytest.mark.parametrize("is_trainable", [False, True])
 def test_it_gives_the_same_logits_and_the_same_projector(adapted, is_trainable: bool) -> None:
     ids = token_batch(200)
