@@ -125,10 +125,13 @@ class TensorCores(TorchDispatchMode):
 
 
 @pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch < 2.9")
-def test_tensor_cores_do_not_make_a_weight_another_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensor_cores_do_not_make_a_weight_another_one() -> None:
     A = weight(rows=128, columns=4096)
-    saved, product = fingerprint(A), A @ A.T
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
-    with TensorCores():
-        assert not torch.allclose(A @ A.T, product)
-        assert distance(saved, A) < 1
+    saved, product, matmul = fingerprint(A), A @ A.T, torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
+    try:
+        with TensorCores():
+            assert not torch.allclose(A @ A.T, product)
+            assert distance(saved, A) < 1
+    finally:
+        matmul.fp32_precision = before
