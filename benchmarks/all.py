@@ -114,11 +114,11 @@ GOALS = (
         Goal(f"training step of {of}, 4096², r = 128, float32", against, "step", _time(pair), goal, at_most=True)
         for of, against, pair, goal in (
             ("MiLoRA", LORA, "milora_over_lora", 1.089),
-            ("the default", LORA, "default_over_lora", 1.03),
-            ("the default", "PEFT LoRA with as many trained numbers", "default_over_lora_of_equal_size", 1.06),
+            ("protected MiLoRA", LORA, "default_over_lora", 1.03),
+            ("protected MiLoRA", "PEFT LoRA with as many trained numbers", "default_over_lora_of_equal_size", 1.06),
         )
     ),
-    Goal("activations of the default in a layer of Llama", LORA, "step", lambda r: r["memory"], 1, at_most=True),
+    Goal("activations of protected MiLoRA in a layer of Llama", LORA, "step", lambda r: r["memory"], 1, at_most=True),
     Goal("the loss with all tokens, time", "the model's own loss", "loss", _full("time"), 1, at_most=True),
     Goal("the loss with all tokens, memory", "the model's own loss", "loss", _full("memory"), 0.4, at_most=True),
     Goal(

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, geometric_mean
 from typing import Any
 
 from matplotlib import rc_context
@@ -22,7 +22,7 @@ from milora_vl.common.cli.table import Table
 from milora_vl.report.plots import METHOD_COLOURS, page_figure, png
 from milora_vl.sweep.cells import Cell
 from milora_vl.sweep.curves import Ratio, about_pictures, at_common_loss, curves_of
-from milora_vl.sweep.results import Point, arms, mean_of
+from milora_vl.sweep.results import Mean, mean_of
 from studies.page import read_cells
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,17 +30,25 @@ DOCS = ROOT / "docs" / "studies"
 PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("choose", "next-task", "results")))
 BLOCK = re.compile(r"(<!-- figures: (.*?) -->).*?(<!-- end -->)", re.DOTALL)
 Cells = Mapping[Cell, Mapping[str, Any]]
+# What is forgotten about pictures, by the name of its column: answers about drawn shapes, in a sentence and in a word,
+# and descriptions of photographs.
+PROBES = {"forgetting_pictures": "shapes", "forgetting_words": "words", "forgetting_photos": "photos"}
+PICTURES = "about pictures"  # the geometric mean over the probes
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A training that methods are compared on: its name, its length, its CSV files, and the LoRA that it is read at."""
+    """A training that methods are compared on: its name, its length, its CSV files, and the LoRA that it is read at.
+
+    `held_out` is the number of validation and of test records; 0 where the files have no loss of the test.
+    """
 
     name: str
     steps: int
     records: int
     files: tuple[str, ...]
     lora: str = "lora"
+    held_out: tuple[int, int] = (1, 0)
 
     def cells(self) -> dict[Cell, dict[str, Any]]:
         """Return the trainings in the files; the first file that has one counts."""
@@ -48,6 +56,17 @@ class Task:
         for file in self.files:
             cells = read_cells(DOCS / f"{file}.csv") | cells
         return cells
+
+    def joined(self) -> dict[Cell, dict[str, Any]]:
+        """Return the trainings with the loss of all held-out records, and the geometric mean over picture probes."""
+        return {cell: row | self._of_all(row) for cell, row in self.cells().items()}
+
+    def _of_all(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        parts = zip(("validation_loss", "test_loss"), self.held_out, strict=True)
+        loss = sum(float(row[key]) * count for key, count in parts if count) / sum(self.held_out)
+        probes = [float(row[key]) for key in PROBES if row.get(key)]
+        mean = {PICTURES: geometric_mean(probes)} if len(probes) == len(PROBES) else {}
+        return {"validation_loss": loss} | mean
 
 
 SMOLLM2 = Task("SmolLM2: topics of names", 40, 16, ("fixed-a.smollm2", "curves.smollm2", "pictures.smollm2"))
@@ -97,78 +116,130 @@ WAYS = {
     "each task alone on the base, updates added": "gradient-apart",
 }
 # The study `default`: the methods that its table shows, by their names in the files.
+OURS = "protected MiLoRA"
 DEFAULT = {
-    "plain": "the default",
+    "plain": OURS,
     "lora": "LoRA",
     "lora-same-projector": "LoRA, the projector in full",
     "lora-both": "LoRA, same modules",
-    "lora-both-kl": "LoRA with `base_kl`",
-    "random-rows": "the default with random rows of A",
+    "lora-both-kl": "LoRA, same modules, `base_kl`",
+    "lora-64-kl": "the same at the rank of protected MiLoRA",
+    "random-rows": f"{OURS}, random rows of A",
 }
 DEFAULT_TASKS = (
-    Task("SmolLM2: topics of names", 40, 16, ("default.smollm2", "curves.smollm2")),
-    Task("SmolLM2: topics of names", 300, 16, ("default.smollm2-300", "fixed-a.smollm2-300")),
+    Task("SmolLM2: topics of names", 40, 16, ("default.smollm2", "curves.smollm2"), held_out=(96, 240)),
+    Task("SmolLM2: topics of names", 300, 16, ("default.smollm2-300", "fixed-a.smollm2-300"), held_out=(96, 240)),
     Task("MiniLM-L6: topics of names", 60, 32, ("default.minilm", "curves.minilm")),
-    Task("smol-llava: easy-VQA", 160, 4, ("default.easy-vqa", "fixed-a.easy-vqa")),
+    Task("smol-llava: easy-VQA", 160, 4, ("default.easy-vqa", "fixed-a.easy-vqa"), held_out=(64, 131)),
     Task("smol-llava: drawings", 40, 8, ("default.drawings",), "lora-both"),  # the product's own commands
-    Task("smol-llava: emoji", 30, 8, ("default.smol-llava", "fixed-a.smol-llava"), "lora-same-projector"),
-)
+    Task(
+        "smol-llava: emoji", 30, 8, ("default.smol-llava", "fixed-a.smol-llava"), "lora-same-projector",
+        held_out=(64, 111),
+    ),
+)  # fmt: skip
 CHART = ROOT / "docs" / "pictures" / "default.png"  # of the last task in DEFAULT_TASKS
-IN_CHART = {"plain": ("the default", "milora"), "lora-both": ("LoRA", "lora")}
-FORGETS = {"forgetting": "about text", "forgetting_pictures": "about pictures"}
-NO_RESULTS = "The study runs; no result is in yet.\n"
+IN_CHART = {"plain": (OURS, "milora"), "lora-both": ("LoRA", "lora")}
+FORGETS = {"forgetting": "about text", PICTURES: "about pictures"}
+SHOWN = {"validation_loss": "loss", "score": "score", "forgetting": "text", **PROBES, PICTURES: "mean"}
+WITH_TRAINING = {"train_loss": "training loss", **SHOWN}
+# The study `trained-a`: its arms, and its tasks.
+INSIDE = {
+    "fixed": OURS,
+    "inside": "A = C R",
+    "inside-128": "A = C R, 128 directions",
+    "inside-0.98": "A = C R, share 0.98",
+    "inside-kl": "A = C R, `base_kl`",
+    "lora": "LoRA",
+    "lora-kl": "LoRA, `base_kl`",
+}
+INSIDE_TASKS = (
+    Task("SmolLM2: topics of names", 40, 16, ("trained-a.smollm2",), held_out=(96, 240)),
+    Task("smol-llava: emoji", 30, 8, ("trained-a.smol-llava",), held_out=(105, 221)),
+)
 
 
 def default() -> str:
-    """Return what the default and LoRA learn and forget, each at its best learning rate."""
+    """Return what protected MiLoRA and LoRA learn and forget, each at the learning rate with the lowest loss."""
     rows = []
     for task in DEFAULT_TASKS:
-        if not (DOCS / f"{task.files[0]}.csv").is_file():
-            continue
-        cells = task.cells()
+        cells = task.joined()
         for method, label in DEFAULT.items():
-            best, about = _best(cells, method)
-            if best is not None:
-                if method == "lora" and about != "–":  # with pictures, that arm trains the projector in full
-                    label = DEFAULT["lora-same-projector"]
-                rows.append((
-                    task.name, str(task.steps), label, f"{best.learning_rate:g}", str(len(best.seeds)),
-                    best.validation.text, best.score.text, best.forgetting.text, about,
-                ))  # fmt: skip
-    header = ("task", "steps", "trains", "rate", "seeds", "loss", "score", "forgets text", "about pictures")
-    return Table(header, tuple(rows)).markdown() if rows else NO_RESULTS
+            if any(cell.method == method for cell in cells):
+                rate, columns = _best(cells, method)
+                if method == "lora" and PROBES.keys() & next(iter(cells.values())).keys():
+                    label = DEFAULT["lora-same-projector"]  # with pictures, that arm trains the projector in full
+                seeds = str(columns["score"].n)
+                shown = (columns[key].text if key in columns else "–" for key in SHOWN)
+                rows.append((task.name, str(task.steps), label, f"{rate:g}", seeds, *shown))
+    return Table(("task", "steps", "trains", "rate", "seeds", *SHOWN.values()), tuple(rows)).markdown()
 
 
 def in_short() -> str:
-    """Return README's table: what the default and LoRA learn and forget on the last task in DEFAULT_TASKS."""
+    """Return README's table: what protected MiLoRA and LoRA learn and forget on the last task in DEFAULT_TASKS."""
     task = DEFAULT_TASKS[-1]
-    columns = {DEFAULT[method]: _best(task.cells(), method) for method in ("plain", "lora-both", "lora-both-kl")}
-    known = {label: (best, about) for label, (best, about) in columns.items() if best is not None}
-    if not known:
-        return NO_RESULTS
-    rows = (
-        ("validation loss", *(best.validation.text.partition(" ")[0] for best, _ in known.values())),
-        ("score", *(best.score.text.partition(" ")[0] for best, _ in known.values())),  # intervals: docs/results.md
-        ("forgets text", *(best.forgetting.text.partition(" ")[0] for best, _ in known.values())),
-        ("forgets about pictures", *(about.partition(" ")[0] for _, about in known.values())),
-    )
-    seeds = "/".join(sorted({str(len(best.seeds)) for best, _ in known.values()}))
-    return Table((f"{task.name}, {task.steps} steps, {seeds} seeds", *known), rows).markdown()
+    methods = {"plain": OURS, "lora-both": "LoRA", "lora-both-kl": "LoRA, `base_kl`"}
+    columns = {label: _best(task.joined(), method)[1] for method, label in methods.items()}
+    names = {
+        "validation_loss": "held-out loss", "score": "score", "forgetting": "forgets text",
+        PICTURES: "forgets about pictures",
+    }  # fmt: skip
+    rows = tuple((name, *(column[key].text for column in columns.values())) for key, name in names.items())
+    return Table((f"{task.name}, {task.steps} steps, {columns[OURS]['score'].n} seeds", *columns), rows).markdown()
 
 
-def _best(cells: Cells, method: str) -> tuple[Point | None, str]:
-    """Return a method at the rate with the lowest validation loss, and what it forgets there about pictures."""
-    of_method = {cell: row for cell, row in cells.items() if cell.method == method}
-    seeds = len({cell.seed for cell in of_method})
-    best = next((arm.best for arm in arms(of_method, seeds)), None)
-    pictures = next((arm.points for arm in arms(about_pictures(of_method), seeds)), ())
-    rate = best and best.learning_rate
-    return best, next((point.forgetting.text for point in pictures if point.learning_rate == rate), "–")
+def inside() -> str:
+    """Return what each training with A = C R and its rivals learned and forgot: one row for a method and a rate."""
+    rows = []
+    for task in INSIDE_TASKS:
+        for method, label in INSIDE.items():
+            for rate, columns in _by_rate(task.joined(), method).items():
+                shown = (columns[key].text if key in columns else "–" for key in WITH_TRAINING)
+                rows.append((task.name, str(task.steps), label, f"{rate:g}", str(columns["score"].n), *shown))
+    return Table(("task", "steps", "trains", "rate", "seeds", *WITH_TRAINING.values()), tuple(rows)).markdown()
+
+
+def inside_ratios() -> str:
+    """Return what A = C R and LoRA forget at equal held-out loss, where protected MiLoRA and LoRA forget 1."""
+    rows = []
+    for task in INSIDE_TASKS:
+        cells = task.joined()
+        probes = {"text": "forgetting", "pictures, mean": PICTURES}
+        for about, key in probes.items():
+            known = {cell: row | {"forgetting": row[key]} for cell, row in cells.items() if key in row}
+            for method, label in INSIDE.items():
+                if method not in ("fixed", "lora") and any(cell.method == method for cell in known):
+                    ratios = (_text(_ratio(known, method, other)) for other in ("fixed", "lora"))
+                    rows.append((task.name, str(task.steps), label, about, *ratios))
+    return Table(("task", "steps", "trains", "forgets", f"{OURS}: 1", "LoRA: 1"), tuple(rows)).markdown()
+
+
+def _best(cells: Cells, method: str) -> tuple[float, dict[str, Mean]]:
+    """Return the rate of a method with the lowest loss among those with all seeds, and the means of its numbers."""
+    by_rate = _by_rate(cells, method)
+    seeds = max(columns["score"].n for columns in by_rate.values())
+    complete = {rate: columns for rate, columns in by_rate.items() if columns["score"].n == seeds}
+    return min(complete.items(), key=lambda one: one[1]["validation_loss"].value)
+
+
+def _by_rate(cells: Cells, method: str) -> dict[float, dict[str, Mean]]:
+    """Return the means of the numbers of a method by rate; a number that a training lacks is left out."""
+    rows: dict[float, list[Mapping[str, Any]]] = {}
+    for cell in sorted(cells, key=lambda cell: cell.learning_rate):
+        if cell.method == method:
+            rows.setdefault(cell.learning_rate, []).append(cells[cell])
+    return {
+        rate: {
+            key: mean_of([float(row[key]) for row in of_rate])
+            for key in WITH_TRAINING
+            if all(r.get(key) for r in of_rate)
+        }
+        for rate, of_rate in rows.items()
+    }
 
 
 def chart_points() -> dict[str, list[list[Mapping[str, Any]]]]:
     """Return the trainings in README's chart: by method, one list for each learning rate, with a row for each seed."""
-    cells = DEFAULT_TASKS[-1].cells()
+    cells = DEFAULT_TASKS[-1].joined()
     points: dict[str, list[list[Mapping[str, Any]]]] = {}
     for method in IN_CHART:
         rates = sorted({cell.learning_rate for cell in cells if cell.method == method})
@@ -180,7 +251,7 @@ def chart_points() -> dict[str, list[list[Mapping[str, Any]]]]:
 
 
 def chart() -> Figure:
-    """Draw the score over what is forgotten about text and about pictures, for the default and LoRA."""
+    """Draw the score over what is forgotten about text and about pictures, for protected MiLoRA and LoRA."""
     with page_figure(2.7, 5) as figure, rc_context({"font.size": 9}):
         for axes, (key, about) in zip(figure.subplots(1, 2, sharey=True), FORGETS.items(), strict=True):
             for method, rates in chart_points().items():
@@ -246,12 +317,12 @@ def others() -> str:
 
 
 def rates() -> str:
-    """Return the rates at which the default and LoRA ran, the lowest loss in bold."""
+    """Return the rates at which protected MiLoRA and LoRA ran, the lowest loss in bold."""
     rows = []
     for task in DEFAULT_TASKS:
-        cells = task.cells()
+        cells = task.joined()
         rows.append((task.name, f"{task.steps} x {task.records}", _rates(cells, "plain"), _rates(cells, task.lora)))
-    return Table(("task", "steps x records", "the default", "LoRA"), tuple(rows)).markdown()
+    return Table(("task", "steps x records", OURS, "LoRA"), tuple(rows)).markdown()
 
 
 def sequence(ways: Iterable[str] = tuple(WAYS)[:3]) -> str:
@@ -270,6 +341,8 @@ def sequence(ways: Iterable[str] = tuple(WAYS)[:3]) -> str:
 FIGURES: dict[str, Callable[[], str]] = {
     "default": default,
     "in short": in_short,
+    "inside": inside,
+    "inside ratios": inside_ratios,
     "kept": kept,
     "others": others,
     "rates": rates,

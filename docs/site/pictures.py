@@ -120,7 +120,7 @@ def boxes() -> Figure:
         ("LoRA", TRAINS, ("random rows", "zero", "A and B", "all inputs", "A and B\n(rank r)")),
         ("MiLoRA (paper)", TRAINS, ("last r of W", "last r of W", "A and B", "all inputs", "A, B, A₀, B₀\n(rank 2r)")),
         (
-            "the default",
+            "protected MiLoRA",
             FROZEN,
             ("last r of W,\nV removed", "zero", "B", "about 5 % of\nordinary inputs", "A and B\n(rank r)"),
         ),

@@ -46,12 +46,12 @@ def test_a_changed_number_is_written_again(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_chart_has_one_point_for_each_method_and_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    header = "method,learning_rate,rank,seed,validation_loss,score,forgetting,forgetting_pictures"
+    header = "method,learning_rate,rank,seed,validation_loss,score,forgetting," + ",".join(figures.PROBES)
     rows = (
-        "plain,0.001,,0,1,0.3,0.1,1",
-        "plain,0.001,,1,1,0.5,0.2,1",
-        "plain,0.002,,0,1,0.4,0.1,1",
-        "lora-both,0.001,,0,1,0.4,0.3,2",
+        "plain,0.001,,0,1,0.3,0.1,1,2,4",
+        "plain,0.001,,1,1,0.5,0.2,1,2,4",
+        "plain,0.002,,0,1,0.4,0.1,1,2,4",
+        "lora-both,0.001,,0,1,0.4,0.3,2,2,2",
     )
     (tmp_path / "some.csv").write_text("\n".join((header, *rows)), encoding="utf-8")
     monkeypatch.setattr(figures, "DOCS", tmp_path)
@@ -60,7 +60,8 @@ def test_the_chart_has_one_point_for_each_method_and_rate(tmp_path: Path, monkey
         "plain": [2, 1],
         "lora-both": [1],
     }
-    of_text, _ = figures.chart().axes
+    of_text, of_pictures = figures.chart().axes
+    assert of_pictures.containers[0].lines[0].get_xdata().tolist() == pytest.approx([2, 2]), "the mean of three probes"
     points, _, (across, upwards) = of_text.containers[0].lines
     assert [list(map(float, xy)) for xy in points.get_xydata()] == [pytest.approx([0.15, 0.4]), [0.1, 0.4]]
     assert across.get_segments()[0][:, 0].tolist() == pytest.approx([0.1, 0.2])

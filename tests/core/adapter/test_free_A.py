@@ -1,4 +1,4 @@
-"""A = C R: a trained A stays inside the free directions under any optimizer, and stock PEFT computes what was trained."""
+"""A = C R: a trained A stays off the protected inputs under any optimizer, and stock PEFT computes what was trained."""
 
 from __future__ import annotations
 
