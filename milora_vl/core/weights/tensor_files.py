@@ -12,6 +12,7 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping
 from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -19,6 +20,8 @@ from zipfile import is_zipfile
 
 import torch
 import xxhash
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import gather_params_ctx
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -133,20 +136,35 @@ def write_cached(folder: Path, name: str, tensors: Mapping[str, Tensor], metadat
 
 
 def weights_digest(model: nn.Module) -> str:
-    """Return a hash of all weights and buffers of a model, and of its config, which decides what they compute.
+    """Return the key of a model: a hash of its weights and buffers, its configs, and its adapters unless they are off.
 
+    The layers of PEFT do not change the names of weights, so with adapters off it equals the key of the base alone.
     Under ZeRO-3 one weight is gathered at a time, so every process calls this.
     """
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    layers = {name: layer for name, layer in inner.named_modules() if isinstance(layer, BaseTunerLayer)}
+    on = {name: layer for name, layer in layers.items() if not layer.disable_adapters}
     digest = hashlib.sha256()
-    tensors: Iterable[tuple[str, Any]] = chain(model.named_parameters(), model.named_buffers())
-    for name, tensor in tensors:
+    tensors: Iterable[tuple[str, Any]] = chain(inner.named_parameters(), inner.named_buffers())
+    for name, tensor in sorted(((_plain_name(name), each) for name, each in tensors), key=itemgetter(0)):
+        if not on and ("lora_" in name or ".modules_to_save." in name):
+            continue
         with gather_params_ctx([tensor], modifier_rank=None):
             values = tensor.detach().cpu().contiguous()
             digest.update(f"{name}{tuple(values.shape)} {values.dtype}".encode() + _digest(values))
-    if isinstance(model, PreTrainedModel):
-        settings = {**model.config.to_dict(), "_name_or_path": None}
-        digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    settings: list[Any] = [
+        [name, layer.active_adapters, layer.merged_adapters, vars(layer).get("scaling")]
+        for name, layer in sorted(on.items())
+    ]
+    if isinstance(inner, PreTrainedModel):
+        settings.append({**inner.config.to_dict(), "_name_or_path": None})
+        settings.append(inner.generation_config and inner.generation_config.to_dict())
+    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     return digest.hexdigest()
+
+
+def _plain_name(name: str) -> str:
+    return name.replace(".base_layer.", ".").replace(".original_module.", ".")
 
 
 def _digest(tensor: Tensor) -> bytes:

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 
 from milora_vl import apply_milora, save_adapter
 from milora_vl.core.adapter.anchored import has_anchor
 from milora_vl.core.adapter.lora import lora_layer
+from milora_vl.core.weights.tensor_files import weights_digest
 from support.adapter_cases import LLAVA_POLICY, anchors, llava_batch, move, one_rule, token_batch, train_steps
 from support.problems import raises_code, raises_problem
 
@@ -41,6 +42,30 @@ def test_disabling_the_adapter_gives_the_base_and_leaves_the_anchors_through_mor
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert not torch.equal(model.eval()(ids).logits, tuned)
+
+
+def test_the_key_of_a_model_follows_all_that_its_output_depends_on(tiny_llama) -> None:
+    """An adapter that trained on, a buffer, a config or one value of a weight: other answers, and another key."""
+    base = tiny_llama()[0]
+    plain, whole = weights_digest(base), weights_digest(tiny_llama(seed=1)[0])
+    config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    model = get_peft_model(tiny_llama()[0], config)
+    keys = {plain, whole, weights_digest(model)}
+    with model.disable_adapter():
+        assert weights_digest(model) == weights_digest(tiny_llama()[0]) == plain
+    with torch.no_grad():
+        next(p for name, p in model.named_parameters() if "lora_B" in name)[-1, -1] += 1
+    keys.add(weights_digest(model))
+    lora_layer(model, "model.layers.0.self_attn.q_proj").scaling["default"] *= 2
+    keys.add(weights_digest(model))
+    base.generation_config.repetition_penalty = 1.5
+    keys.add(weights_digest(base))
+    base.config.rms_norm_eps *= 2
+    keys.add(weights_digest(base))
+    next(base.buffers()).mul_(2)
+    keys.add(weights_digest(base))
+    keys.add(weights_digest(base.bfloat16()))
+    assert len(keys) == 9
 
 
 def test_unload_gives_the_base_also_where_modules_trained_in_full(tiny_llama) -> None:

@@ -1,0 +1,79 @@
+"""Content keys: the identity of a picture, record, question or data set. Joins, caches and comparisons use them alone.
+
+Names, lines and places are for people to read. The key of a model is `weights_digest` (milora_vl/core/weights).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from io import BytesIO
+from pathlib import Path
+
+import xxhash
+
+from milora_data.pictures.load import StoredPicture, opened, place_of
+from milora_data.records.record import Record, Turn, Video
+
+KeyOf = Callable[[str], str | None]
+"""Returns the key of a picture or video from its name in a record; None without a file."""
+
+
+def digest(value: object) -> str:
+    """Return a hash of a value of lists, mappings, texts and numbers; the order of a mapping does not change it.
+
+    It protects against accidents, not against attacks.
+
+    >>> digest({"a": 1, "b": [2]}) == digest({"b": (2,), "a": 1})
+    True
+    """
+    return xxhash.xxh3_128_hexdigest(json.dumps(value, sort_keys=True, default=str).encode())
+
+
+def file_key(place: str | Path) -> str | None:
+    """Return the key of a picture or video: a hash of its bytes. None for a file that is missing or may not be read."""
+    total = xxhash.xxh3_128()
+    try:
+        source = opened(place)
+        with source if isinstance(source, BytesIO) else Path(source).open("rb") as file:
+            while chunk := file.read(1 << 22):
+                total.update(chunk)
+    except (OSError, ValueError):  # ValueError: a NUL in a name
+        return None
+    return total.hexdigest()
+
+
+def file_keys(folder: str | Path | None = None) -> KeyOf:
+    """Return a function that reads each file below `folder` once; without a folder, names are paths."""
+    of_file = cache(file_key)
+
+    def key(name: str) -> str | None:
+        place = place_of(Path(folder or ""), name)
+        return file_key(place) if isinstance(place, StoredPicture) else of_file(place)  # a cache would keep its bytes
+
+    return key
+
+
+def shown_keys(images: Sequence[str], videos: Sequence[Video], key_of: KeyOf) -> list[object]:
+    """Return what identifies pictures and videos: the key of each file, and how a video is sampled."""
+    return [*map(key_of, images), *([*map(key_of, video.files), video.fps, video.num_frames] for video in videos)]
+
+
+def record_key(record: Record, key_of: KeyOf) -> str:
+    """Return the key of what a record asks and answers, with its pictures; its id and its place do not count."""
+    return digest([_texts(record.turns), shown_keys(record.images, record.videos, key_of)])
+
+
+def question_key(turns: Sequence[Turn], shown: Sequence[object], answers: Sequence[str], metric: object) -> str:
+    """Return the key of a question: its prompt, what it shows (`shown_keys`), its references and its metric."""
+    return digest([_texts(turns), shown, answers, metric])
+
+
+def data_key(keys: Iterable[str]) -> str:
+    """Return the key of a data set from the keys of its records, in their order."""
+    return digest(list(keys))
+
+
+def _texts(turns: Sequence[Turn]) -> list[tuple[str, str]]:
+    return [(turn.role, turn.text) for turn in turns]
