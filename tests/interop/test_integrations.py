@@ -19,13 +19,15 @@ from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 
 import llava_recipes
-from milora_vl import apply_milora, load_adapter, save_adapter
+from milora_vl import apply_milora, calibration_texts, load_adapter, save_adapter
 from milora_vl.common.errors import UserError
 from milora_vl.interop.llava import main as llava_main
 from milora_vl.interop.llava import renamed_flags
 from milora_vl.interop.llava_layout import KNOWN_KEYS
 from milora_vl.interop.replace import get_peft_model_replaced, main
 from support.adapter_cases import anchors, one_rule, train_steps
+from support.calibrated import directions, leaks
+from support.documented import ROOT
 from support.launched import in_two_processes, needs_deepspeed
 from support.llava_parts import small_vicuna_and_clip
 from support.problems import raises_code, raises_problem
@@ -192,6 +194,40 @@ def test_llavas_own_training_runs_resumes_and_its_own_classes_load_what_it_saved
     assert config.keys() <= KNOWN_KEYS
     assert config["r"] == 4
     assert torch.allclose(_as_llava_loads(tmp_path, out), results[1], atol=1e-4)
+
+
+@pytest.mark.slow
+def test_axolotl_trains_its_example_off_the_protected_inputs(tiny_llama, tmp_path: Path, monkeypatch) -> None:
+    pytest.importorskip("axolotl")
+    from axolotl.cli.train import do_cli
+    from axolotl.utils.dict import DictDefault
+
+    from milora_vl.interop.axolotl import Milora
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("AXOLOTL_DO_NOT_TRACK", "1")
+    base, tokenizer = tiny_llama()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+    base.save_pretrained("base")
+    tokenizer.save_pretrained("base")
+    said = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "Red."}]
+    (tmp_path / "train.jsonl").write_text((json.dumps({"messages": said}) + "\n") * 32)
+    small = {"base_model": "base", "lora_r": 2, "lora_alpha": 2, "max_steps": 4, "learning_rate": 0.01}
+    do_cli(str(ROOT / "examples" / "axolotl.yaml"), **small, bf16=False, lr_scheduler="constant", logging_steps=1)
+    rules = [{"modules": "language", "method": "milora", "rank": 2}]
+    protected = directions(tiny_llama()[0], rules, calibration_texts(tiny_llama()[0]))
+    ours = load_adapter(tiny_llama()[0], "runs/axolotl")
+    ids = torch.arange(5, 15)[None]
+    before, after = base(ids).logits, ours(ids).logits
+    assert (after - before).abs().max() > 1e-3
+    stock = PeftModel.from_pretrained(base, "runs/axolotl")
+    assert torch.equal(stock(ids).logits, after)
+    assert max(leaks(stock, protected)) < 1e-5
+    with raises_code("", where="rl"):  # DPO asks so
+        Milora().load_adapter(base, DictDefault(adapter="milora"), config_only=True)
+    with raises_code("", where="lora_mlp_kernel"):
+        Milora().load_adapter(base, DictDefault(adapter="milora", lora_mlp_kernel=True))
+    assert Milora().load_adapter(base, DictDefault(adapter="mora")) is None
 
 
 def llava_flags(folder: Path, records: list[dict[str, Any]]) -> list[str]:

@@ -18,7 +18,7 @@ SOURCES = [
 ]
 OURS = {source.name for source in SOURCES}
 # Plug-ins that their host imports; tests/eval/test_eval_plugins.py runs them in one.
-NEED_THEIR_HOST = {"milora_eval/lmms.py"}
+NEED_THEIR_HOST = {"milora_eval/lmms.py", "milora_vl/interop/axolotl.py"}
 FILES = sorted(
     path
     for source in SOURCES
