@@ -14,11 +14,12 @@ from milora_data.pictures.load import credit_lines, data_uri, fitting, thumbnail
 from milora_vl.common.cli import page as pages
 from milora_vl.common.cli.table import Table
 from milora_vl.common.errors import UserError
+from milora_vl.core.policy.rules import label_of
 from milora_vl.report import tables
 from milora_vl.report.plots import plots_of, suites_of
 from milora_vl.report.read_run import Comparison, Json, Run, Score, is_fraction, label, read_run
 from milora_vl.report.repeat import commands
-from milora_vl.report.tables import amount, change, method_name, number, percent, points
+from milora_vl.report.tables import amount, change, number, percent, points
 
 # A question with the answers of the base model and of the tuned one, as predictions.jsonl has them.
 Asked = tuple[Json | None, Json | None]
@@ -102,7 +103,7 @@ def _content(run: Run) -> dict[str, Any]:
 def title(run: Run) -> str:
     model = run.environment.get("model") or run.recipe.get("model") or run.folder.resolve().name
     kinds = dict.fromkeys((str(t["method"]), t.get("protect") or 0.0) for t in run.policy.get("targets", ()))
-    adapters = [method_name(*kind) for kind in kinds if kind[0] not in ("full", "frozen")]
+    adapters = [label_of(*kind) for kind in kinds if kind[0] not in ("full", "frozen")]
     names = " + ".join(adapters or (["full fine-tuning"] if kinds else []))
     return f"{model}, tuned with {names}" if names else str(model)
 

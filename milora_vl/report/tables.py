@@ -49,15 +49,6 @@ def change(score: Score) -> str:
     return points(score.any, score.after["value"] - score.before["value"])
 
 
-def method_name(method: str, protect: float) -> str:
-    """Return the name of a method with the share that it protects.
-
-    >>> method_name("milora", 0.0), method_name("milora", 0.95)
-    ('MiLoRA', 'MiLoRA, off 95 % of the inputs')
-    """
-    return label_of(method) + (f", off {100 * protect:g} % of the inputs" if protect else "")
-
-
 def lowered_shares(policy: Json) -> str:
     """Return a sentence about layers that protect less than their rule asks for; empty if there are none.
 
@@ -142,7 +133,7 @@ def tasks_table(run: Run) -> Table:
     rows = []
     for task in tasks_of(run.folder):
         of_towers = [
-            f"{rule['tower']}: {method_name(rule['method'], rule['protect'])}"
+            f"{rule['tower']}: {label_of(rule['method'], rule['protect'])}"
             + (f", rank {rule['rank']}" if rule["rank"] else "")
             for rule in task["rules"]
         ]
@@ -166,11 +157,11 @@ def policy_table(run: Run) -> Table:
         paths = [str(target["path"]) for target in members]
         energy = _span([100 * share for path in paths if (share := energies.get(path)) is not None])
         numbers = (f"{rank}" if rank else "–", f"{alpha:.3g}" if alpha else "–", _rate(rate))
-        name = method_name(method, protect)
+        name = label_of(method, protect)
         rows.append((tower, f"{len(paths):,}", name, *numbers, f"{energy} %" if energy else "–"))
     kinds = dict.fromkeys((str(target["method"]), target.get("protect") or 0.0) for target in targets)
     caption = ["Trained modules by rule; all other modules are frozen."]
-    caption += [f"{label_of(method)}: {words}." for method, share in kinds if (words := what_trains(method, share))]
+    caption += [f"{label_of(*kind)}: {words}." for kind in kinds if (words := what_trains(*kind))]
     trainable, total = run.policy.get("trainable"), run.policy.get("total")
     if trainable and total:
         caption.append(f"{trainable:,} of {total:,} parameters train ({percent(trainable / total)}).")

@@ -77,13 +77,14 @@ assert tuple(METHODS) == get_args(RuleMethod)
 RETIRED = {"gradient": 1, "mica": 1, "olora": 2}
 
 
-def label_of(method: str) -> str:
+def label_of(method: str, protect: float = 0.0) -> str:
     """Return the name of a method for a reader. A name that this version does not know stays unchanged.
 
-    >>> label_of("pissa"), label_of("newer")
-    ('PiSSA', 'newer')
+    >>> label_of("milora", 0.95), label_of("pissa"), label_of("newer")
+    ('protected MiLoRA', 'PiSSA', 'newer')
     """
-    return METHODS[method].label if method in METHODS else method
+    label = METHODS[method].label if method in METHODS else method
+    return f"protected {label}" if protect else label
 
 
 def what_trains(method: str, protect: float | None = None) -> str:
