@@ -24,6 +24,7 @@ from milora_vl.sweep.cells import Cell
 from milora_vl.sweep.curves import Ratio, about_pictures, at_common_loss, curves_of
 from milora_vl.sweep.results import Mean, mean_of
 from studies.page import read_cells
+from studies.study import read_study
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs" / "studies"
@@ -213,6 +214,19 @@ def inside_ratios() -> str:
     return Table(("task", "steps", "trains", "forgets", f"{OURS}: 1", "LoRA: 1"), tuple(rows)).markdown()
 
 
+def inside_left() -> str:
+    """Return the trainings of the study that did not run, and their hours at the mean time of those that did."""
+    rows = []
+    for task in INSIDE_TASKS:
+        ran, planned = task.cells(), read_study(task.files[0]).cells()
+        seconds = fmean(float(row["seconds"]) for row in ran.values())
+        missing = [cell for cell in planned if cell not in ran]
+        rows.append(
+            (task.name, str(task.steps), str(len(ran)), str(len(missing)), f"{len(missing) * seconds / 3600:.1f}")
+        )
+    return Table(("task", "steps", "ran", "did not run", "hours"), tuple(rows)).markdown()
+
+
 def _best(cells: Cells, method: str) -> tuple[float, dict[str, Mean]]:
     """Return the rate of a method with the lowest loss among those with all seeds, and the means of its numbers."""
     by_rate = _by_rate(cells, method)
@@ -343,6 +357,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "in short": in_short,
     "inside": inside,
     "inside ratios": inside_ratios,
+    "inside left": inside_left,
     "kept": kept,
     "others": others,
     "rates": rates,
