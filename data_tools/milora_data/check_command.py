@@ -16,7 +16,8 @@ from typing import Any
 
 from milora_data.check import KINDS, Report, errors_of, image_folder, scan
 from milora_data.formats.jsonfile import read_objects, write_objects
-from milora_data.leaks import shared_with
+from milora_data.hold_out import shared_with
+from milora_data.keys import FileKeys
 from milora_data.pictures.load import convert_words
 from milora_data.records.record import IMAGE, as_llava, parse_record
 from milora_data.stream import is_json, load_records
@@ -78,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     report = scan(chosen.data, folder, pictures=chosen.pictures)
     if not report.records and not report.findings:
         raise UserError(problems=[no_records(chosen.data)])
-    found = {} if chosen.against is None else shared_with(load_records(chosen.data), load_records(chosen.against))
+    found = {} if chosen.against is None else _shared(chosen.data, folder, chosen.against)
     sys.stdout.write(as_json(report, found) if chosen.format == "json" else as_text(report, chosen.limit, found))
     if chosen.fix is not None:
         done = write_repaired(report, chosen.data, chosen.fix)
@@ -86,6 +87,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1  # most records may be behind the error: no next step
     _print_next_step(report, chosen.fix, ["--image_folder", folder] if report.picture_files else [])
     return 1 if report.count("error") else 0
+
+
+def _shared(data: Path, folder: Path, test: Path) -> dict[str, int]:
+    """Return what the test set shares with the data; its pictures are in the folder of the data or beside the test."""
+    of_train, of_test = FileKeys(folder), FileKeys(folder, test.parent, test.parent / "images")
+    found = shared_with(load_records(data), load_records(test), of_train, of_test)
+    return {**found, "files_not_found_and_known_by_name": len(of_train.missing | of_test.missing)}
 
 
 def _print_next_step(report: Report, fixed: Path | None, pictures: Sequence[str | Path]) -> None:

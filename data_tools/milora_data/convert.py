@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import shutil
 import sys
@@ -28,6 +27,7 @@ from milora_data.formats.tables import (
     vqa,
 )
 from milora_data.hold_out import PICTURE, RECORD, held_out, shared_pictures
+from milora_data.keys import FileKeys, file_key
 from milora_data.pictures.load import ImageError, StoredPicture, picture_suffix, stored_pictures
 from milora_data.records.record import SPEAKERS, Record, as_llava, parse_record
 from milora_data.stream import load_records
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         records = _require_records(images.filled(_read(chosen.kind, chosen.sources, options)), chosen, options.left_out)
         if chosen.hold_out:
-            numbers, records = _hold_out(list(records), chosen, held)
+            numbers, records = _hold_out(list(records), chosen, held, images)
             more = {"held_out": str(held), "held_out_records": len(numbers)}
         count = write_objects(out, records)
     except BaseException:  # also Ctrl-C: existing files would make the next attempt fail
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     more |= {"left_out": len(options.left_out)} if options.left_out else {}
     as_json = json.dumps({"file": str(out), "records": count, **more})
     sys.stdout.write(as_json + "\n" if chosen.format == "json" else f"{out}: {amount(count, 'record')}\n")
-    pictures = images.path if images.is_mine else "FOLDER"
+    pictures = images.path if images.is_mine else chosen.image_folder or "FOLDER"
     has_pictures = any(record.images for record in load_records(out))
     next_step("milora_data", "check", out, *(["--image_folder", pictures] if has_pictures else []))
     return 0
@@ -83,23 +83,27 @@ def _require_records(records: Records, chosen: argparse.Namespace, left_out: Seq
 
 
 def _hold_out(
-    records: list[dict[str, Any]], chosen: argparse.Namespace, path: Path
+    records: list[dict[str, Any]], chosen: argparse.Namespace, path: Path, images: PictureFolder
 ) -> tuple[frozenset[int], Iterator[dict[str, Any]]]:
     """Write about `--hold_out` random records to `path`; return their indices, and the other records."""
-    by = chosen.hold_out_by or PICTURE
-    numbers = held_out(records, chosen.hold_out, by)
+    by, beside = chosen.hold_out_by or PICTURE, chosen.image_folder or Path(chosen.sources[0]).parent
+    key_of = FileKeys(*([images.path] if images.is_mine else []), beside, beside / "images")
+    numbers = held_out(records, chosen.hold_out, by, key_of)
     write_objects(path, (value for number, value in enumerate(records) if number in numbers))
     asked = "" if len(numbers) == chosen.hold_out else f", for the {chosen.hold_out:,} of --hold_out"
     sys.stderr.write(f"{path}: {amount(len(numbers), 'record')}, held out by {by}{asked}\n")
-    if shared := 0 if by == PICTURE else shared_pictures(records, numbers):
+    if shared := 0 if by == PICTURE else shared_pictures(records, numbers, key_of):
         sys.stderr.write(f"note: {shared:,} of them show a picture that training records show too\n")
+    if missing := amount(len(key_of.missing), "file") if key_of.missing else "":
+        sys.stderr.write(f"note: {missing} not found, and known by name alone; name their folder: --image_folder\n")
     return numbers, (value for number, value in enumerate(records) if number not in numbers)
 
 
 def _check_flags(chosen: argparse.Namespace) -> None:
-    if chosen.hold_out_by and not chosen.hold_out:
-        hint = "add:  --hold_out N"
-        raise UserError("needs --hold_out", code="flag-needs-another", where="--hold_out_by", hint=hint)
+    for flag in ("hold_out_by", "image_folder"):
+        if vars(chosen)[flag] and not chosen.hold_out:
+            hint = "add:  --hold_out N"
+            raise UserError("needs --hold_out", code="flag-needs-another", where=f"--{flag}", hint=hint)
     for flag, kinds in FLAGS.items():
         if vars(chosen)[flag] is not None and chosen.kind not in kinds:
             message = f"only applies to --from {', '.join(kinds)}, not to {chosen.kind}"
@@ -187,10 +191,10 @@ class PictureFolder:
         self.path = path
         self.is_mine = False  # created by this conversion
         self._used: Counter[str] = Counter()
-        self._names: dict[tuple[str, bytes], str] = {}
+        self._names: dict[str | None, str] = {}  # by the key of the picture
 
     def filled(self, records: Records) -> Records:
-        """Yield the records after writing their stored pictures; equal names with equal content are written once."""
+        """Yield the records after writing their stored pictures; equal pictures are written once."""
         for value in records:
             for key in ("image", "images"):
                 field = value.get(key)
@@ -207,10 +211,10 @@ class PictureFolder:
     def _written(self, picture: Any) -> Any:
         if not isinstance(picture, StoredPicture):
             return picture
-        known = (str(picture), hashlib.blake2b(picture.content, digest_size=16).digest())
-        if known not in self._names:
-            self._names[known] = self._write(picture)
-        return self._names[known]
+        key = file_key(picture)
+        if key not in self._names:
+            self._names[key] = self._write(picture)
+        return self._names[key]
 
     def _write(self, picture: StoredPicture) -> str:
         if not self.is_mine and self.path.exists():
@@ -276,6 +280,7 @@ examples:
             "--from", dest="kind", choices=KINDS, required=True, metavar="FORMAT", help="format of SOURCE, see below"
         ),
         option("sources", nargs="+", metavar="SOURCE", help="file, folder of save_to_disk, or hub:NAME"),
+        shared("image_folder", about="folder of the pictures, for --hold_out (default: beside SOURCE)"),
     ),
     settings=(
         option("--prompt", help=f'question for pictures with captions (default: "{DEFAULT_PROMPT}")'),

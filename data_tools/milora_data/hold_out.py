@@ -1,6 +1,6 @@
-"""Held-out records: which of them `convert --hold_out` takes.
+"""Held-out records: which of them `convert --hold_out` takes, and what `check --against` finds on both sides.
 
-No picture, question without a picture, or other chosen part of the data is on both sides.
+Pictures and videos count by their content, and no order of the records changes the choice.
 """
 
 from __future__ import annotations
@@ -9,48 +9,62 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from milora_data.formats.tables import field_of
-from milora_data.records.record import Record, parse_record
+from milora_data.keys import KeyOf, digest, record_key, shown_keys
+from milora_data.records.record import IMAGE, Record, parse_record
 from milora_vl.common.errors import DataError
 
 PICTURE, RECORD = "picture", "record"
 
 
-def held_out(records: Sequence[Mapping[str, Any]], count: int, by: str) -> frozenset[int]:
+def held_out(records: Sequence[Mapping[str, Any]], count: int, by: str, key_of: KeyOf) -> frozenset[int]:
     """Return the indices of about `count` random records, always the same, without dividing a group.
 
-    by: `record` (each record is a group), `picture` (records that share a picture or video, also through a third
+    by: `record` (equal records are a group), `picture` (records that share a picture or video, also through a third
     record; of records without any, those with an equal first question), or a key of the records (records with an equal
-    value).
-
-    Where each record is a group, the choice equals `train_test_split(count, seed=42)` of `datasets`. Raises `DataError`
-    if no record would be left for training, or if a record lacks the key.
-
-    >>> sorted(held_out([{"conversations": []}] * 10, 3, "record"))
-    [0, 5, 6]
+    value). Raises `DataError` if no record would be left for training, or if a record lacks the key.
     """
-    import numpy as np
-
     if count >= len(records):
         message = f"{count:,} of {len(records):,} records leave none for training"
         raise DataError(message, where="--hold_out", hint="hold out fewer records")
+    keys = [record_key(_record(value), key_of) for value in records]
     if by == RECORD:
-        groups = [[number] for number in range(len(records))]
+        groups = _equal(keys)
     else:
-        groups = _by_picture(records) if by == PICTURE else _equal(repr(field_of(value, by)) for value in records)
+        groups = _by_picture(records, key_of) if by == PICTURE else _equal(repr(field_of(row, by)) for row in records)
     if len(groups) == 1:
-        message = (
-            "shared pictures or questions link all records" if by == PICTURE else f"all records have the same {by}"
-        )
-        raise DataError(message, where="--hold_out_by", hint=f"use:  --hold_out_by {RECORD}")
-    order = np.random.default_rng(42).permutation(len(groups)).tolist()
-    sizes = [len(groups[number]) for number in order]
-    return frozenset(index for place in _about(sizes, count) for index in groups[order[place]])
+        same = {PICTURE: "shared pictures or questions link all records", RECORD: "all records are equal"}
+        hint = "hold out other records" if by == RECORD else f"use:  --hold_out_by {RECORD}"
+        raise DataError(same.get(by, f"all records have the same {by}"), where="--hold_out_by", hint=hint)
+    groups.sort(key=lambda group: digest(sorted(keys[number] for number in group)))  # a random order, by content
+    return frozenset(index for place in _about(list(map(len, groups)), count) for index in groups[place])
 
 
-def shared_pictures(records: Sequence[Mapping[str, Any]], chosen: frozenset[int]) -> int:
+def shared_pictures(records: Sequence[Mapping[str, Any]], chosen: frozenset[int], key_of: KeyOf) -> int:
     """Return how many of the `chosen` records show a picture or video that another record shows too."""
-    others = {name for number, value in enumerate(records) if number not in chosen for name in _record(value).files}
-    return sum(not others.isdisjoint(_record(records[number]).files) for number in chosen)
+    shown = [set(map(key_of, _record(value).files)) for value in records]
+    others = set().union(*(keys for number, keys in enumerate(shown) if number not in chosen))
+    return sum(not others.isdisjoint(shown[number]) for number in chosen)
+
+
+def shared_with(train: Iterable[Record], test: Iterable[Record], of_train: KeyOf, of_test: KeyOf) -> dict[str, int]:
+    """Return how many records of `test` share questions, with their pictures or alone, or pictures with `train`."""
+    seen = set[str]().union(*(_parts(record, of_train) for record in train))
+    counts = dict.fromkeys(("question", "question_text", "picture_or_video"), 0)
+    num_records = 0
+    for record in test:
+        num_records += 1
+        shared = {part.partition(" ")[0] for part in seen & _parts(record, of_test)}
+        for what in counts:
+            counts[what] += what in shared
+    return {"test_records": num_records, **{f"with_a_{what}_of_the_training": n for what, n in counts.items()}}
+
+
+def _parts(record: Record, key_of: KeyOf) -> set[str]:
+    texts = [turn.text.replace(IMAGE, "").strip() for turn in record.turns if turn.role == "user"]
+    shown = shown_keys(record.images, record.videos, key_of)
+    parts = {f"picture_or_video {key_of(name)}" for name in record.files}
+    parts |= {f"question_text {digest(text)}" for text in texts}
+    return parts | {f"question {digest([text, shown])}" for text in texts}
 
 
 def _record(value: Mapping[str, Any]) -> Record:
@@ -64,10 +78,10 @@ def _equal(keys: Iterable[str]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _by_picture(records: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+def _by_picture(records: Sequence[Mapping[str, Any]], key_of: KeyOf) -> list[list[int]]:
     """Return the connected components of records and what they show: pictures, or else the first question."""
-    shown = [_shown(_record(value)) for value in records]
-    group_of: dict[str, list[int]] = {}  # the group of a picture or question
+    shown = [_shown(_record(value), key_of) for value in records]
+    group_of: dict[str | None, list[int]] = {}  # the group of a picture or question
     groups: dict[int, list[int]] = {}  # by their first record
     for number, names in enumerate(shown):
         found = {id(group_of[name]): group_of[name] for name in names if name in group_of}
@@ -84,9 +98,10 @@ def _by_picture(records: Sequence[Mapping[str, Any]]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _shown(record: Record) -> tuple[str, ...]:
-    """Return the pictures and videos of a record, or its first question; a file name contains no NUL."""
-    return record.files or tuple(f"\0{turn.text}" for turn in record.turns if turn.role == "user")[:1]
+def _shown(record: Record, key_of: KeyOf) -> list[str | None]:
+    """Return the keys of the pictures and videos of a record, or else its first question, which is no key."""
+    asked = [f"\0{turn.text}" for turn in record.turns if turn.role == "user"][:1]
+    return list(map(key_of, record.files)) or list(asked) or [record_key(record, key_of)]
 
 
 def _about(sizes: Sequence[int], count: int) -> Iterator[int]:

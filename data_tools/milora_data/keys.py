@@ -6,8 +6,8 @@ Names, lines and places are for people to read. The key of a model is `weights_d
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
 from io import BytesIO
 from pathlib import Path
 
@@ -44,15 +44,27 @@ def file_key(place: str | Path) -> str | None:
     return total.hexdigest()
 
 
-def file_keys(folder: str | Path | None = None) -> KeyOf:
-    """Return a function that reads each file below `folder` once; without a folder, names are paths."""
-    of_file = cache(file_key)
+class FileKeys:
+    """Returns the key of each picture or video of a record, and reads each file once; without folders, names are paths.
 
-    def key(name: str) -> str | None:
-        place = place_of(Path(folder or ""), name)
-        return file_key(place) if isinstance(place, StoredPicture) else of_file(place)  # a cache would keep its bytes
+    A name is looked for in each folder. Without a readable file its path below the first folder is the key, and `missing` has its name.
+    """
 
-    return key
+    def __init__(self, *folders: str | Path) -> None:
+        self._folders = [Path(folder) for folder in folders] or [Path()]
+        self._keys: dict[str, str] = {}
+        self.missing: set[str] = set()
+
+    def __call__(self, name: str) -> str:
+        if isinstance(name, StoredPicture):
+            return str(file_key(name))  # `_keys` would keep its bytes
+        if name not in self._keys:
+            found = next(filter(None, (file_key(place_of(folder, name)) for folder in self._folders)), None)
+            if found is None:
+                self.missing.add(name)
+                found = f"no file {os.path.relpath(self._folders[0] / name, self._folders[0])}"
+            self._keys[name] = found
+        return self._keys[name]
 
 
 def shown_keys(images: Sequence[str], videos: Sequence[Video], key_of: KeyOf) -> list[object]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import re
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from milora_data.__main__ import main
 from milora_data.pictures.load import StoredPicture, load_image
 from milora_data.stream import Source, load_records, mixed_records
 from milora_vl.common.errors import DataError, UserError
+from support.drawn import made
 from support.problems import raises_code
 
 SHORT = "\nAnswer the question using a single word or phrase."
@@ -125,22 +127,92 @@ def test_records_of_one_patient_are_held_out_together(kind: str, tmp_path: Path)
         convert(kind, {"i.json": rows}, tmp_path / "b", "--hold_out_by", "patient")
 
 
-def test_held_out_are_the_records_that_llm_adapters_holds_out(tmp_path: Path) -> None:
-    """finetune.py: `train_test_split(test_size=val_set_size, shuffle=True, seed=42)` of `datasets`."""
+def test_pictures_are_held_out_by_their_content_whatever_they_are_called(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The choice is the same after every picture is renamed and the file is shuffled, and no picture is on both sides.
+
+    `check --against` finds what is shared by content too, in videos as well.
+    """
+    images = tmp_path / "images"
+    (images / "sub").mkdir(parents=True)
+    for n in range(20):
+        for name in (f"{n}.png", f"copy-{n}.png"):
+            (images / name).write_bytes(b"%d" % n)
+    spelt = ("{}.png", "./{}.png", "sub/../{}.png", "copy-{}.png", f"file://{images}/{{}}.png", f"{images}/{{}}.png")
+    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That."}]
+    rows: list[dict[str, Any]] = []
+    for number in range(120):
+        name = spelt[number % len(spelt)].format(number // 6)
+        asked = [turns[0] | {"value": f"{number}?"}, turns[1]]
+        rows.append({"video" if number % 2 else "image": [name], "conversations": asked})
+    sides = []
+    for name, part in (("a", rows), ("b", rows[::-1])):
+        if name == "b":
+            for file in images.glob("*.png"):
+                file.rename(images / f"new-{file.name}")
+            for row in part:
+                for key in row.keys() & {"image", "video"}:
+                    row[key] = [re.sub(r"[^/]+$", r"new-\g<0>", row[key][0])]
+        folder = made(tmp_path / name)
+        held, kept = hold_out(part, folder, "24", "--image_folder", str(images), kind="llava")
+        capsys.readouterr()
+        words = [str(folder / "out" / file) for file in ("data.json", "out-eval.json")]
+        words = ["check", words[0], "--against", words[1], "--image_folder", str(images), "--format", "json"]
+        main([*words, "--pictures", "exist"])
+        leaks = json.loads(capsys.readouterr().out)["leakage"]
+        assert (len(held), len(kept)) == (24, 96)
+        assert leaks.pop("test_records") == 24
+        assert not any(leaks.values()), leaks
+        sides.append({row["conversations"][0]["value"] for row in held})
+    assert sides[0] == sides[1]
+
+
+def test_questions_that_both_sides_ask_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.png").write_bytes(b"a")
+    (tmp_path / "other.png").write_bytes(b"a")
+    (tmp_path / "b.png").write_bytes(b"b")
+    ask = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "That."}]
+    (tmp_path / "train.json").write_text(json.dumps([{"image": "a.png", "conversations": ask}]))
+    tests = [{"image": name, "conversations": ask} for name in ("other.png", "b.png", "none.png")]
+    (tmp_path / "test.json").write_text(json.dumps(tests))
+    words = [str(tmp_path / "train.json"), "--against", str(tmp_path / "test.json"), "--format", "json"]
+    main(["check", *words])
+    assert json.loads(capsys.readouterr().out)["leakage"] == {
+        "test_records": 3,
+        "with_a_question_of_the_training": 1,
+        "with_a_question_text_of_the_training": 3,
+        "with_a_picture_or_video_of_the_training": 1,
+        "files_not_found_and_known_by_name": 1,
+    }
+
+
+def test_a_picture_of_a_table_is_on_one_side(tmp_path: Path) -> None:
     import datasets
 
-    rows = [{"query": str(number), "response": "a"} for number in range(200)]
-    kept = convert("alpaca", {"i.json": rows}, tmp_path, "--hold_out", "12")
-    held = json.loads((tmp_path / "out" / "out-eval.json").read_text())
-    theirs = datasets.Dataset.from_list(rows).train_test_split(test_size=12, shuffle=True, seed=42)
-    assert {record["conversations"][0]["value"] for record in held} == set(theirs["test"]["query"])
-    assert {record["conversations"][0]["value"] for record in kept} == set(theirs["train"]["query"])
-    with raises_code("", where="--hold_out", message="200 of 200 records leave none", kind=DataError):
-        convert("alpaca", {"i.json": rows}, tmp_path / "out", "--hold_out", "200")
+    names = [None, "same.png", "{}.png"]
+    rows = [
+        {"image": {"bytes": png("red") + b"%d" % (n // 4), "path": names[n % 3] and names[n % 3].format(n)},
+         "question": f"{n}?", "answer": "a"}
+        for n in range(120)
+    ]  # fmt: skip
+    features = {"image": datasets.Image(), "question": datasets.Value("string"), "answer": datasets.Value("string")}
+    datasets.Dataset.from_list(rows, features=datasets.Features(features)).to_parquet(tmp_path / "rows.parquet")
+    words = [str(tmp_path / "rows.parquet"), "--output_dir", str(tmp_path / "out"), "--hold_out", "20"]
+    assert main(["convert", "--from", "hub", *words]) == 0
+    images = tmp_path / "out" / "images"
+    held, kept = (
+        {(images / record.images[0]).read_bytes() for record in load_records(tmp_path / "out" / name)}
+        for name in ("out-eval.json", "data.json")
+    )
+    assert not held & kept
+    assert len(list(images.iterdir())) == len(held | kept) == 30
 
 
 def test_questions_without_pictures_are_on_one_side(tmp_path: Path) -> None:
     rows = [{"question": f"{n % 5}?", "answer": f"{n}"} for n in range(40)]
+    with raises_code("", where="--hold_out", message="40 of 40 records leave none", kind=DataError):
+        hold_out(rows, made(tmp_path / "none"), "40")
     held, kept = hold_out(rows, tmp_path, "8")
     asked = [{record["conversations"][0]["value"] for record in side} for side in (held, kept)]
     assert (len(held), len(kept)) == (8, 32)
