@@ -34,12 +34,13 @@ from torch import Tensor, nn
 from benchmarks.timing import alternately, clocked
 from milora_vl import Policy, apply_milora
 from milora_vl.common.cli.screen import Screen
-from milora_vl.core.adapter.initialize import initialize
+from milora_vl.core.adapter.fixed_a import make_A
 from milora_vl.core.calibration import CAPTIONS, FACTORS, INPUTS, TEXTS
 from milora_vl.core.calibration.activations import energy_limits, find_inputs, input_rows
-from milora_vl.core.calibration.bases import ProtectedInputs
+from milora_vl.core.calibration.bases import InputBasis
 from milora_vl.core.calibration.texts import LENGTH
 from milora_vl.core.policy.rules import DEFAULT_RULES, without_projector
+from milora_vl.core.weights.matrices import read_matrix
 from milora_vl.forgetting.text import general_text, text_batches
 from milora_vl.models.base import find_base
 from milora_vl.models.loading import split_processor
@@ -103,8 +104,9 @@ def start(name: str, data: Path) -> dict[str, Any]:
         with part(INPUTS):
             inputs = find_inputs(model, targets, texts.batches())
         with part(FACTORS):
-            initialize(model, targets)
-    held = {"calibration": mean(b.held_out or 0.0 for b in map(inputs.of, inputs.numbers))}
+            for target in targets:
+                make_A(target, read_matrix(model.get_submodule(target.path)), inputs[target.path])
+    held = {"calibration": mean(b.held_out or 0.0 for b in inputs.values())}
     tokenizer, pictures = split_processor(processor)
     books = text_batches(general_text(), tokenizer, num_tokens=3072, block_length=192, batch_size=8)
     held["books"] = share(model, inputs, [batch.inputs for batch in books])
@@ -116,14 +118,14 @@ def start(name: str, data: Path) -> dict[str, Any]:
         "seconds": {**seconds, "all": round(sum(seconds.values()), 1)},
         **took,
         "held_out": {kind: round(value, 4) for kind, value in held.items()},
-        "directions": round(mean(b.num_directions / b.size for b in map(inputs.of, inputs.numbers)), 4),
+        "directions": round(mean(b.num_directions / b.size for b in inputs.values()), 4),
     }
 
 
 @torch.no_grad()
-def share(model: nn.Module, inputs: ProtectedInputs, batches: Sequence[Mapping[str, Any]]) -> float:
+def share(model: nn.Module, inputs: Mapping[str, InputBasis], batches: Sequence[Mapping[str, Any]]) -> float:
     """Return the mean share over layers of the input energy that the protected directions hold, without padding."""
-    sums: dict[str, list[float]] = {path: [0.0, 0.0] for path in inputs.numbers}
+    sums: dict[str, list[float]] = {path: [0.0, 0.0] for path in inputs}
     handles = []
     mask = torch.zeros(0)
 
@@ -131,10 +133,10 @@ def share(model: nn.Module, inputs: ProtectedInputs, batches: Sequence[Mapping[s
         rows = input_rows(module, x)
         rows = rows[mask] if len(rows) == len(mask) else rows  # a projector's rows are pictures
         rows = rows * energy_limits(rows).sqrt()[:, None]
-        sums[path][0] += float((rows @ inputs.of(path).V).square().sum())
+        sums[path][0] += float((rows @ inputs[path].V).square().sum())
         sums[path][1] += float(rows.square().sum())
 
-    for path in inputs.numbers:
+    for path in inputs:
         module = model.get_submodule(path)
         handles.append(module.register_forward_pre_hook(lambda module, args, path=path: hook(path, module, args[0])))
     for batch in batches:

@@ -112,7 +112,9 @@ def matrix(out: int, inn: int, spectrum: str) -> Tensor:
 def of_model(chosen: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure the initial factors of a model; PEFT runs last, because it changes the model."""
     model: Any = load_model("smollm2", dtype=torch.float32)[0] if chosen.model == "smollm2" else block()
-    targets = Policy.parse([{"modules": "language", "method": "milora", "rank": chosen.rank}]).resolve(model)
+    targets = Policy.parse([{"modules": "language", "method": "milora", "rank": chosen.rank, "protect": 0}]).resolve(
+        model
+    )
 
     def full() -> None:
         for target in targets:

@@ -17,7 +17,7 @@ from milora_vl.core.adapter.fixed_a import calibration_key
 from milora_vl.core.adapter.free_a import Directions, free_directions, minor_start, train_inside
 from milora_vl.core.adapter.lora import lora_layer
 from milora_vl.core.adapter.rates import parameter_groups
-from milora_vl.core.calibration.activations import protected_inputs
+from milora_vl.core.calibration.activations import find_inputs
 from milora_vl.core.calibration.bases import Calibration
 from milora_vl.core.policy import Policy
 from milora_vl.core.weights.matrices import read_matrix
@@ -72,11 +72,11 @@ def free_rows(
     targets = [replace(t, protect=inside.protect) for t in Policy.parse(rules).resolve(base) if t.rank is not None]
     file = folder / f"free-{calibration_key(base, targets, calibration)}-{inside.count}.pt"
     if not file.is_file():
-        found = protected_inputs(base, targets, calibration)
-        assert found is not None
-        rows = [free_directions(one.V, inside.count, seed=number) for number, one in enumerate(found.bases)]
+        found = find_inputs(base, targets, calibration)
+        bases = list({id(one): one for one in found.values()}.values())
+        rows = [free_directions(one.V, inside.count, seed=number) for number, one in enumerate(bases)]
         file.parent.mkdir(parents=True, exist_ok=True)
-        torch.save((rows, dict(found.numbers)), file)
+        torch.save((rows, {path: bases.index(one) for path, one in found.items()}), file)
     rows, numbers = torch.load(file)
     shared = [Directions(R) for R in rows]
     return {path: shared[number] for path, number in numbers.items()}

@@ -17,8 +17,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
@@ -29,7 +30,7 @@ from milora_vl.core.adapter.anchored import fixed_names, install_factors
 from milora_vl.core.adapter.fixed_a import fix_A
 from milora_vl.core.adapter.lora import lora_layer, make_lora, set_dropout
 from milora_vl.core.adapter.sidecar import read_sidecar
-from milora_vl.core.calibration.activations import PASS_BYTES
+from milora_vl.core.calibration.activations import ROOM
 from milora_vl.core.calibration.texts import COUNT, HELD_OUT_TEXTS, LENGTH
 from milora_vl.core.policy import Target
 from milora_vl.core.policy.towers import find_towers
@@ -40,15 +41,13 @@ from milora_vl.models.image_tokens import layers_of
 from milora_vl.models.losses import CHUNK, GradientsAtOnce, inner_model
 from milora_vl.train.arguments import Launch, Strategy, strategy_of
 from milora_vl.train.screen import trained_sizes
-
-if TYPE_CHECKING:
-    from milora_vl.train.setup import Batching, Run
+from milora_vl.train.setup import Batching, Run, num_devices
 
 GIB = 1024**3
 OVERHEAD = 1.0  # GiB for CUDA, its libraries and fragmentation
 FEW = (2, 3)  # numbers of simulated layers; each further layer adds what the third added
 A100, CPU = "one A100 per device at 40 % of peak", "the CPU of this machine"
-A100_FLOPS = 312e12 * 0.4  # bf16 peak times the utilization of LLaVA's scripts
+A100_FLOPS, A100_MEMORY = 312e12 * 0.4, 79 * GIB  # bf16 peak times the utilization of LLaVA's scripts
 # Of float32 products, and of memory in bytes a second: an A100 without TF32, times the share that matrix-vector
 # products reach; one thread of a CPU.
 FLOAT32_FLOPS, BANDWIDTH, CPU_BANDWIDTH = 15e12, 1.55e12 * 0.6, 1e10
@@ -440,9 +439,11 @@ def start_seconds(run: Run, steps: int, flops: float | None, row: float) -> floa
     reads the weights in half precision once for each step of 16 texts. A CPU needs twice as long for a token that it
     writes as for one that it reads, and LAYER seconds for each layer of a forward, however small it is.
 
-    Each pass over the calibration runs the model and sums C of 2 GiB of inputs; a pass ends at its last layer, so it
-    runs half of the model on average. The eigenvalue solver makes C tridiagonal, which reads the rest of C once for
-    each column: 4/3 n^3 bytes, limited by memory; the other steps are products with about 6 n^3 operations.
+    Processes share the texts, captions, inputs and weights; under ZeRO-3 a model that does not fit on one device writes
+    all of them in each. Each pass over the calibration runs the model in all, and sums C of the inputs that fit beside
+    it, and as much on what is held out; a pass ends at its last layer, so it runs half of the model on average. The
+    eigenvalue solver makes C tridiagonal, which reads the rest of C once for each column: 4/3 n^3 bytes, limited by
+    memory; the other steps are products with about 6 n^3 operations.
     """
     base, settings, size = run.base, run.recipe.calibration, num_parameters(run.base.meta)
     new = [target for target in run.targets if run.folder.checkpoint is None and run.recipe.adapter is None]
@@ -457,15 +458,17 @@ def start_seconds(run: Run, steps: int, flops: float | None, row: float) -> floa
         texts = part_of(settings.num_samples + HELD_OUT_TEXTS if settings.num_samples else 0, steps)
         captions = part_of(settings.num_pictures, steps) if base.reads_pictures and row else 0
     caption = (base.tokens_of_a_picture or min(row, 700)) + 112
-    seconds = texts * LENGTH * written + captions * (caption * token + 32 * written)
+    share = 1 / num_devices(run.request)
+    seconds = share * (texts * LENGTH * written + captions * (caption * token + 32 * written))
     inputs = [float(target.shape[1]) for target in distinct_inputs(new)]
     if inputs:
         tokens = texts * LENGTH + captions * caption + part_of(NUM_RECORDS, steps) * len(run.tasks) * (row or LENGTH)
-        passes = math.ceil(4 * sum(n**2 for n in inputs) / PASS_BYTES)
+        free = psutil.virtual_memory().available if flops else max(A100_MEMORY - 2 * size, GIB)
+        passes = math.ceil(share * 8 * sum(n**2 for n in inputs) / (ROOM * free))
         seconds += token * tokens * (passes + 1) / 2
-        seconds += sum((n**2 * tokens + 6 * n**3) / products + 4 / 3 * n**3 / bandwidth for n in inputs)
+        seconds += share * sum((n**2 * tokens + 6 * n**3) / products + 4 / 3 * n**3 / bandwidth for n in inputs)
     matrices = [target for target in new if target.is_decomposed]
-    return seconds + DECOMPOSITION * sum(2.0 * math.prod(t.shape) * min(t.shape) for t in matrices) / products
+    return seconds + share * DECOMPOSITION * sum(2.0 * math.prod(t.shape) * min(t.shape) for t in matrices) / products
 
 
 def start_notes(run: Run, steps: int, start: float) -> list[str]:

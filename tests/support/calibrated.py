@@ -32,7 +32,7 @@ def picture_batches() -> list[dict[str, Tensor]]:
 def directions(base: nn.Module, rules: list[dict[str, Any]], batches: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
     """Return the protected directions V (in, k) of each layer of a base model, by path."""
     inputs = find_inputs(base, Policy.parse(rules).resolve(base), batches)
-    return {path: inputs.of(path).V for path in inputs.numbers}
+    return {path: basis.V for path, basis in inputs.items()}
 
 
 @torch.no_grad()

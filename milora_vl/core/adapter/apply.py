@@ -3,7 +3,8 @@
 The way of `apply_milora`, with the modules to read next:
 
 1. `Policy.resolve` selects the modules, with method and rank                 policy/resolve.py
-2. `initialize` decomposes each weight and returns A0 and B0                  initialize.py, svd/
+2. `protect` makes A off the inputs that ordinary text and pictures use       fixed_a.py, calibration/
+   `initialize` decomposes other weights and returns A0 and B0                initialize.py, svd/
 3. `make_lora` lets PEFT create a LoRA on these modules, of rank r or 2r      lora.py
 4. `fix_A` makes the A of a rule with `protect` a buffer                      fixed_a.py
    `install_factors` gives other factors a difference and an anchor           anchored.py
@@ -23,14 +24,14 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from milora_vl.core.adapter.anchored import install_factors
-from milora_vl.core.adapter.fixed_a import Protection, chosen_factors, fix_A, fixed_factors
+from milora_vl.core.adapter.fixed_a import Protection, fix_A, protect
 from milora_vl.core.adapter.folders import AdapterError
 from milora_vl.core.adapter.initialize import Initial, initialize
 from milora_vl.core.adapter.lora import lora_layer, make_lora, require_module, set_dropout
 from milora_vl.core.adapter.peft_model import MiloraMixin, adopt
 from milora_vl.core.adapter.rates import check_rates_at_first_step
 from milora_vl.core.adapter.sidecar import Sidecar, frozen_fingerprints, precision, require_readable
-from milora_vl.core.calibration.activations import protected_inputs, require_calibration
+from milora_vl.core.calibration.activations import require_calibration
 from milora_vl.core.calibration.bases import Calibration
 from milora_vl.core.policy import Policy, Rule, Target
 from milora_vl.core.policy.towers import canonical_names, is_wrapped_by_peft
@@ -105,19 +106,9 @@ def apply_targets(
     if all(target.rank is None for target in targets):
         check_rates_at_first_step(_train_in_full(model, targets))
         return model
-    initial: dict[str, Initial] = {}
-
-    def choose() -> tuple[dict[str, Tensor], dict[str, Protection]]:
-        inputs = protected_inputs(model, targets, calibration, is_shown=bool(progress))
-        initial.update(initialize(model, targets, cache_dir=cache_dir, progress=progress))
-        return fixed_factors(targets, initial, inputs)
-
-    folder = calibration_cache or cache_dir
-    fixed, protection = chosen_factors(model, targets, calibration, folder, choose, is_shown=bool(progress))
-    if not initial:  # the cache had what `choose` returns
-        anchored = [target for target in targets if target.has_anchor]
-        initial.update(initialize(model, anchored, cache_dir=cache_dir, progress=progress))
-    sidecar = _describe(model, targets, initial, fixed, protection)
+    fixed = protect(model, targets, calibration, calibration_cache or cache_dir, is_shown=progress)
+    initial = initialize(model, targets, cache_dir=cache_dir, progress=progress)
+    sidecar = _describe(model, targets, initial, fixed)
     tuned = adopt(make_lora(model, targets))
     for target in targets:
         if target.rank is not None:
@@ -126,7 +117,7 @@ def apply_targets(
             if target.has_anchor:
                 install_factors(layer, "default", initial[target.path].A0, initial[target.path].B0)
             elif target.has_fixed_A:
-                fix_A(layer, "default", fixed[target.path])
+                fix_A(layer, "default", fixed[target.path][0])
     tuned.remember("default", sidecar)
     check_rates_at_first_step(tuned)
     return tuned
@@ -163,8 +154,7 @@ def _describe(
     model: nn.Module,
     targets: Sequence[Target],
     initial: Mapping[str, Initial],
-    fixed: Mapping[str, Tensor],
-    protection: Mapping[str, Protection],
+    fixed: Mapping[str, tuple[Tensor, Protection]],
 ) -> Sidecar:
     """Return the content of milora.json. Call this before PEFT wraps the layers whose weights get a fingerprint."""
     names = canonical_names(model)
@@ -173,15 +163,13 @@ def _describe(
         module = model.get_submodule(path)
         found = initial[path].fingerprint if path in initial else fingerprint(read_matrix(module))
         fingerprints[path] = replace(found, eps=max(found.eps, precision(module)))
-    # A layer with a fixed A starts at directions of its triplets, but does not train these components.
-    reports = {t.path: initial[t.path].report for t in targets if t.has_anchor}
     return Sidecar(
         targets,
         {t.path: names[t.path] for t in targets},
         fingerprints,
-        reports,
-        fixed={path: fingerprint(A) for path, A in fixed.items()},
-        protection=protection,
+        {path: one.report for path, one in initial.items()},
+        fixed={path: fingerprint(A) for path, (A, _) in fixed.items()},
+        protection={path: about for path, (_, about) in fixed.items()},
         frozen=frozen_fingerprints(model, targets),
     )
 

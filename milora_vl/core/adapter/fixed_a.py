@@ -28,7 +28,7 @@ import json
 import sys
 import warnings
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
@@ -42,11 +42,12 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, autocast, nn
 
 from milora_vl.common.compat.peft import ForwardVariant, set_variant
-from milora_vl.core.adapter.folders import AdapterError
-from milora_vl.core.adapter.initialize import Initial
+from milora_vl.core.adapter.initialize import WeightError, seed_of
 from milora_vl.core.calibration import VERSION
-from milora_vl.core.calibration.bases import Calibration, ProtectedInputs, sources_of
+from milora_vl.core.calibration.activations import for_each_input
+from milora_vl.core.calibration.bases import Calibration, CalibrationError, InputBasis, sources_of
 from milora_vl.core.policy.rules import Target
+from milora_vl.core.svd import decompose
 from milora_vl.core.svd.gram import full_precision
 from milora_vl.core.weights.distributed import broadcast, gather, rank_and_world_size
 from milora_vl.core.weights.tensor_files import read_cached, weights_digest, write_cached
@@ -126,82 +127,88 @@ class Protection:
     overlap: float
 
 
-def fixed_factors(
-    targets: Sequence[Target], initial: Mapping[str, Initial], inputs: ProtectedInputs | None
-) -> tuple[dict[str, Tensor], dict[str, Protection]]:
-    """Return A (r, in) in float32 of every target with `protect`, and the protection of each.
+def make_A(target: Target, W: Tensor, inputs: InputBasis) -> tuple[Tensor, Protection]:
+    """Return A (r, in) in float32 of a layer with weight W (out, in) off its protected inputs, and its protection.
 
-    The rows are the right singular vectors in `initial`, or random for a method without triplets.
+    The rows are the right singular vectors of the method's triplets, or random for a method without triplets.
+    Raises WeightError for a weight that cannot be decomposed.
     """
-    factors, protections = {}, {}
-    for target in targets:
-        if not target.has_fixed_A or inputs is None or target.path not in inputs.numbers:
-            continue
-        start = initial[target.path].A0 if target.is_decomposed else _random_rows(target)
-        basis = inputs.of(target.path)
-        V = basis.V.to(start.device, torch.float32)
-        A, kept = off_inputs(start, V)
-        inside, factors[target.path] = overlap(A, V), A
-        if inside > LARGEST_OVERLAP:
-            message = f"A has {inside:.1e} of its length along protected inputs; rounding alone leaves less than 1e-5"
-            hint = "calibrate without cache_dir: the cached directions are damaged"
-            raise AdapterError(message, where=target.path, hint=hint)
-        protections[target.path] = Protection(
-            directions=basis.num_directions, inputs=basis.size, energy=basis.share, held_out=basis.held_out,
-            kept=kept, overlap=inside,
-        )  # fmt: skip
-    return factors, protections
+    assert target.rank is not None
+    if target.part is None:
+        generator = torch.Generator().manual_seed(zlib.crc32(target.path.encode(), target.seed))
+        rows = torch.randn(target.rank, target.shape[1], generator=generator)
+    else:
+        generator = torch.Generator().manual_seed(seed_of(target))
+        try:
+            rows = decompose(W, target.rank, target.part, generator=generator, refines_left=False).Vh
+        except (ValueError, torch.linalg.LinAlgError) as error:
+            raise WeightError(str(error), where=target.path) from error
+    A, kept = off_inputs(rows.to(inputs.V), inputs.V)
+    inside = overlap(A, inputs.V)
+    if inside > LARGEST_OVERLAP:
+        message = f"A has {inside:.1e} of its length along protected inputs; rounding alone leaves less than 1e-5"
+        raise CalibrationError(message, where=target.path, hint="the eigenvectors of this device are not orthonormal")
+    return A, Protection(
+        directions=inputs.num_directions, inputs=inputs.size, energy=inputs.share, held_out=inputs.held_out,
+        kept=kept, overlap=inside,
+    )  # fmt: skip
 
 
-def chosen_factors(
+def protect(
     model: nn.Module,
     targets: Sequence[Target],
     calibration: Calibration | None,
     cache_dir: str | Path | None,
-    choose: Callable[[], tuple[dict[str, Tensor], dict[str, Protection]]],
     *,
     is_shown: bool = False,
-) -> tuple[dict[str, Tensor], dict[str, Protection]]:
-    """Return what `choose` returns in the first process, from its cache if it has it there, in every process.
+) -> dict[str, tuple[Tensor, Protection]]:
+    """Return A (r, in) of every target with `protect`, and its protection: made in one process, the same in all.
 
     Devices differ in the signs and in the order of nearly equal directions, and gradients of B add up only for one A.
-    An entry repeats the warnings of its calibration; `is_shown` names its file on stderr.
+    An entry of the cache repeats the warnings of its calibration; `is_shown` names its file on stderr.
     """
     fixed = [target for target in targets if target.has_fixed_A]
-    if not fixed:
-        return {}, {}
+    if calibration is None or not fixed:
+        return {}
     is_first = rank_and_world_size()[0] == 0
     key = "" if cache_dir is None else calibration_key(model, fixed, calibration)
-    folder = Path(cache_dir or "")
-    entry = read_cached(folder, key) if key and is_first else None  # alone: each node may have a cache of its own
-    content = gather(None if entry is None else json.loads(entry[1]["content"]))[0]
-    owners: dict[str, int] = {}
-    notes: list[str] | None = None
-    if content is None:
+    file = Path(cache_dir or "") / f"{key}.safetensors"
+    stored = _read(file, fixed) if key and is_first else None  # alone: each node may have a cache of its own
+    made: dict[str, tuple[Tensor, Protection]] = {}
+    entry = gather(stored and stored[1])[0]
+    if entry is None:
         with warnings.catch_warnings(record=True) as caught:
-            factors, protections = choose()
-        notes = [str(one.message) for one in caught if issubclass(one.category, UserWarning)]
+            made = for_each_input(model, fixed, calibration, make_A, is_shown=is_shown)
         for one in caught:
             warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
-        found = gather(protections)
-        owners = {path: rank for rank, part in enumerate(found) for path in part}
-        protections = {t.path: found[owners[t.path]][t.path] for t in fixed}
-    else:
-        if is_shown and is_first:
-            sys.stderr.write(f"the calibration of an earlier start is used ({folder}/{key}.safetensors)\n")
-        factors, _ = entry or ({}, {})
-        protections = {path: Protection(**values) for path, values in content["protection"].items()}
-        for note in content["warnings"] if is_first else ():
+    elif is_first:
+        if is_shown:
+            sys.stderr.write(f"the calibration of an earlier start is used ({file})\n")
+        for note in entry["warnings"]:
             warnings.warn(note, stacklevel=4)
+    found = [entry["protection"]] if entry else gather({path: asdict(about) for path, (_, about) in made.items()})
+    owners = {path: rank for rank, part in enumerate(found) for path in part}
+    about = {t.path: Protection(**found[owners[t.path]][t.path]) for t in fixed}
+    factors = stored[0] if stored else {path: A for path, (A, _) in made.items()}
     device = next(model.parameters()).device
     for t in fixed:
         shape = (t.rank or 0, t.shape[1])
-        owner = owners.get(t.path, 0)
-        factors[t.path] = broadcast(factors.get(t.path), shape, torch.float32, device, owner=owner).to(device)
-    if content is None and key and is_first:
-        described = {path: asdict(protection) for path, protection in protections.items()}
-        write_cached(folder, key, factors, {"content": json.dumps({"protection": described, "warnings": notes})})
-    return factors, protections
+        A = broadcast(factors.get(t.path), shape, torch.float32, device, owners[t.path])
+        factors[t.path] = A.to(device)
+    if key and is_first and entry is None:
+        notes = [str(one.message) for one in caught if issubclass(one.category, UserWarning)]
+        entry = {"protection": {path: asdict(one) for path, one in about.items()}, "warnings": notes}
+        write_cached(file.parent, key, factors, {"content": json.dumps(entry)})
+    return {t.path: (factors[t.path], about[t.path]) for t in fixed}
+
+
+def _read(file: Path, targets: Sequence[Target]) -> tuple[dict[str, Tensor], Any] | None:
+    """Return A by path and what the entry says about it; None for an entry that is missing or does not fit."""
+    tensors, metadata = read_cached(file.parent, file.stem) or ({}, {})
+    if {path: A.shape for path, A in tensors.items()} != {t.path: (t.rank, t.shape[1]) for t in targets}:
+        return None
+    entry = json.loads(metadata["content"])
+    return tensors, entry
 
 
 def off_inputs(rows: Tensor, V: Tensor) -> tuple[Tensor, float]:
@@ -228,11 +235,6 @@ def overlap(A: Tensor, V: Tensor) -> float:
     with full_precision(A.device):
         inside, whole = (torch.linalg.vector_norm(t, dtype=torch.float64) for t in (A.float() @ V, A))
     return float(inside / whole) if whole > 0 else 0.0
-
-
-def _random_rows(target: Target) -> Tensor:
-    generator = torch.Generator().manual_seed(zlib.crc32(target.path.encode(), target.seed))
-    return torch.randn(target.rank or 0, target.shape[1], generator=generator)
 
 
 def calibration_key(model: nn.Module, targets: Sequence[Target], calibration: Calibration | None) -> str:

@@ -62,10 +62,7 @@ class LayerReport:
 
 @dataclass(frozen=True, slots=True)
 class Initial:
-    """The initial factors A0 (r, in) and B0 (out, r) of a target, the fingerprint of its base weight and its report.
-
-    For a fixed A, the rows of A0 are the right singular vectors alone.
-    """
+    """The initial factors A0 (r, in) and B0 (out, r) of a target, the fingerprint of its base weight and its report."""
 
     A0: Tensor
     B0: Tensor
@@ -80,7 +77,7 @@ class WeightError(UserError):
 def initialize(
     model: nn.Module, targets: Sequence[Target], *, cache_dir: str | Path | None = None, progress: bool = False
 ) -> dict[str, Initial]:
-    """Return the initial factors of all targets whose method starts from the weight, by module path.
+    """Return the initial factors of all targets that keep them as an anchor, by module path.
 
     Factors are read from `cache_dir` and written to it. `progress` shows a progress bar on stderr. In a
     distributed run each process decomposes a share of the layers; ZeRO-3 gathers one layer at a time.
@@ -98,7 +95,7 @@ def initialize(
     >>> torch.allclose(initial.B0 @ initial.A0, torch.diag(torch.tensor([0.0, 0.0, 2.0, 1.0])), atol=1e-6)
     True
     """
-    wanted = [t for t in targets if t.is_decomposed]
+    wanted = [t for t in targets if t.has_anchor]
     cache = None if cache_dir is None else Path(cache_dir)
     rank, processes = rank_and_world_size()
     is_first, order = rank == 0, wanted
@@ -156,16 +153,18 @@ def _initial(W: Tensor, dtype: torch.dtype, target: Target, cache: Path | None) 
     start = time.perf_counter()
     assert target.rank is not None
     assert target.part is not None
-    # The seed depends on the path, because modules of equal shape must not draw the same positions.
-    seed = zlib.crc32(target.path.encode(), target.seed) if target.part == "random" else 0
     try:
-        factors = cached_factors(W, target.rank, target.part, cache, seed=seed)
+        factors = cached_factors(W, target.rank, target.part, cache, seed=seed_of(target))
     except (ValueError, torch.linalg.LinAlgError) as error:
         raise WeightError(str(error), where=target.path) from error
-    sigma = "none" if target.has_fixed_A else target.sigma
-    A0, B0 = _scaled(factors, W, sigma, target.scaling, cache)
+    A0, B0 = _scaled(factors, W, target.sigma, target.scaling, cache)
     report = _report(factors, target, time.perf_counter() - start)
     return Initial(A0.to(dtype), B0.to(dtype), fingerprint(W), report)
+
+
+def seed_of(target: Target) -> int:
+    """Return the seed of a random part. Modules of equal shape must not draw the same positions."""
+    return zlib.crc32(target.path.encode(), target.seed) if target.part == "random" else 0
 
 
 def _scaled(factors: Factors, W: Tensor, sigma: Sigma, scaling: float, cache: Path | None) -> tuple[Tensor, Tensor]:
@@ -204,7 +203,7 @@ def _warn_of_zeros(initial: Mapping[str, Initial], targets: Sequence[Target]) ->
     dead = []
     for target in targets:
         A0, report = initial[target.path].A0, initial[target.path].report
-        if target.has_anchor and target.sigma != "none":
+        if target.sigma != "none":
             # Row i of A0 and column i of B0 both have the norm sqrt(S_i / s).
             rows = torch.linalg.vector_norm(A0, dim=1, dtype=torch.float64)
             if float(rows.min()) ** 2 * target.scaling <= 1e-7 * report.sigma_top:

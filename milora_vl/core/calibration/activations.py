@@ -1,8 +1,9 @@
 """Run the base model on calibration batches with hooks, sum C = E[x x'] of each layer input, find its protected inputs.
 
 C is the mean of the E[x x'] of all sources of batches, so that a small source counts as much as a large one.
-The memory of C (in, in) decides how many layers one pass over the batches serves: all layers of a small model, a few
-blocks of a large one. A pass ends at its last layer. Nothing of the model changes. Too little data gets a warning.
+Each process takes a share of the inputs and sees all batches: a forward is cheap, the eigenvectors of C are not, and
+the result does not depend on the number of processes. Free memory decides how many inputs one pass over the batches
+serves. A pass ends at its last layer. Nothing of the model changes. Too little data gets a warning.
 """
 
 from __future__ import annotations
@@ -11,13 +12,16 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from itertools import zip_longest
+from typing import Any, TypeVar
 
+import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from milora_vl.common.errors import Problem, UserError
 from milora_vl.common.progress import progress_bar
 from milora_vl.core.calibration import INPUTS
 from milora_vl.core.calibration.bases import (
@@ -25,9 +29,7 @@ from milora_vl.core.calibration.bases import (
     Calibration,
     CalibrationError,
     InputBasis,
-    ProtectedInputs,
     first_directions,
-    leaving_ranks,
     positions_of,
     sources_of,
 )
@@ -35,11 +37,11 @@ from milora_vl.core.policy.rules import Target
 from milora_vl.core.policy.towers import image_token_of, is_encoder_decoder, keep_weights_readable
 from milora_vl.core.svd.gram import add_to_lower, full_precision, mirror
 from milora_vl.core.weights.distributed import gather, rank_and_world_size
-from milora_vl.core.weights.matrices import gathered_in_forward, is_linear
+from milora_vl.core.weights.matrices import gathered_in_forward, is_linear, read_matrix
 
 Batch = Mapping[str, Any]
 Hook = Callable[[Tensor], None]
-PASS_BYTES = 2 * 1024**3  # memory of all C of one pass; as much again with several sources
+ROOM = 0.6  # share of the free memory for the sums of one pass; eigenvectors need some, too
 # A position counts with at most this many times the median energy. Attention sinks have thousands of times the energy,
 # and one of them would be 90 % of C. Without them, V lacks their directions: the update then moves what all later
 # positions read, and SmolLM2 forgets six times as much at p = 0.9.
@@ -47,42 +49,6 @@ LARGEST = 10.0
 HELD_OUT = 8  # one batch in so many checks the shares and does not enter C
 LEAST_HELD_OUT = 0.5  # of the share; a layer that holds less of held-out energy than this gets a warning
 FEWEST = 0.01  # a layer that protects a smaller share of its input directions than this gets a warning
-
-
-def protected_inputs(
-    model: nn.Module, targets: Sequence[Target], calibration: Calibration | None, *, is_shown: bool = False
-) -> ProtectedInputs | None:
-    """Return the protected inputs of all targets with `protect`, or None without such targets.
-
-    A layer keeps as many free directions as its rank, so it may protect less than its rule asks for.
-    `is_shown` shows a progress bar on stderr. Warns about layers that protect less than asked or almost nothing, and
-    about too little data. Raises CalibrationError as `find_inputs` and `require_calibration`.
-    """
-    require_calibration(targets, calibration)
-    wanted = [t for t in targets if t.protect]
-    if calibration is None:
-        return None
-    found = find_inputs(model, wanted, calibration, is_shown=is_shown)
-    lowered, changed = leaving_ranks(
-        found, {t.path: t.rank for t in wanted if t.rank is not None and t.path in found.numbers}
-    )
-    told = gather((_told(found), _told(lowered), changed))
-    if rank_and_world_size()[0] == 0:
-        _warn(*(_joined([part[n] for part in told]) for n in (0, 1)), [path for part in told for path in part[2]])
-    return lowered
-
-
-def _told(inputs: ProtectedInputs) -> ProtectedInputs:
-    """Return the inputs without their directions, which are large."""
-    return replace(inputs, bases=[replace(one, V=one.V.to("meta")) for one in inputs.bases])
-
-
-def _joined(parts: Sequence[ProtectedInputs]) -> ProtectedInputs:
-    bases = [basis for part in parts for basis in part.bases]
-    starts = [sum(len(part.bases) for part in parts[:n]) for n in range(len(parts))]
-    return ProtectedInputs(
-        bases, {path: start + n for start, part in zip(starts, parts, strict=True) for path, n in part.numbers.items()}
-    )
 
 
 def require_calibration(targets: Sequence[Target], calibration: Calibration | None) -> None:
@@ -108,36 +74,35 @@ def require_calibration(targets: Sequence[Target], calibration: Calibration | No
             )
 
 
-def _warn(found: ProtectedInputs, lowered: ProtectedInputs, changed: Sequence[str]) -> None:
+def _warn(found: Mapping[str, tuple[InputBasis, InputBasis]]) -> None:
     """Warn about layers that protect almost nothing, or less than their rule asks for, and about too little data.
 
-    With too little data, directions describe the calibration batches and not the inputs of the layer in general.
+    `found` has the directions by the rule and those that leave room for the rank. With too little data, directions
+    describe the calibration batches and not the inputs of the layer in general.
     """
-    bases = {path: found.bases[number] for path, number in found.numbers.items()}
-    few = [path for path, basis in bases.items() if basis.num_directions < FEWEST * basis.size]
-    if few:
-        basis = bases[few[0]]
+    few = [(path, basis) for path, (basis, _) in found.items() if basis.num_directions < FEWEST * basis.size]
+    for path, basis in few[:1]:
         warnings.warn(
-            f"{len(few):,} of {len(bases):,} layers protect almost nothing: {few[0]} protects {basis.num_directions} "
+            f"{len(few):,} of {len(found):,} layers protect almost nothing: {path} protects {basis.num_directions} "
             f"of {basis.size} input directions, which hold {basis.share:.1%} of its activation energy. A few "
             "directions dominate there; raise protect for these layers.",
             stacklevel=3,
         )
-    unsure = [path for path, basis in bases.items() if _is_unsure(basis)]
-    if unsure:
-        basis = bases[unsure[0]]
+    unsure = [(path, basis) for path, (basis, _) in found.items() if _is_unsure(basis)]
+    for path, basis in unsure[:1]:
         seen = "nothing was held out" if basis.held_out is None else f"{basis.held_out:.1%} on held-out data"
         warnings.warn(
-            f"too little calibration data for {len(unsure):,} of {len(bases):,} layers: {unsure[0]} has {basis.size:,} "
+            f"too little calibration data for {len(unsure):,} of {len(found):,} layers: {path} has {basis.size:,} "
             f"inputs and {basis.num_positions:,} positions; its directions hold {basis.share:.1%} of the activation "
             f"energy on them, and {seen}. Calibrate with more data.",
             stacklevel=3,
         )
+    changed = {path: kept.share for path, (basis, kept) in found.items() if kept.num_directions < basis.num_directions}
     if changed:
-        lowest = min(changed, key=lambda path: lowered.of(path).share)
+        lowest = min(changed, key=lambda path: changed[path])
         warnings.warn(
-            f"{len(changed):,} of {len(bases):,} layers protect less than their rule asks for, so that their rank "
-            f"fits; the lowest share is {lowered.of(lowest).share:.1%}, in {lowest}. A lower rank protects more.",
+            f"{len(changed):,} of {len(found):,} layers protect less than their rule asks for, so that their rank "
+            f"fits; the lowest share is {changed[lowest]:.1%}, in {lowest}. A lower rank protects more.",
             stacklevel=3,
         )
 
@@ -179,6 +144,30 @@ def without_caches(model: nn.Module) -> Iterator[None]:
 
 
 @dataclass(slots=True, eq=False)
+class _Sum:
+    """E[x x'] (in, in) of one layer input below its diagonal, the mean over each source, summed over the sources."""
+
+    total: Tensor | None = None
+    now: Tensor | None = None  # of the present source, the sum
+    num_now: int = 0  # positions in `now`
+    num_positions: int = 0  # in `total`
+
+    def add(self, rows: Tensor) -> None:
+        self.num_now += len(rows)
+        with full_precision(rows.device):
+            self.now = rows.new_zeros(rows.shape[1], rows.shape[1]) if self.now is None else self.now
+            add_to_lower(self.now, rows)
+
+    def end_source(self, count: int) -> None:
+        """Add the mean of a source over `count` positions: an expert that few of them reach weighs the source less."""
+        if self.now is not None and count:
+            mean = self.now.div_(count)
+            self.total = mean if self.total is None else self.total.add_(mean)
+        self.num_positions += self.num_now
+        self.now, self.num_now = None, 0
+
+
+@dataclass(slots=True, eq=False)
 class _Input:
     """One layer input: the modules that read it, and what is summed over its positions."""
 
@@ -188,70 +177,118 @@ class _Input:
     size: int
     is_repeated: bool  # True if a forward runs the module more than once
     paths: list[str] = field(default_factory=list)
-    total: Tensor | None = None  # of the sources so far, the sum of E[x x'] (in, in) below its diagonal
-    num_positions: int = 0  # in `total`
-    now: Tensor | None = None  # of the present source, the sum of x x' below its diagonal
-    num_now: int = 0  # positions in `now`
+    fit: _Sum = field(default_factory=_Sum)
+    held: _Sum = field(default_factory=_Sum)  # of held-out batches
     basis: InputBasis | None = None
-    held: Tensor | float = 0.0  # of held-out batches (k + 1,): the energy along each of V, and in total
-    held_now: Tensor | float = 0.0  # the same of the present source
+
+
+Source = Sequence[tuple[Batch, Tensor | None]]
+Made = TypeVar("Made")
 
 
 @torch.no_grad()
-def find_inputs(
-    model: nn.Module, targets: Sequence[Target], calibration: Calibration, *, is_shown: bool = False
-) -> ProtectedInputs:
-    """Return the protected inputs of all targets whose rule has `protect`.
+def for_each_input(
+    model: nn.Module,
+    targets: Sequence[Target],
+    calibration: Calibration,
+    make: Callable[[Target, Tensor, InputBasis], Made],
+    *,
+    is_shown: bool = False,
+) -> dict[str, Made]:
+    """Return `make(target, W, inputs)` by path, of the targets with `protect` whose inputs this process decomposes.
 
-    One batch in eight is held out. All processes get identical bits from the first one.
-    `is_shown` shows a progress bar on stderr.
+    W (out, in) is the weight; `inputs` has at most `in` - r directions, so that the rank fits, and is not kept. One
+    batch in eight is held out. `is_shown` shows a progress bar on stderr. Warns in the first process about layers that
+    protect less than asked or almost nothing, and about too little data.
 
-    Raises CalibrationError for batches without tokens, for a layer that no batch reaches, and for NaN activations.
+    Raises, in every process, CalibrationError for batches without tokens, for a layer that no batch reaches and for NaN
+    activations, and what `make` raises.
     """
+    require_calibration(targets, calibration)
+    wanted = {target.path: target for target in targets if target.protect}
     parted = [_split(batches) for batches in sources_of(calibration)]
-    fits = [_with_positions(model, fit) for fit, _ in parted]
-    helds = [_with_positions(model, held) for _, held in parted if held]
-    num_fit, num_held = (sum(map(len, part)) for part in (fits, helds))
-    shown = is_shown and rank_and_world_size()[0] == 0
+    sources = [(_with_positions(model, fit), _with_positions(model, held) if held else []) for fit, held in parted]
+    rank = rank_and_world_size()[0]
+    made: dict[str, Made] = {}
+    notes: dict[str, tuple[InputBasis, InputBasis]] = {}
     with evaluated(model), without_caches(model):
-        inputs = _inputs_in_order(model, targets, [batch for fit, _ in parted for batch in fit])
-        mine = _share(inputs)
-        passes = list(_passes(mine))
-        if is_deepspeed_zero3_enabled():  # all processes run the same forwards, and to their ends
-            passes += [[]] * (max(gather(len(passes))) - len(passes))
-        with progress_bar(INPUTS, len(passes) * num_fit + num_held, "batches", is_shown=shown) as bar:
-            for part in passes:
-                for fit in fits:
-                    for batch, positions in fit:
-                        _run(model, batch, {one.module: _adder(one, positions) for one in part}, _ends(part))
-                        bar.update()
-                    for one in part:
-                        _end_source(one, _count(fit))
-                for one in part:
-                    one.basis = _basis(one)
-                    one.total = None
-            for held in helds:
-                for batch, positions in held:
-                    _run(model, batch, {one.module: _checker(one, positions) for one in mine}, _ends(mine))
-                    bar.update()
-                for one in mine:
-                    _end_source(one, _count(held))
-    return ProtectedInputs(
-        [_checked(one) for one in mine], {path: number for number, one in enumerate(mine) for path in one.paths}
-    )
+        inputs = _inputs_in_order(model, wanted, [batch for fit, _ in sources for batch, _ in fit])
+        room = min(gather(room_for_sums(model))) // (4 if len(sources) > 1 else 2)  # two kinds; of a source and in all
+        passes = list(zip_longest(*(_passes(share, room) for share in _shares(inputs)), fillvalue=[]))
+        count = sum(len(fit) + len(held) for fit, held in sources)
+        with progress_bar(INPUTS, len(passes) * count, "batches", is_shown=is_shown and rank == 0) as bar:
+            for parts in passes:
+                for fit, held in sources:
+                    _add(model, fit, {one: one.fit for one in parts[rank]}, bar.update)
+                    _add(model, held, {one: one.held for one in parts[rank]}, bar.update)
+                _use(model, parts, wanted, make, made, notes)
+    told = {path: note for part in gather(notes) for path, note in part.items()}
+    if rank == 0:
+        _warn({path: told[path] for path in wanted})
+    return made
 
 
-def _share(inputs: Sequence[_Input]) -> list[_Input]:
-    """Return the inputs of this process: shares of equal work, each input with the layers that read it."""
+def find_inputs(model: nn.Module, targets: Sequence[Target], calibration: Calibration) -> dict[str, InputBasis]:
+    """Return the protected inputs of the targets of this process; layers that read one input share an object."""
+    return for_each_input(model, targets, calibration, lambda _, __, basis: basis)
+
+
+def _add(model: nn.Module, batches: Source, sums: Mapping[_Input, _Sum], on_batch: Callable[[], object]) -> None:
+    """Add one source of batches to the sums. Under ZeRO-3 all processes run the same forwards, and to their ends."""
+    ends = not (is_deepspeed_zero3_enabled() or any(one.is_repeated for one in sums))
+    for batch, positions in batches:
+        if sums or is_deepspeed_zero3_enabled():
+            _run(model, batch, {one.module: _adder(one, one_sum, positions) for one, one_sum in sums.items()}, ends)
+        on_batch()
+    for one, one_sum in sums.items():
+        one_sum.end_source((_count(batches) if one.has_positions else 0) or one_sum.num_now)
+
+
+def _use(
+    model: nn.Module,
+    parts: Sequence[Sequence[_Input]],
+    targets: Mapping[str, Target],
+    make: Callable[[Target, Tensor, InputBasis], Made],
+    made: dict[str, Made],
+    notes: dict[str, tuple[InputBasis, InputBasis]],
+) -> None:
+    """Decompose the sums of a pass and call `make`; `parts` has the inputs of each process."""
     rank, processes = rank_and_world_size()
-    work = [0.0] * processes
-    mine = []
-    for number in sorted(range(len(inputs)), key=lambda n: -inputs[n].size):
-        owner = work.index(min(work))
-        work[owner] += float(inputs[number].size) ** 3
-        if owner == rank:
-            mine.append(number)
-    return [inputs[number] for number in sorted(mine)]
+    failure: tuple[type[UserError], Sequence[Problem]] | None = None
+    for items in zip_longest(*([(one, path) for one in part for path in one.paths] for part in parts)):
+        W = None
+        for owner, item in enumerate(items):
+            # Under ZeRO-3 reading a weight gathers it, a collective operation that every process takes part in.
+            if item is not None and (owner == rank or is_deepspeed_zero3_enabled()):
+                gathered = read_matrix(model.get_submodule(item[1]))
+                W = gathered if owner == rank else W
+        if W is None or failure is not None:
+            continue
+        one, path = items[rank]
+        try:
+            basis = one.basis = one.basis or _basis(one)
+            kept = basis.first(basis.size - (targets[path].rank or 0))
+            made[path] = make(targets[path], W, basis if kept.num_directions == basis.num_directions else kept)
+            notes[path] = (basis.without_directions(), kept.without_directions())
+        except UserError as error:
+            failure = type(error), error.problems
+        except Exception as error:  # any error: the other processes wait for this one in `gather`
+            if processes == 1:
+                raise
+            failure = CalibrationError, [Problem(f"{type(error).__name__}: {error}", where=path)]
+        if path == one.paths[-1]:
+            one.basis = None
+    for failed in gather(failure):
+        if failed is not None:
+            raise failed[0](problems=failed[1])
+
+
+def _shares(inputs: Sequence[_Input]) -> list[list[_Input]]:
+    """Return the inputs of each process, in their order: shares of about equal n^3."""
+    shares: list[list[_Input]] = [[] for _ in range(rank_and_world_size()[1])]
+    for one in sorted(inputs, key=lambda one: -one.size):
+        min(shares, key=lambda share: sum(float(other.size) ** 3 for other in share)).append(one)
+    return [[one for one in inputs if one in share] for share in shares]
 
 
 def _split(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
@@ -285,11 +322,6 @@ def _kind(batch: Batch) -> tuple[str, ...]:
 
 class _AllSeen(Exception):
     pass
-
-
-def _ends(inputs: Sequence[_Input]) -> bool:
-    """Return whether a forward may end when each module ran: not if one runs again."""
-    return not (is_deepspeed_zero3_enabled() or any(one.is_repeated for one in inputs))
 
 
 def _run(model: nn.Module, batch: Batch, hooks: Mapping[nn.Module, Hook], ends: bool) -> None:
@@ -327,13 +359,13 @@ def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
     return {name: moved(value) for name, value in batch.items()}
 
 
-def _inputs_in_order(model: nn.Module, targets: Sequence[Target], batches: Sequence[Batch]) -> list[_Input]:
+def _inputs_in_order(model: nn.Module, targets: Mapping[str, Target], batches: Sequence[Batch]) -> list[_Input]:
     """Return the layer inputs in the order of the forward pass, from one batch of each kind.
 
     While layers are missing, other batches follow: an expert of a mixture sees no token of some batches. Linear layers
     that get the same tensor, one after the other and in every call, read one input: q, k and v, or gate and up.
     """
-    wanted = {model.get_submodule(t.path): t for t in targets if t.protect}
+    wanted = {model.get_submodule(path): target for path, target in targets.items()}
     calls: dict[nn.Module, list[int]] = {}  # the numbers of the tensors that each module gets
     last: list[Any] = [None, 0]  # the last tensor, and its number
     ran: set[nn.Module] = set()  # in this forward
@@ -378,15 +410,25 @@ def _inputs_in_order(model: nn.Module, targets: Sequence[Target], batches: Seque
     return list(inputs.values())
 
 
-def _passes(inputs: Sequence[_Input]) -> Iterator[list[_Input]]:
-    """Yield consecutive inputs whose sums fit into memory together; at least one at a time."""
+def room_for_sums(model: nn.Module) -> int:
+    """Return the bytes that the sums of one pass may take: most of the free memory of the model's device."""
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return int(ROOM * torch.cuda.mem_get_info(device)[0])
+    return int(ROOM * psutil.virtual_memory().available / rank_and_world_size()[1])
+
+
+def _passes(inputs: Sequence[_Input], room: int) -> Iterator[list[_Input]]:
+    """Yield consecutive inputs whose sums fit into `room` bytes together; at least one at a time."""
     part: list[_Input] = []
     for one in inputs:
-        if part and sum(4 * other.size**2 for other in (*part, one)) > PASS_BYTES:  # in float32
+        if part and sum(4 * other.size**2 for other in (*part, one)) > room:  # in float32
             yield part
             part = []
         part.append(one)
-    yield part
+    if part:
+        yield part
 
 
 def input_rows(module: nn.Module, x: Tensor) -> Tensor:
@@ -426,62 +468,27 @@ def _patches(module: nn.Conv2d, x: Tensor) -> Tensor:
     return unfolded.transpose(1, 2)
 
 
-def _adder(one: _Input, positions: Tensor | None) -> Hook:
-    def add(x: Tensor) -> None:
-        rows = _rows(one, x, positions)
-        one.num_now += len(rows)
-        with full_precision(rows.device):
-            one.now = rows.new_zeros(one.size, one.size) if one.now is None else one.now
-            add_to_lower(one.now, rows)
-
-    return add
-
-
-def _end_source(one: _Input, count: int) -> None:
-    """Add the mean over the positions of a source to the sum of all.
-
-    `count` is their number where it is known: an expert that few of them reach weighs the source less.
-    """
-    count = count if one.has_positions and count else one.num_now
-    if one.now is not None and count:
-        mean = one.now.div_(count)
-        one.total = mean if one.total is None else one.total.add_(mean)
-    if count:
-        one.held = one.held + one.held_now / count
-    if one.basis is None:
-        one.num_positions += one.num_now
-    one.now, one.num_now, one.held_now = None, 0, 0.0
+def _adder(one: _Input, one_sum: _Sum, positions: Tensor | None) -> Hook:
+    return lambda x: one_sum.add(_rows(one, x, positions))
 
 
 def _basis(one: _Input) -> InputBasis:
-    assert one.total is not None
-    if not bool(torch.isfinite(one.total).all()):
+    """Decompose the sum of an input, check its directions V on held-out batches, and drop both sums."""
+    fit, held = one.fit.total, one.held.total
+    assert fit is not None
+    if not all(bool(torch.isfinite(total).all()) for total in (fit, held) if total is not None):
         raise _not_finite(one)
-    return InputBasis(*first_directions(mirror(one.total), one.protect), one.num_positions)
+    V, shares = first_directions(mirror(fit), one.protect)
+    basis = InputBasis(V, shares, one.fit.num_positions)
+    one.fit.total = one.held.total = None
+    if held is None or (total := float(held.diagonal().sum(dtype=torch.float64))) == 0:
+        return basis
+    with full_precision(V.device):
+        inside = ((mirror(held) @ V) * V).sum(0, dtype=torch.float64).clamp(min=0)
+    return replace(basis, held_out_shares=F.pad(inside.cpu().cumsum(0) / total, (1, 0)))
 
 
 def _not_finite(one: _Input) -> CalibrationError:
     message = "the inputs of this layer contain NaN or infinite values on the calibration text"
     hint = "load the base model in bfloat16 or float32, and check its weights and the calibration batches"
     return CalibrationError(message, where=one.paths[0], hint=hint)
-
-
-def _checker(one: _Input, positions: Tensor | None) -> Hook:
-    def check(x: Tensor) -> None:
-        assert one.basis is not None
-        rows = _rows(one, x, positions)
-        with full_precision(rows.device):
-            inside = (rows @ one.basis.V.to(rows.device)).double().square().sum(0).cpu()
-            one.held_now = one.held_now + F.pad(inside, (0, 1), value=float(rows.double().square().sum()))
-            one.num_now += len(rows)
-
-    return check
-
-
-def _checked(one: _Input) -> InputBasis:
-    assert one.basis is not None
-    if not isinstance(one.held, Tensor) or one.held[-1] == 0:
-        return one.basis
-    if not bool(torch.isfinite(one.held[-1])):
-        raise _not_finite(one)
-    return replace(one.basis, held_out_shares=F.pad(one.held[:-1].cumsum(0) / one.held[-1], (1, 0)))

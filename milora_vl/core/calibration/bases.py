@@ -45,7 +45,7 @@ class CalibrationError(UserError):
 class InputBasis:
     """The protected directions of one layer input; layers that read the same input share one object.
 
-    - `V`: (in, k) orthonormal in float32, on the CPU, in descending order of energy.
+    - `V`: (in, k) orthonormal in float32, in descending order of energy.
     - `shares`: (k + 1,) the share of the activation energy trace(C) that the first 0, 1, ..., k directions hold.
     - `num_positions`: the number of input vectors in C.
     - `held_out_shares`: `shares` on calibration batches that C does not contain; None without such batches.
@@ -73,27 +73,21 @@ class InputBasis:
         """Return the share of held-out activation energy that V holds; None without held-out batches."""
         return None if self.held_out_shares is None else float(self.held_out_shares[-1])
 
+    def without_directions(self) -> InputBasis:
+        """Return the counts and the last shares alone, for a message."""
+        held = None if self.held_out_shares is None else self.held_out_shares[-1:]
+        return replace(self, V=self.V.to("meta"), shares=self.shares[-1:], held_out_shares=held)
+
     def first(self, count: int) -> InputBasis:
         """Return the basis of the first `count` directions, or of all if there are fewer."""
         held_out = None if self.held_out_shares is None else self.held_out_shares[: count + 1]
         return replace(self, V=self.V[:, :count], shares=self.shares[: count + 1], held_out_shares=held_out)
 
 
-@dataclass(frozen=True)
-class ProtectedInputs:
-    """The protected inputs of a model: `bases`, and the number of the basis of each module by path."""
-
-    bases: Sequence[InputBasis]
-    numbers: Mapping[str, int]
-
-    def of(self, path: str) -> InputBasis:
-        return self.bases[self.numbers[path]]
-
-
 def first_directions(C: Tensor, share: float) -> tuple[Tensor, Tensor]:
     """Return V (in, k), the fewest eigenvectors of C (in, in) that hold `share` of its trace, and `InputBasis.shares`.
 
-    C is symmetric and has no negative eigenvalues. Raises torch.linalg.LinAlgError if the decomposition fails.
+    C is symmetric and has no negative eigenvalues.
 
     >>> first_directions(torch.diag(torch.tensor([1.0, 6.0, 3.0])), 0.9)[0].abs()
     tensor([[0., 0.],
@@ -104,25 +98,14 @@ def first_directions(C: Tensor, share: float) -> tuple[Tensor, Tensor]:
     if total <= 0:
         return C.new_zeros(len(C), 0, dtype=torch.float32), torch.ones(1, dtype=torch.float64)
     with full_precision(C.device):
-        values, vectors = (half.flip(-1) for half in torch.linalg.eigh(C))
+        try:
+            values, vectors = torch.linalg.eigh(C)
+        except torch.linalg.LinAlgError:  # some solvers fail in float32 for clustered eigenvalues
+            values, vectors = torch.linalg.eigh(C.double())
+        values, vectors = values.flip(-1), vectors.flip(-1)
     held = pad(values.double().clamp(min=0).cumsum(0).cpu() / total, (1, 0)).clamp(max=1)
     count = min(int((held[1:] < share).sum()) + 1, len(C))
     return vectors[:, :count].float().contiguous(), held[: count + 1]
-
-
-def leaving_ranks(protected: ProtectedInputs, ranks: Mapping[str, int]) -> tuple[ProtectedInputs, list[str]]:
-    """Return the protected inputs where each module has as many free directions as its rank, and the modules changed.
-
-    A module with fewer protects only its first `in` - r directions.
-    """
-    bases, numbers, changed = list(protected.bases), dict(protected.numbers), []
-    for path, rank in ranks.items():
-        basis = protected.of(path)
-        if basis.num_directions > basis.size - rank:
-            numbers[path] = len(bases)
-            bases.append(basis.first(basis.size - rank))
-            changed.append(path)
-    return ProtectedInputs(bases, numbers), changed
 
 
 def positions_of(batches: Sequence[Mapping[str, Any]], image_token: int | None) -> list[Tensor | None]:

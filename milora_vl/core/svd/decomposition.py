@@ -78,6 +78,7 @@ def decompose(
     method: Method = "auto",
     tol: float = 1e-3,
     generator: torch.Generator | None = None,
+    refines_left: bool = True,
 ) -> Factors:
     """Return `rank` singular triplets of `weight` (out, in).
 
@@ -95,7 +96,7 @@ def decompose(
     A search proves a bound on the relative error of ||S||. If the bound exceeds `tol`, the next more accurate method is
     used, at last a whole decomposition. `Factors.method` and `Factors.excess` report the method and the bound. A random
     part needs a whole decomposition. `generator` draws the random part and the start of the search; its default has
-    seed 0.
+    seed 0. Without `refines_left` the same V takes less work, and U has the rounding errors of W V.
 
     Raises ValueError for a weight that is not a finite floating-point matrix and for a rank outside 1..min(out, in).
 
@@ -110,6 +111,7 @@ def decompose(
         W = weight.detach().to(dtype)
         W = W if W.shape[0] >= W.shape[1] else W.T
         norm, is_transposed = frobenius(W), W.shape != weight.shape
+        refines_left |= is_transposed  # the right vectors of a wide weight are the left ones of W
         if not 1e-12 < norm < 1e12:  # the squares of W could leave the range of the dtype
             if not torch.isfinite(W).all():
                 bad = int((~torch.isfinite(W)).sum())
@@ -117,9 +119,9 @@ def decompose(
             norm, method = frobenius(W.double()), "exact"
         factors = None
         if method == "fast" or (method == "auto" and W.shape[1] > max(DENSE, DENSE_SHARE * (rank + EXTRA))):
-            factors = _search(W, norm, rank, part, tol, generator, is_transposed)
+            factors = _search(W, norm, rank, part, tol, generator, is_transposed, refines_left)
         if factors is None and method != "exact" and dtype == torch.float32:
-            factors = _by_gram_matrix(W, norm, rank, part, generator)
+            factors = _by_gram_matrix(W, norm, rank, part, generator, refines_left)
         factors = factors or _by_svd(W, norm, rank, part, generator)
         U, Vh = (factors.Vh.T, factors.U.T) if is_transposed else (factors.U, factors.Vh)
         sign = torch.where(Vh.gather(1, Vh.abs().argmax(dim=1, keepdim=True)) < 0, -1.0, 1.0).to(dtype)
@@ -135,13 +137,13 @@ def frobenius(W: Tensor) -> float:
 
 
 def _search(
-    W: Tensor, norm: float, rank: int, part: Part, tol: float, generator: torch.Generator, is_transposed: bool
+    W: Tensor, norm: float, rank: int, part: Part, tol: float, generator: torch.Generator, *settings: bool
 ) -> Factors | None:
     """Return only the wanted triplets of W (m, n), m >= n, or None if that is impossible or not certified."""
     if part == "random" or rank + EXTRA >= W.shape[1] or norm == 0:
         return None
     for dtype in dict.fromkeys((W.dtype, torch.float64)):
-        search = Search(W, norm, rank, 1 if part == "minor" else -1, dtype, generator, is_transposed)
+        search = Search(W, norm, rank, 1 if part == "minor" else -1, dtype, generator, *settings)
         try:
             result = search.run(tol)
         except torch.linalg.LinAlgError:  # rounding errors have taken over: the next method is more accurate
@@ -154,7 +156,9 @@ def _search(
     return None
 
 
-def _by_gram_matrix(W: Tensor, norm: float, rank: int, part: Part, generator: torch.Generator) -> Factors | None:
+def _by_gram_matrix(
+    W: Tensor, norm: float, rank: int, part: Part, generator: torch.Generator, refines_left: bool
+) -> Factors | None:
     """Decompose W (m, n), m >= n, as a whole, by the eigenvectors of W'W in float64.
 
     This is more accurate than a float32 decomposition of W. Return None if it fails.
@@ -174,8 +178,8 @@ def _by_gram_matrix(W: Tensor, norm: float, rank: int, part: Part, generator: to
     V = vectors[:, wanted]
     U, S, V = triplets(wide @ V, V)
     sigma_max = float(squares[0].sqrt())
-    clean = refine_left_vectors(wide, U, S, V, sigma_max, inverse, generator)
-    if clean is None or float(torch.linalg.vector_norm(wide.T @ clean - V * S)) > 1e-6 * norm:
+    clean = refine_left_vectors(wide, U, S, V, sigma_max, inverse, generator) if refines_left else U
+    if clean is None or (refines_left and float(torch.linalg.vector_norm(wide.T @ clean - V * S)) > 1e-6 * norm):
         return None
     return Factors(clean.to(W.dtype), S.to(W.dtype), V.T.to(W.dtype), index, norm, sigma_max, 0.0, "eigh")
 

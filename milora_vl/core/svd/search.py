@@ -82,12 +82,13 @@ class Search:
         dtype: torch.dtype,
         generator: torch.Generator,
         is_transposed: bool,
+        refines_left: bool = True,
     ) -> None:
         """`norm` is ||W||_F; rank + EXTRA must be less than n.
 
         If W is the transpose of the user's weight, the triplets must satisfy W'U = V S rather than W V = U S.
         """
-        self.is_transposed = is_transposed
+        self.is_transposed, self.refines_left = is_transposed, refines_left
         self.W, self.rank, self.sign, self.dtype, self.generator = W, rank, sign, dtype, generator
         self.keep = rank + EXTRA
         self.block = max(16, 3 * rank // 4)
@@ -143,7 +144,7 @@ class Search:
         """Return the triplets of the space, or None if refining the left vectors changes their certified norm."""
         U, S, V = triplets(space.Y[:, : self.rank], space.V[:, : self.rank])
         refined: tuple[Tensor, Tensor, Tensor] | None = U, S, V
-        if self.sign > 0:
+        if self.sign > 0 and self.refines_left:
             refined = self._with_left_vectors(U, S, V)
         elif self.is_transposed:
             refined = transpose(self.W, U, V, None, self.floor)

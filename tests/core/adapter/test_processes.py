@@ -65,21 +65,21 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from milora_vl import apply_milora, save_adapter
-from milora_vl.core.adapter import apply
+from milora_vl.core.adapter import fixed_a
 
 dist.init_process_group("gloo")
 rank, folder, cache = dist.get_rank(), *sys.argv[1:]
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(12, 10), nn.Tanh(), nn.Linear(10, 12))
-choose, chosen = apply.fixed_factors, {}
+make, chosen = fixed_a.make_A, {}
 
-def differs(*arguments):  # as the SVD of another GPU, whose signs are others
-    factors, protections = choose(*arguments)
-    factors = {path: A * (1 - 2 * rank) for path, A in factors.items()}
-    chosen.update((path, A.tolist()) for path, A in factors.items())
-    return factors, protections
+def differs(target, *arguments):  # as the SVD of another GPU, whose signs are others
+    A, protection = make(target, *arguments)
+    A *= 1 - 2 * rank
+    chosen[target.path] = A.tolist()
+    return A, protection
 
-apply.fixed_factors = differs
+fixed_a.make_A = differs
 rules = [{"modules": "language", "method": "milora", "rank": 3, "protect": 0.5}]
 calibration = [{"input": torch.randn(9, 12, generator=torch.Generator().manual_seed(i))} for i in range(2)]
 tuned = apply_milora(model, rules, calibration=calibration, cache_dir=cache or None)
@@ -152,7 +152,7 @@ calls = []
 decompose = cache.decompose
 cache.decompose = lambda W, *a, **k: calls.append(list(W.shape)) or decompose(W, *a, **k)
 digest = cache.weights_digest(model)  # gathers one weight at a time
-targets = Policy.parse([{"modules": "language", "method": method, "rank": 3}]).resolve(model)
+targets = Policy.parse([{"modules": "language", "method": method, "rank": 3, "protect": 0}]).resolve(model)
 try:
     made = module.initialize(model, targets)
     bits = [hashlib.sha256(m.A0.numpy().tobytes() + m.B0.numpy().tobytes()).hexdigest() for m in made.values()]

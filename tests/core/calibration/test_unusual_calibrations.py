@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import T5Config, T5ForConditionalGeneration
 
-from milora_vl.core.calibration.activations import protected_inputs
+from milora_vl.core.calibration.activations import find_inputs
 from milora_vl.core.calibration.bases import InputBasis
 from milora_vl.core.policy import Policy
 from support.adapter_cases import one_rule
@@ -41,9 +41,7 @@ def calibrated(
     model: nn.Module, batches: Any, protect: float = 0.9, modules: str = "language"
 ) -> dict[str, InputBasis]:
     targets = Policy.parse(one_rule(modules=modules, protect=protect)).resolve(model)
-    found = protected_inputs(model, targets, batches)
-    assert found is not None
-    return {path: found.of(path) for path in found.numbers}
+    return find_inputs(model, targets, batches)
 
 
 class Twice(nn.Module):
