@@ -23,6 +23,7 @@ from milora_data.batches.record_collator import RecordCollator
 from milora_vl.common.cli.console import amount
 from milora_vl.common.evaluator import TrainingQuestions, evaluator
 from milora_vl.core.calibration.activations import evaluated
+from milora_vl.core.weights.matrices import gathered_in_forward
 from milora_vl.forgetting.measure import logits_of, summary, token_sums
 from milora_vl.forgetting.text import general_text, text_batches
 from milora_vl.models.loading import split_processor
@@ -43,7 +44,7 @@ class Probe:
         self.batches = list(
             text_batches(texts, tokenizer, num_tokens=NUM_TOKENS, block_length=BLOCK_LENGTH, batch_size=BATCH_SIZE)
         )
-        with torch.inference_mode(), evaluated(base):
+        with torch.inference_mode(), evaluated(base), gathered_in_forward(base):
             self.targets = [logits_of(base, batch).cpu() for batch in self.batches]
 
     def measure(self, model: nn.Module, context: Callable[[], AbstractContextManager[Any]]) -> dict[str, float]:

@@ -29,12 +29,18 @@ def same(first: Path, second: Path, weights: str = "adapter_model.safetensors") 
     assert max((tensor - after[name]).abs().max() for name, tensor in before.items()) <= 2e-4
 
 
+def forgetting(run: Path) -> list[float]:
+    log = json.loads((run / "trainer_state.json").read_text())["log_history"]
+    return [entry["forgetting"] for entry in log if "forgetting" in entry]
+
+
 def run_all(kinds: list[str], method: str, model: Path, data: Path, tmp_path: Path) -> str:
     """One process here, the others in two; each of these is cut and resumed, too. Returns what was printed."""
     weights = WEIGHTS.get(method, "adapter_model.safetensors")
     extra = ["--model", str(model), "--method", method, *METHODS[method], "--dropout", "0"]
     extra = [word for word in extra if method in ("milora", "lora") or word not in ("--dropout", "0")]
     batch = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2"]
+    extra += ["--forgetting_every", "3"]
     lines: list[list[str]] = []
     for kind in kinds:
         line = training(data, tmp_path / kind, *extra, *KINDS[kind], *batch)
@@ -43,6 +49,7 @@ def run_all(kinds: list[str], method: str, model: Path, data: Path, tmp_path: Pa
     printed = train_in_two(lines, tmp_path)
     for kind in kinds:
         same(tmp_path / "one", tmp_path / kind, weights)
+        assert forgetting(tmp_path / kind) == pytest.approx(forgetting(tmp_path / "one"), abs=1e-4)
         assert (tmp_path / kind / "incomplete-checkpoint-6").is_dir()
         counts = [json.loads((tmp_path / run / "policy.json").read_text()) for run in ("one", kind)]
         assert all(counts[0][key] == counts[1][key] for key in ("trainable", "total", "targets"))

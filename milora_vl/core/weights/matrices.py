@@ -90,24 +90,29 @@ def read_parameter(module: nn.Module, name: str) -> Tensor:
 
 @contextmanager
 def gathered_in_forward(model: nn.Module) -> Iterator[None]:
-    """Under ZeRO-3, gather the parameters of each module while its forward runs; otherwise do nothing.
+    """Under ZeRO-3, gather the parameters of each module and its children while its forward runs; else do nothing.
 
-    DeepSpeed gathers them only in models that train. All processes must run the same forward passes.
+    A module may use the weights of a child without calling it (MultiheadAttention). DeepSpeed gathers weights only in
+    models that train. All processes must run the same forward passes.
     """
     if not is_deepspeed_zero3_enabled():
         yield
         return
     open_modules: dict[nn.Module, Any] = {}
 
+    def parameters(module: nn.Module) -> list[nn.Parameter]:
+        near = (parameter for one in (module, *module.children()) for parameter in one.parameters(recurse=False))
+        return [parameter for parameter in near if parameter.numel() == 0]  # others stay until their own module ends
+
     def gather(module: nn.Module, _: Any) -> None:
-        context = gather_params_ctx(list(module.parameters(recurse=False)), modifier_rank=None)
+        context = gather_params_ctx(parameters(module), modifier_rank=None)
         context.__enter__()
         open_modules[module] = context
 
     def release(module: nn.Module, *_: Any) -> None:
         open_modules.pop(module).__exit__(None, None, None)
 
-    owners = [module for module in model.modules() if next(module.parameters(recurse=False), None) is not None]
+    owners = [module for module in model.modules() if parameters(module)]
     handles: list[Any] = [module.register_forward_pre_hook(gather) for module in owners]
     handles += [module.register_forward_hook(release) for module in owners]
     try:

@@ -191,3 +191,43 @@ def test_a_broken_weight_is_an_error_in_every_process(tmp_path: Path, weights: s
     first, second = results_of_two(SHARED, tmp_path, weights, "broken", "milora")
     assert first == second
     assert first["error"].startswith("2: the weight contains 1 NaN or infinite values")
+
+
+GATHERED = """
+import json
+import deepspeed, torch
+from torch import nn
+from transformers.integrations import HfDeepSpeedConfig
+from milora_vl.core.weights.matrices import gathered_in_forward
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(6, 4)
+        self.attention = nn.MultiheadAttention(4, 2)
+    def forward(self, ids):
+        x = self.words(ids)
+        return self.attention(x, x, x)[0] @ self.words.weight.T
+
+deepspeed.init_distributed("gloo")
+config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
+settings = HfDeepSpeedConfig(config)
+torch.manual_seed(0)
+whole = Tied()
+with deepspeed.zero.Init(config_dict_or_path=config):
+    parts = Tied()
+for here, there in zip(parts.parameters(), whole.parameters()):
+    with deepspeed.zero.GatheredParameters([here], modifier_rank=0):
+        here.data.copy_(there.data)
+ids = torch.arange(6)
+with torch.no_grad(), gathered_in_forward(parts):
+    found = parts(ids)
+left = sum(parameter.numel() for parameter in parts.parameters())
+print("RESULT" + json.dumps([torch.allclose(found, whole(ids), atol=1e-6), left]))
+torch.distributed.barrier()
+"""
+
+
+@needs_deepspeed
+def test_weights_that_a_parent_uses_without_its_child_are_gathered(tmp_path: Path) -> None:
+    assert results_of_two(GATHERED, tmp_path) == [[True, 0], [True, 0]]
