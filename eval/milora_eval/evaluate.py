@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, redirect_stderr
 from dataclasses import asdict, replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from peft import PeftModel
 from milora_data.batches.processor_inputs import takes_videos
 from milora_data.encode.templates import OWN, template_name
 from milora_data.encode.tokens import own_template
-from milora_eval.answers.identity import adapter_digest, digest, tokenizer_digest, weights_digest
+from milora_eval.answers.identity import digest, tokenizer_digest
 from milora_eval.answers.questions import EvaluationPlan, Items, plan_of, questions_of
 from milora_eval.answers.runner import Asker, ask, ask_model, finish, prompt_of
 from milora_eval.answers.served import ChatServer, ask_server, require_servable, served_name, served_settings
@@ -30,6 +31,7 @@ from milora_eval.scores.results import Results, headlines, numbers, read_results
 from milora_eval.scores.table import write_tables
 from milora_eval.suites import Chosen, choose, data_folder, find_benchmark, folder_of, name_apart
 from milora_vl.common.errors import at_flag
+from milora_vl.core.weights.tensor_files import weights_digest
 from milora_vl.forgetting.measure import can_recover_base, measure_forgetting
 from milora_vl.forgetting.text import general_text
 from milora_vl.interop.load_model import load_by_flags, require_scalable
@@ -55,9 +57,9 @@ def run(
 ) -> Results:
     """Evaluate a loaded model; return the content of results.json.
 
-    `adapter` is the folder of the adapter that `model` carries; its bytes are part of the key of each answer. The files
-    go to `output_dir`/eval/BENCHMARKS/final. Stored answers with the same key are reused. `evaluate` takes a plan with
-    more settings, such as shards. Raises UserError for unknown benchmarks and missing data.
+    `adapter` is the folder of the adapter that `model` carries, as the results name it. The files go to
+    `output_dir`/eval/BENCHMARKS/final. Stored answers are reused if model, prompt and pictures have the same content.
+    `evaluate` takes a plan with more settings, such as shards. Raises UserError for an unknown benchmark or missing data.
     """
     resolved = tuple(find_benchmark(name) if isinstance(name, str) else name for name in benchmarks)
     name_apart(resolved, Path(data_dir), Path(output_dir))
@@ -76,8 +78,7 @@ def evaluate(model: Any, processor: Any, plan: EvaluationPlan, items: Items, out
 
     Returns the content of results.json, None while other shards are missing.
     """
-    keys = settings(model, processor, plan.adapter, plan.template, plan.image_aspect_ratio)
-    plan = replace(plan, settings=keys if plan.scale == 1 else keys | {"scale": plan.scale})
+    plan = replace(plan, settings=settings(model, processor, plan.template, plan.image_aspect_ratio))
     return _evaluate(partial(ask_model, model, processor, plan), plan, items, output_dir)
 
 
@@ -124,17 +125,15 @@ def results_folder(output_dir: str | Path, suite: str, which: str) -> Path:
     return Path(output_dir) / "eval" / suite / which
 
 
-def settings(
-    model: Any, processor: Any, adapter: str | Path | None, template: str, image_aspect_ratio: str
-) -> dict[str, Any]:
+def settings(model: Any, processor: Any, template: str, image_aspect_ratio: str) -> dict[str, Any]:
     """Return everything except the question that an answer depends on; weights and tokenizer as digests."""
     tokenizer, image_processor = split_processor(processor)
     own: dict[str, Any] = {}
     if template_name(template) == OWN:  # a model whose processor has a plain prompt has no chat template
-        own["chat_template"] = digest(own_template(tokenizer) if tokenizer.chat_template else "")
+        chosen = own_template(tokenizer) if tokenizer.chat_template else ""
+        own["chat_template"] = digest([chosen, processor.chat_template])
     return {
-        "base": weights_digest(model),
-        "adapter": None if adapter is None else adapter_digest(Path(adapter)),
+        "weights": weights_digest(model),
         "tokenizer": tokenizer_digest(tokenizer),
         "pictures": None if image_processor is None else digest([image_processor.to_dict(), image_aspect_ratio]),
         **({"videos": digest(processor.video_processor.to_dict())} if takes_videos(processor) else {}),
@@ -142,6 +141,8 @@ def settings(
         **own,
         "dtype": str(model.dtype).removeprefix("torch."),
         "decoding": "greedy",
+        "milora_vl": version("milora-vl"),
+        "transformers": version("transformers"),
     }
 
 
@@ -213,8 +214,9 @@ def run_served(
     """
     server = ChatServer(url, key)
     require_servable(plan, items)
-    model = server.listed(model)
-    plan = replace(plan, which=served_name(model), model_name=model, settings=served_settings(model))
+    model, created = server.listed(model)
+    plan = replace(plan, which=served_name(model), model_name=model)
+    plan = replace(plan, settings=served_settings(server, plan, items, created))
     done = _evaluate(partial(ask_server, server, plan), plan, items, output_dir)
     return None if done is None else [results_folder(output_dir, plan.suite, plan.which)]
 

@@ -10,7 +10,7 @@ from typing import Any
 from milora_eval.stats import Difference, paired_difference
 from milora_vl.sweep.cells import Cell, CellNumbers
 
-# The test items of a cell: key of the question -> (score, group, usually the picture); items of one group are not independent.
+# The test items of a cell: key of the question -> (score, group, usually the picture). A group is not independent.
 Answers = Callable[[Cell], Mapping[str, tuple[float, Any]]]
 # Student's t for a two-sided 95 % interval, by degrees of freedom from 1 on.
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)

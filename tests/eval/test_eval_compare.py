@@ -26,7 +26,7 @@ from support.drawn import encoded
 from support.eval_questions import write_questions
 from support.problems import raises_code
 
-SETTINGS = {"base": "w", "template": "vicuna_v1", "decoding": "greedy", "dtype": "float32", "key": "k"}
+SETTINGS = {"weights": "w", "template": "vicuna_v1", "decoding": "greedy", "dtype": "float32", "key": "k"}
 
 
 @pytest.fixture(scope="module")

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
+from peft import LoraConfig, get_peft_model
 
 from milora_data.records.record import Turn
+from milora_eval import evaluate as evaluation
 from milora_eval import run
-from milora_eval.answers.identity import answer_key, content_of, weights_digest
+from milora_eval.answers.identity import answer_key, content_of
 from milora_eval.benchmark import Item
 from milora_eval.benchmarks.emoji import Emoji
 from milora_eval.evaluate import settings
@@ -22,21 +25,39 @@ from support.eval_questions import write_questions
 Made = tuple[Any, Any]
 
 
-def test_the_same_weights_have_one_digest_with_and_without_an_adapter(tiny_llava: Callable[..., Made]) -> None:
-    from peft import LoraConfig, get_peft_model
+def test_a_model_that_trained_on_is_asked_again(tiny_llava: Callable[..., Made], tmp_path: Path) -> None:
+    (tmp_path / "own.json").write_text(json.dumps([{"question": "Color?", "answer": "x"}]))
+    model, processor = tiny_llava()
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=r".*language_model.*q_proj"))
 
-    plain = weights_digest(tiny_llava()[0])
-    assert weights_digest(tiny_llava()[0]) == plain
-    config = LoraConfig(r=4, target_modules=r".*language_model.*q_proj", modules_to_save=["multi_modal_projector"])
-    assert weights_digest(get_peft_model(tiny_llava()[0], config)) == plain
-    assert weights_digest(tiny_llava(seed=1)[0]) != plain
-    assert weights_digest(tiny_llava()[0].bfloat16()) != plain
+    def asked() -> int:
+        results = run(model, processor, [str(tmp_path / "own.json")], data_dir=tmp_path, output_dir=tmp_path / "out")
+        return int(results["asked"])
+
+    factor = next(weight for name, weight in model.named_parameters() if "lora_B" in name)
+    for change in (
+        lambda: None,
+        lambda: factor.data[-1, -1].add_(0.1),
+        lambda: setattr(model.config, "vision_feature_layer", -1),
+        lambda: setattr(model.generation_config, "repetition_penalty", 2.0),
+    ):
+        change()
+        assert (asked(), asked()) == (1, 0)
+
+
+@pytest.mark.parametrize("package", ["milora-vl", "transformers"])
+def test_another_version_asks_again(
+    package: str, tiny_llava: Callable[..., Made], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, known = settings(*tiny_llava(), "vicuna_v1", "pad"), version
+    monkeypatch.setattr(evaluation, "version", lambda name: "0" if name == package else known(name))
+    assert settings(*tiny_llava(), "vicuna_v1", "pad") != made
 
 
 def test_the_key_covers_prompt_picture_and_every_setting(tiny_llava: Callable[..., Made], tmp_path: Path) -> None:
     benchmark = Emoji()
     item = benchmark.load(write_questions(tmp_path))[0]
-    made = settings(*tiny_llava(), None, "vicuna_v1", "pad")
+    made = settings(*tiny_llava(), "vicuna_v1", "pad")
 
     def key_of(settings: dict[str, Any], asked: Item) -> str:
         return answer_key(settings, benchmark, asked, content_of(asked))
@@ -78,7 +99,7 @@ def test_settings_tell_apart_what_changes_answers(tiny_llava: Callable[..., Made
         if change == "mean":
             processor.image_processor.image_mean = [0.5, 0.5, 0.5]
         template = "plain" if change == "template" else "vicuna_v1"
-        return settings(model, processor, None, template, "plain" if change == "aspect" else "pad")
+        return settings(model, processor, template, "plain" if change == "aspect" else "pad")
 
     assert made("") == made("")
     assert made(change) != made("")

@@ -70,10 +70,13 @@ def test_the_files_hold_every_answer_and_number(whole: Path, data: Path) -> None
     assert (results["suite"], results["which"], results["model"]) == ("emoji", "final", "tiny")
 
 
-def test_a_second_run_asks_nothing(model: Made, data: Path, done: Path, whole: Path) -> None:
+def test_a_second_run_asks_nothing_and_says_so(
+    model: Made, data: Path, done: Path, whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     results = evaluate(model, data, done, batch_size=7)
     assert results is not None
     assert results["asked"] == 0
+    assert "nothing was asked: all 22 answers are stored already" in capsys.readouterr().err
     assert answers(done) == answers(whole)
 
 
@@ -133,20 +136,14 @@ def test_shards_end_with_the_bytes_of_one_run(model: Made, data: Path, whole: Pa
 
 
 def test_other_settings_make_new_answers_and_keep_the_old(model: Made, data: Path, tmp_path: Path) -> None:
-    adapter = tmp_path / "adapter"
-    adapter.mkdir()
-    (adapter / "adapter_model.safetensors").write_bytes(b"first")
-    evaluate(model, data, tmp_path, adapter=adapter)
-    before = answers(tmp_path)
-    (adapter / "adapter_model.safetensors").write_bytes(b"other")
-    changed = evaluate(model, data, tmp_path, adapter=adapter)
-    assert changed is not None
-    assert changed["asked"] == 22
-    (adapter / "adapter_model.safetensors").write_bytes(b"first")
-    back = evaluate(model, data, tmp_path, adapter=adapter)
-    assert back is not None
-    assert back["asked"] == 0
-    assert answers(tmp_path) == before
+    asked, texts = [], []
+    for template in ("vicuna_v1", "alpaca", "vicuna_v1"):
+        results = evaluate(model, data, tmp_path, template=template)
+        assert results is not None
+        asked.append(results["asked"])
+        texts.append(answers(tmp_path))
+    assert asked == [22, 22, 0]
+    assert texts[0] == texts[2]
 
 
 def test_a_larger_limit_asks_only_what_is_new(model: Made, data: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import base64
 import io
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,10 @@ from PIL import Image
 
 from milora_data.pictures.load import ImageError, load_image
 from milora_eval.__main__ import main
-from milora_eval.answers.served import picture_url
+from milora_eval.answers.served import PROBES, picture_url
 from milora_eval.answers.store import read_lines
 from milora_vl.common.errors import UserError
-from support import official_data
+from support import chat_server, official_data
 from support.chat_server import Answers, answer, answering
 from support.eval_questions import write_questions
 from support.problems import raises_code
@@ -135,6 +136,24 @@ def test_a_server_that_dies_ends_the_run_and_the_same_command_continues(
         assert run(address, data, tmp_path) == 0
     assert len(again.asked) == NUM - 9
     assert predictions(tmp_path) == predictions(whole)
+
+
+def test_a_model_that_was_exported_again_under_its_name_is_asked_again(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked(**about: Any) -> int:
+        answers = Answers(**about)
+        with answering(answers) as address:
+            assert run(address, data, tmp_path) == 0
+        return len(answers.asked)
+
+    assert (asked(created=5), asked(created=5), asked(created=6)) == (NUM, 0, NUM)
+    assert "nothing was asked: all 22 answers are stored already" in capsys.readouterr().err
+    # A server without a date of its models: four answers stand for the model.
+    now = int(time.time())
+    assert (asked(created=now), asked(created=now + 1), asked(created=None)) == (NUM + PROBES, PROBES, PROBES)
+    monkeypatch.setattr(chat_server, "WORDS", chat_server.WORDS[::-1])
+    assert asked(created=now) == NUM + PROBES
 
 
 def test_a_refused_question_is_named_with_the_servers_words_and_without_the_key(

@@ -26,6 +26,7 @@ class Answers:
     """
 
     models: Sequence[str] = ("mine",)
+    created: int | None = 1  # the date of the models
     faults: Sequence[int | None] = ()
     dies: int | None = None
     refuses: str = ""  # a text of the questions that get an error 400
@@ -50,7 +51,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         is_list = self.path == "/v1/models"
-        self._send(200 if is_list else 404, {"data": [{"id": name} for name in self.answers.models]})
+        self._send(
+            200 if is_list else 404,
+            {"data": [{"id": name, "created": self.answers.created} for name in self.answers.models]},
+        )
 
     def do_POST(self) -> None:
         content = self.rfile.read(int(self.headers["Content-Length"]))

@@ -156,9 +156,10 @@ def evaluate(folder: Path, which: str, images: list[Json], num_questions: int) -
         picture = str(truth["file"]) if kind != "text_only" else None
         lines.append({
             "id": f"q{index}", "benchmark": "emoji", "type": kind, "question": text,
-            "image": picture and truth["file"].name, "image_file": picture, "content": [file_digest(picture)] if picture else [],
-            "prediction": answers[0] if correct else fallback, "answers": answers, "correct": float(correct), "key": "k",
-            "question_key": f"{index:03}", "group": picture or f"q{index}", "baseline": float(index % 4 == 0),
+            "image": picture and truth["file"].name, "image_file": picture,
+            "content": [file_digest(picture)] if picture else [],
+            "prediction": answers[0] if correct else fallback, "answers": answers, "correct": float(correct),
+            "key": "k", "question_key": f"{index:03}", "group": picture or f"q{index}", "baseline": float(index % 4 == 0),
         })  # fmt: skip
         if kind == "multi_turn":
             lines[-1]["context"] = [["user", "<image>\nWhat is this?"], ["assistant", "a thing"]]

@@ -39,6 +39,7 @@ def ask(asker: Asker, plan: EvaluationPlan, questions: Sequence[Question], folde
     known = store.known()
     todo = [question for question in reversed(own.values()) if question.key not in known]
     if not todo:
+        sys.stderr.write(f"nothing was asked: all {len(own):,} answers are stored already, of the same model\n")
         return 0, time.perf_counter() - start
     if len(todo) < len(own):
         sys.stderr.write(f"{len(own) - len(todo):,} of {len(own):,} answers are stored already\n")

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import base64
 import re
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache
+from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,8 @@ from milora_data.encode.chat_template_mask import parts_of
 from milora_data.encode.templates import no_videos
 from milora_data.pictures.load import ORIENTATION, content_of, load_image, opened_picture
 from milora_data.records.record import Reply
-from milora_eval.answers.questions import EvaluationPlan, Items, Question
+from milora_eval.answers.identity import digest
+from milora_eval.answers.questions import EvaluationPlan, Items, Question, group_order, questions_of
 from milora_eval.answers.runner import Keep, prompt_of
 from milora_vl.common.cli.console import did_you_mean, suggest
 from milora_vl.common.errors import MALFORMED, Problem, UserError, first_line, with_context
@@ -33,6 +37,7 @@ from milora_vl.models.generate import Prompt
 
 RETRIES = 6
 SECONDS = 600.0  # for one answer
+PROBES = 4
 CONTINUE = "the answers so far are stored; run the same command again to continue"
 
 
@@ -55,11 +60,15 @@ class ChatServer:
         self.url, self.key = url.rstrip("/"), key
         self.client = OpenAI(base_url=self.url, api_key=key or "none", timeout=SECONDS, max_retries=RETRIES)
 
-    def listed(self, model: str | None) -> str:
-        """Return the name of a model that the server lists. Raises UserError for another name, or if none answers."""
+    def listed(self, model: str | None) -> tuple[str, object]:
+        """Return the name of a model that the server lists, and when the model was made, as the server says.
+
+        Raises UserError for another name, or if none answers.
+        """
         with self._errors("models"):
             listing = self.client.with_options(timeout=30.0, max_retries=0).models.list()
-            names = [str(entry.id) for entry in listing.data]
+            created = {str(entry.id): entry.to_dict().get("created") for entry in listing.data}
+            names = list(created)
         if model is None or model not in names:
             hint = did_you_mean(suggest(model or "", names)[:1])
             raise UserError(
@@ -67,7 +76,7 @@ class ChatServer:
                 where="--served_model",
                 hint="\n".join(filter(None, [hint, f"it lists: {', '.join(names) or 'no model'}"])),
             )
-        return model
+        return model, created[model]
 
     def chat(self, model: str, messages: list[Any], max_tokens: int) -> Reply:
         """Return the greedy answer to a conversation. Raises UserError (exit code 1) without one."""
@@ -129,9 +138,21 @@ def served_name(model: str) -> str:
     return "served-" + re.sub(r"[^\w.-]+", "-", name)[-100:]
 
 
-def served_settings(model: str) -> dict[str, Any]:
-    """Return what an answer depends on besides the question: the name on the server, not its address."""
-    return {"served_model": model, "decoding": "temperature 0"}
+def served_settings(server: ChatServer, plan: EvaluationPlan, items: Items, created: object) -> dict[str, Any]:
+    """Return what an answer depends on besides the question: the model's name, its date, and the decoding.
+
+    Many servers (vLLM, llama.cpp) give the time of the request as the date. The answers to the first questions in the
+    order of `group_order`, which are those of every --limit, then stand for the model.
+    """
+    known: dict[str, Any] = {"created": created}
+    if not isinstance(created, int) or created <= 0 or abs(time.time() - created) < 60:
+        probes = sorted(questions_of(plan, items), key=lambda each: (group_order(each.item.group), each.key))[:PROBES]
+        answers: dict[str, str] = {}
+        ask_server(
+            server, replace(plan, batch_size=1), probes, lambda asked, texts: answers.update({asked[0].key: texts[0]})
+        )
+        known = {"probe": digest(answers)}
+    return {"served_model": plan.model_name, **known, "decoding": "temperature 0", "milora_vl": version("milora-vl")}
 
 
 def require_servable(plan: EvaluationPlan, items: Items) -> None:

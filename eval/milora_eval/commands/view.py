@@ -110,6 +110,7 @@ def _row(lines: Sequence[Line | None], pictures: dict[tuple[str, str], int]) -> 
     first = lines[0]
     assert first is not None
     names = [name for name in (first["image_file"], *first.get("more_images", ())) if name]
+    keyed = zip(names, first.get("content", ()), strict=False)
     return {
         "benchmark": first["benchmark"],
         "id": first["id"],
@@ -117,9 +118,7 @@ def _row(lines: Sequence[Line | None], pictures: dict[tuple[str, str], int]) -> 
         "context": [f"{role}: {_shown(text)}" for role, text in first.get("context", ())],
         "question": _shown(first["question"]),
         "truths": list(dict.fromkeys(map(str, first["answers"]))),
-        "pictures": [
-            pictures.setdefault(shown, len(pictures)) for shown in zip(names, first.get("content", ()), strict=False)
-        ],
+        "pictures": [pictures.setdefault(shown, len(pictures)) for shown in keyed],
         "answers": [line and {"text": line["prediction"], "value": line["correct"]} for line in lines],
     }
 

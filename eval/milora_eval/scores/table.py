@@ -61,7 +61,7 @@ def write_tables(folder: Path) -> None:
 
 
 def write_table(folder: Path) -> Table:
-    """Write table.md next to results.json and return the table; it has the comparison with the base if one is stored."""
+    """Write table.md next to results.json and return the table, with the stored comparison if there is one."""
     results = read_results(folder)
     table = results_table(results)
     if comparison := results.get("comparison"):
