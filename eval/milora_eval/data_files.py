@@ -16,8 +16,6 @@ from typing import TYPE_CHECKING, Any
 from xml.etree.ElementTree import ParseError
 from zipfile import BadZipFile
 
-import xxhash
-
 from milora_data.assets import cache_dir
 from milora_data.formats.jsonfile import not_utf8, read_objects
 from milora_data.pictures.load import ImageError, picture_size
@@ -112,18 +110,6 @@ def load_items(benchmark: Benchmark, data_dir: Path) -> list[Item]:
 def json_values(path: Path) -> Iterator[Any]:
     """Yield the values of JSON lines, or of a JSON list. Raises DataError with the place of broken JSON."""
     return (value for _, value in read_objects(path))
-
-
-def file_digest(path: str) -> str | None:
-    """Return a hash of the content of a file; None without the file."""
-    total = xxhash.xxh3_128()
-    try:
-        with Path(path).open("rb") as file:
-            while chunk := file.read(1 << 22):
-                total.update(chunk)
-    except FileNotFoundError:
-        return None
-    return total.hexdigest()
 
 
 def is_table(path: Path) -> bool:

@@ -19,7 +19,8 @@ from peft import PeftModel
 from milora_data.batches.processor_inputs import takes_videos
 from milora_data.encode.templates import OWN, template_name
 from milora_data.encode.tokens import own_template
-from milora_eval.answers.identity import digest, tokenizer_digest
+from milora_data.keys import digest
+from milora_eval.answers.identity import tokenizer_digest
 from milora_eval.answers.questions import EvaluationPlan, Items, plan_of, questions_of
 from milora_eval.answers.runner import Asker, ask, ask_model, finish, prompt_of
 from milora_eval.answers.served import ChatServer, ask_server, require_servable, served_name, served_settings
@@ -59,7 +60,7 @@ def run(
 
     `adapter` is the folder of the adapter that `model` carries, as the results name it. The files go to
     `output_dir`/eval/BENCHMARKS/final. Stored answers are reused if model, prompt and pictures have the same content.
-    `evaluate` takes a plan with more settings, such as shards. Raises UserError for an unknown benchmark or missing data.
+    `evaluate` takes a plan with more settings, such as shards. Raises UserError for unknown benchmarks or missing data.
     """
     resolved = tuple(find_benchmark(name) if isinstance(name, str) else name for name in benchmarks)
     name_apart(resolved, Path(data_dir), Path(output_dir))

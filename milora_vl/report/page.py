@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from milora_data.keys import file_key
 from milora_data.pictures.load import credit_lines, data_uri, fitting, thumbnail
 from milora_vl.common.cli import page as pages
 from milora_vl.common.cli.table import Table
@@ -228,10 +229,16 @@ def gallery(run: Run) -> dict[str, Any] | None:
     if not items:
         return None
     chosen = sample(items, GALLERY_SIZE)
-    files = [(after or before or {}).get("image_file") for before, after in chosen]
-    uris = fitting([thumbnail(Path(file) if file else None) for file in files], _PICTURES)
+    lines = [after or before or {} for before, after in chosen]
+    uris = fitting([thumbnail(_picture_of(line)) for line in lines], _PICTURES)
     cards = [(after or before, before, after, uri) for (before, after), uri in zip(chosen, uris, strict=True)]
     return {"total": len(items), "cards": cards}
+
+
+def _picture_of(line: Json) -> str | None:
+    """Return the picture of an answer; None if the file now has another content than what was asked about."""
+    file = line.get("image_file")
+    return file if file and file_key(file) in line.get("content", ())[:1] else None
 
 
 def _analysis(folder: Path) -> tuple[Table, dict[str, str]] | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from milora_eval.data_files import file_digest
+from milora_data.keys import file_key
 from milora_eval.scores.compare import store_comparison
 from milora_eval.scores.results import numbers
 
@@ -157,9 +157,10 @@ def evaluate(folder: Path, which: str, images: list[Json], num_questions: int) -
         lines.append({
             "id": f"q{index}", "benchmark": "emoji", "type": kind, "question": text,
             "image": picture and truth["file"].name, "image_file": picture,
-            "content": [file_digest(picture)] if picture else [],
+            "content": [file_key(picture)] if picture else [],
             "prediction": answers[0] if correct else fallback, "answers": answers, "correct": float(correct),
-            "key": "k", "question_key": f"{index:03}", "group": picture or f"q{index}", "baseline": float(index % 4 == 0),
+            "key": "k", "question_key": f"{index:03}", "group": picture or f"q{index}",
+            "baseline": float(index % 4 == 0),
         })  # fmt: skip
         if kind == "multi_turn":
             lines[-1]["context"] = [["user", "<image>\nWhat is this?"], ["assistant", "a thing"]]

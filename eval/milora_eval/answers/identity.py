@@ -6,28 +6,21 @@ questions are asked again.
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from milora_data.encode.tokens import fast_backend
+from milora_data.keys import KeyOf, digest, file_key, question_key, shown_keys
 from milora_eval.benchmark import Benchmark, Item
-from milora_eval.data_files import file_digest
-
-
-def digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False, default=str).encode()).hexdigest()[:16]
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    return hashlib.sha256(fast_backend(tokenizer).to_str().encode()).hexdigest()[:16]
+    return digest(fast_backend(tokenizer).to_str())
 
 
-def content_of(item: Item, read: Callable[[str], str | None] = file_digest) -> list[Any]:
-    """Return what identifies the pictures and videos of an item: the hash of each file, which `read` returns."""
-    videos = [[*map(read, video.files), video.fps, video.num_frames] for video in item.videos]
-    return [*map(read, item.images), *videos]
+def content_of(item: Item, read: KeyOf = file_key) -> list[Any]:
+    """Return what identifies the pictures and videos of an item; `read` returns the key of each file."""
+    return shown_keys(item.images, item.videos, read)
 
 
 def answer_key(settings: Mapping[str, Any], benchmark: Benchmark, item: Item, content: Sequence[Any]) -> str:
@@ -37,11 +30,11 @@ def answer_key(settings: Mapping[str, Any], benchmark: Benchmark, item: Item, co
     return digest([settings, decoding, turns, list(content)])
 
 
-def question_key(benchmark: Benchmark, item: Item, content: Sequence[Any]) -> str:
+def key_of_question(benchmark: Benchmark, item: Item, content: Sequence[Any]) -> str:
     """Return the key of a question: its prompt, answers, type and metric, and the content of pictures and videos.
 
-    Only a picture whose file is missing is known by the id of the question.
+    Only where the file of a picture or video is missing, the id of the question is part of it.
     """
-    turns = [[turn.role, turn.text] for turn in benchmark.prompt(item)]
-    shown = [item.id if each is None else each for each in content]
-    return digest([turns, shown, item.answers, item.kind, item.meta.get("metric")])
+    has_all = all(each is not None and (isinstance(each, str) or each[0] is not None) for each in content)
+    rest = [item.kind, item.meta.get("metric"), None if has_all else item.id]
+    return question_key(benchmark.prompt(item), content, item.answers, rest)

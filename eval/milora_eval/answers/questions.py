@@ -11,10 +11,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+from milora_data.keys import file_key
 from milora_eval.answers.identity import answer_key, content_of
 from milora_eval.benchmark import Benchmark, Item, MissingData
 from milora_eval.benchmarks.own_data import OwnData
-from milora_eval.data_files import file_digest, load_items, other_questions
+from milora_eval.data_files import load_items, other_questions
 from milora_eval.suites import SEE, Chosen, choose, data_folder, folder_of, has_files
 from milora_vl.common.errors import DataError, Key, UserError, at_flag
 from milora_vl.common.evaluator import QuestionSet
@@ -59,7 +60,7 @@ class Question:
 
 def questions_of(plan: EvaluationPlan, items: Items) -> list[Question]:
     """Return the items of the plan's benchmarks, each with the key of its answer. Each picture is read once."""
-    read = cache(file_digest)
+    read = cache(file_key)
     questions = []
     for benchmark in plan.benchmarks:
         for item in items[benchmark.name]:

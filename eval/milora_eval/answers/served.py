@@ -25,9 +25,9 @@ from urllib.parse import urlsplit
 from milora_data.batches.processor_collator import with_video_marks
 from milora_data.encode.chat_template_mask import parts_of
 from milora_data.encode.templates import no_videos
+from milora_data.keys import digest
 from milora_data.pictures.load import ORIENTATION, content_of, load_image, opened_picture
 from milora_data.records.record import Reply
-from milora_eval.answers.identity import digest
 from milora_eval.answers.questions import EvaluationPlan, Items, Question, group_order, questions_of
 from milora_eval.answers.runner import Keep, prompt_of
 from milora_vl.common.cli.console import did_you_mean, suggest

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from milora_data.records.record import Reply, Turn, Video
-from milora_eval.answers.identity import content_of, question_key
+from milora_eval.answers.identity import content_of, key_of_question
 from milora_eval.benchmark import Answer, Benchmark, Item
 from milora_eval.suites import reference
 from milora_vl.common.atomic_write import atomic_file, json_lines
@@ -118,7 +118,7 @@ def unscored_line(
         "baseline": item.baseline,
         "group": item.group,
         "key": key,
-        "question_key": question_key(benchmark, item, content or content_of(item)),
+        "question_key": key_of_question(benchmark, item, content or content_of(item)),
     }
     if isinstance(text, Reply) and text.truncated:
         line["truncated"] = True

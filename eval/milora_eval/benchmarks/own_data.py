@@ -13,12 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from milora_data.keys import file_key
 from milora_data.pictures.load import is_embedded, place_of, refusal
 from milora_data.records.record import IMAGE, VIDEO, identifier_of, parse_record, renamed_video
 from milora_eval.benchmark import Answer, Benchmark, Form, Item, Metric, MissingData, mean_of_items
 from milora_eval.benchmarks.short_answers import FIRST_LINE, anls, chartqa_correct, exact_match, in_first_line
 from milora_eval.benchmarks.vqa import clean, leave_one_out, m4c_normalise, normalise
-from milora_eval.data_files import file_digest, json_values
+from milora_eval.data_files import json_values
 from milora_vl.common.cli.console import beside, did_you_mean, suggest
 from milora_vl.common.cli.web import url_problem
 from milora_vl.common.errors import DataError, Problem, UserError, collected
@@ -98,7 +99,7 @@ class OwnData(Benchmark):
     def identity(self, data_dir: Path) -> dict[str, str | None]:
         """Return path and hash of the file, by which a run knows whose answers it has."""
         path = self.file(data_dir)
-        return {"file": str(path.resolve()), "hash": file_digest(str(path))}
+        return {"file": str(path.resolve()), "hash": file_key(path)}
 
     def is_one_of(self, files: Sequence[Mapping[str, str | None]], data_dir: Path) -> bool:
         own = self.identity(data_dir)

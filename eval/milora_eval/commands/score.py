@@ -11,12 +11,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from milora_eval.answers.identity import content_of, digest
+from milora_data.keys import digest, file_key
+from milora_eval.answers.identity import content_of
 from milora_eval.answers.questions import select
 from milora_eval.answers.store import PREDICTIONS, to_line, write_lines
 from milora_eval.benchmark import Benchmark
 from milora_eval.commands.flags import PLUGIN, PROTOCOL
-from milora_eval.data_files import file_digest, load_items
+from milora_eval.data_files import load_items
 from milora_eval.scores.exports import export, join, read_llava_answers, read_predictions
 from milora_eval.scores.results import Results, numbers, read_results, write_results
 from milora_eval.scores.table import score, write_table, write_tables
@@ -105,7 +106,7 @@ def _results(benchmark: Benchmark, path: Path, options: argparse.Namespace, fold
     items = select(list(load_items(benchmark, data)), options.limit)
     texts = join(benchmark, items, _rows(path), path)
     keys = {item.id: digest([str(path), item.id]) for item in items}
-    read = cache(file_digest)
+    read = cache(file_key)
     lines = (to_line(benchmark, item, texts[item.id], keys[item.id], data, content_of(item, read)) for item in items)
     write_lines(folder / PREDICTIONS, lines)
     about = {"suite": benchmark.name, "which": path.stem, "model": str(path), "adapter": None}

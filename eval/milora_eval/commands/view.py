@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from milora_data.keys import file_key
 from milora_data.pictures.load import credit_lines, fitting, thumbnail
 from milora_eval.answers.questions import select
 from milora_eval.answers.store import Line, by_question, to_answer
 from milora_eval.commands.flags import names_of
-from milora_eval.data_files import file_digest
 from milora_eval.scores.results import require_lines
 from milora_vl.common.cli.console import next_step, require_folder
 from milora_vl.common.cli.page import MAX_BYTES, render, write
@@ -79,7 +79,7 @@ def page(runs: Runs, limit: int) -> tuple[str, int, int]:
         if id(item) in kept
     ]
     budget = max(MAX_BYTES * 9 // 10 - len(json.dumps(rows)), MAX_BYTES // 3)
-    small = fitting([thumbnail(Path(name)) if file_digest(name) == key else None for name, key in pictures], budget)
+    small = fitting([thumbnail(Path(name)) if file_key(name) == key else None for name, key in pictures], budget)
     content = json.dumps({"runs": names, "rows": rows, "pictures": small})
     count = f"{len(rows):,} of {len(items):,}" if len(rows) < len(items) else f"{len(rows):,}"
     html = render(

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from milora_eval.answers.identity import digest
+from milora_data.keys import digest
 from milora_eval.answers.store import PREDICTIONS, read_lines, to_answer, write_lines
 from milora_eval.benchmark import Answer, Benchmark, Item
 from milora_eval.data_files import json_values, read_excel, read_table
