@@ -47,7 +47,8 @@ def file_key(place: str | Path) -> str | None:
 class FileKeys:
     """Returns the key of each picture or video of a record, and reads each file once; without folders, names are paths.
 
-    A name is looked for in each folder. Without a readable file its path below the first folder is the key, and `missing` has its name.
+    A name is looked for in each folder. Where there is no readable file, its path below the first folder is the key,
+    and `missing` has its name.
     """
 
     def __init__(self, *folders: str | Path) -> None:

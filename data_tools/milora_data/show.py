@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby, islice
 from operator import attrgetter
@@ -14,7 +13,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from milora_data.check import image_folder
-from milora_data.encode.templates import get_template, place_images, render
+from milora_data.encode.templates import OWN, get_template, place_images, render
+from milora_data.keys import FileKeys, record_key
 from milora_data.pictures.load import ImageError, credit_lines, fitting, load_image, place_of, small
 from milora_data.records.record import IMAGE, Record
 from milora_data.stream import load_records
@@ -23,8 +23,11 @@ from milora_vl.common.cli import page as html
 from milora_vl.common.cli.console import amount, next_step
 from milora_vl.common.cli.parser import DATA, Command, count, option, positive, shared
 from milora_vl.common.errors import DataError, UserError, with_context
+from milora_vl.common.yaml_text import read_file
 
 STYLES = {"learnt": "bold green", "given": "", "picture": "magenta"}  # keys of the JSON output
+LOSSES = ("loss", "base_loss", "reply")  # keys of a line of held_out.jsonl
+DEFAULT_TEMPLATE = "vicuna_v1"
 COMMAND = Command(
     "milora_data show",
     "Print records as training sees them, with the loss mask.",
@@ -45,7 +48,7 @@ examples:
         option("--worst", type=Path, metavar="RUN", help="records that this run learns worst, highest loss first"),
         option("--limit", type=positive, help="number of records (default: 1; 100 with --html)"),
     ),
-    settings=(shared("template", default="vicuna_v1", about="prompt format (default: %(default)s)"),),
+    settings=(shared("template", about="prompt format (default: that of the run of --worst, else vicuna_v1)"),),
     outputs=(
         option("--html", type=Path, metavar="OUT", help="write a page with the pictures to this new file"),
         shared("format"),
@@ -64,8 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = COMMAND.parse(argv)
     folder = image_folder(chosen.data, chosen.image_folder)
     limit = (1 if chosen.html is None else 100) if chosen.limit is None else chosen.limit
-    records = _select(chosen.data, chosen.id, chosen.index, limit + 1, chosen.worst)
-    shown = [(record, pieces_of(record, chosen.template)) for record in records[:limit]]
+    found = load_records(chosen.data) if chosen.worst is None else iter(_worst(chosen.data, folder, chosen.worst))
+    records, template = _select(found, chosen, limit + 1), _template(chosen)
+    shown = [(record, pieces_of(record, template)) for record in records[:limit]]
     if chosen.html is not None:
         is_part = len(records) > limit or chosen.index > 0 or chosen.id is not None
         _write_page(chosen, [_card(record, pieces, folder) for record, pieces in shown], folder, is_part=is_part)
@@ -79,38 +83,47 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _select(data: Path, name: str | None, index: int, limit: int, run: Path | None) -> list[Record]:
-    records = load_records(data) if run is None else iter(_worst(data, run))
-    if name is not None:
-        records = (record for record in records if record.id == name)
-    selected = list(islice(records, index, index + limit))
+def _select(records: Iterator[Record], chosen: argparse.Namespace, limit: int) -> list[Record]:
+    if chosen.id is not None:
+        records = (record for record in records if record.id == chosen.id)
+    selected = list(islice(records, chosen.index, chosen.index + limit))
     if not selected:
-        selector = f'id "{name}"' if name is not None else f"number {index}"
-        raise UserError(f"{data} contains no record with {selector}")
+        selector = f'id "{chosen.id}"' if chosen.id is not None else f"number {chosen.index}"
+        raise UserError(f"{chosen.data} contains no record with {selector}")
     return selected
 
 
-def _worst(data: Path, run: Path) -> list[Record]:
+def _worst(data: Path, folder: Path, run: Path) -> list[Record]:
     """Return the records of `data` with a loss in the file of a training, highest first; it becomes a key of theirs."""
-    file = run / "held_out.jsonl"
+    file, key_of = run / "held_out.jsonl", FileKeys(folder)
     if not file.is_file():
         raise UserError("no losses of held-out records", where=str(file), hint="train with --eval_data_path")
-    records, found = list(load_records(data)), []
-    names = Counter(Path(record.source).name for record in records)  # the folder may have moved
-    of = {name: each for each in records if names[name := Path(each.source).name] == 1}
-    of |= {record.source: record for record in records}
-    for line in json_lines(file):
-        if (chosen := of.get(line["source"]) or of.get(Path(line["source"]).name)) is not None:
-            losses: dict[str, object] = {key: line[key] for key in ("loss", "base_loss", "reply") if key in line}
-            found.append(replace(chosen, extra={**chosen.extra, **losses}))
+    records, lines = {record_key(record, key_of): record for record in load_records(data)}, list(json_lines(file))
+    found = [
+        replace(records[line["key"]], extra={**records[line["key"]].extra, **{k: line[k] for k in LOSSES if k in line}})
+        for line in lines
+        if line["key"] in records
+    ]
     if not found:
-        raise UserError(
-            f"{data} has no record of the last evaluation", where=str(file), hint="name its --eval_data_path"
-        )
+        hint = "name its --eval_data_path, and the folder of its pictures"
+        raise UserError(f"{data} has no record of the last evaluation", where=str(file), hint=hint)
+    if len(found) < len(lines):
+        sys.stderr.write(f"note: {data} lacks {amount(len(lines) - len(found), 'record')} of the last evaluation\n")
     return found
 
 
-def pieces_of(record: Record, template: str = "vicuna_v1") -> list[Piece]:
+def _template(chosen: argparse.Namespace) -> str:
+    """Return the template that the records are shown in: the option, or that of the run, if these pages have it."""
+    if chosen.template is not None or chosen.worst is None:
+        return chosen.template or DEFAULT_TEMPLATE
+    template = str(read_file(chosen.worst / "recipe.yaml")["template"])
+    if template != OWN:
+        return template
+    sys.stderr.write(f"note: the run has the model's own prompt format; the records are shown in {DEFAULT_TEMPLATE}\n")
+    return DEFAULT_TEMPLATE
+
+
+def pieces_of(record: Record, template: str = DEFAULT_TEMPLATE) -> list[Piece]:
     """Return the pieces of a record in a prompt format. Raises `DataError` with file and line, like `encode`."""
     try:
         turns = place_images(record.turns, len(record.images))

@@ -33,6 +33,7 @@ from milora_data.check import KINDS, Finding, Report, TrainingCheck, errors_of, 
 from milora_data.encode.labels import NoSupervisedTokens
 from milora_data.encode.templates import OWN, TEMPLATES
 from milora_data.encode.tokens import own_template
+from milora_data.keys import FileKeys, record_key
 from milora_data.pictures.load import ImagePolicy, content_of, place_of
 from milora_data.records.record import IMAGE, CompactRecords, Record
 from milora_data.stream import Source, load_records, mixed_records
@@ -359,7 +360,7 @@ def _require_one_batch(recipe: Recipe, collate: RecordCollator[Any], first: Sequ
 class CountingCollator:
     """Adds to the batches of a collator what a step would otherwise read from the GPU, and wait for.
 
-    For an evaluation, `places` are the places of the records of the rows.
+    For an evaluation, `keys` are the content keys of the records of the rows.
     `counts` are the tokens, the positions and the supervised tokens, `supervised` are the positions for the loss. LLaVA
     and text models lose an attention mask that hides padding on the right alone, because no position of theirs sees a
     later one: transformers would read it from the GPU, and without a mask sdpa has faster kernels.
@@ -367,6 +368,7 @@ class CountingCollator:
 
     def __init__(self, collator: RecordCollator[Any] | RemoveColumnsCollator) -> None:
         self.collator: Any = collator.data_collator if isinstance(collator, RemoveColumnsCollator) else collator
+        self.key_of = FileKeys(self.collator.image_folder)
 
     def __call__(self, items: Any) -> Any:
         """Return the batch; a loader process that made none returns its error in place of one."""
@@ -381,8 +383,8 @@ class CountingCollator:
             if self.collator.is_causal and not (mask[:, 1:] > mask[:, :-1]).any():
                 del batch["attention_mask"]
         if self.collator.is_evaluating:
-            kept = [record.place for record in items if record.place not in self.collator.left_out]
-            batch["places"] = kept or [""]  # of a substitute
+            kept = [record_key(each, self.key_of) for each in items if each.place not in self.collator.left_out]
+            batch["keys"] = kept or [""]  # of a substitute
         return {**batch, "supervised": supervised, "counts": (tokens, labels.numel(), supervised.shape[1])}
 
 

@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 from transformers import TrainingArguments
 
+from milora_data.keys import FileKeys, record_key
 from milora_data.records.record import Record
 from milora_data.stream import within
 from milora_vl.common.cli.console import command_line
@@ -198,28 +199,37 @@ def write_held_out(
         if trainer.checkpoint_kind == "adapter":
             with cast("Any", trainer.trained()).disable_adapter():
                 before = _losses(trainer)
-        order = sorted(after, key=lambda place: -after[place])
-        by_place = {record.place: record for record in records if record.place in set(order[:NUM_ANSWERED])}
-        shown = _shown(run, trainer, [by_place[place] for place in order[:NUM_ANSWERED]], processor)
+        order = sorted(after, key=lambda key: -after[key])
+        key_of = FileKeys(run.recipe.data.image_folder or "")
+        by_key = {record_key(record, key_of): record for record in records}
+        shown = _shown(run, trainer, {key: by_key[key] for key in order[:NUM_ANSWERED]}, processor)
     if run.args.should_save:
         lines = [
-            {"source": place, "loss": after[place], "base_loss": before.get(place), **shown.get(place, {})}
-            for place in order
+            {
+                "key": key,
+                "source": by_key[key].place,
+                "loss": after[key],
+                "base_loss": before.get(key),
+                **shown.get(key, {}),
+            }
+            for key in order
         ]
         run.folder.write_text(HELD_OUT, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 def _losses(trainer: MiloraTrainer, *, measure: bool = True) -> dict[str, float]:
-    """Return the losses of all processes, by the place of the record."""
+    """Return the losses of all processes, by the content key of the record."""
     if measure:
         trainer.evaluation_loop(trainer.get_eval_dataloader(), "held-out records", prediction_loss_only=True)
-    return {place: loss for part in gather(trainer.record_losses) for place, loss in part.items()}
+    return {key: loss for part in gather(trainer.record_losses) for key, loss in part.items()}
 
 
-def _shown(run: Run, trainer: MiloraTrainer, records: Sequence[Record], processor: Any) -> dict[str, Mapping[str, Any]]:
-    """Return what the report shows of each record, by place: its last question and answer, and the model's own."""
+def _shown(
+    run: Run, trainer: MiloraTrainer, records: Mapping[str, Record], processor: Any
+) -> dict[str, Mapping[str, Any]]:
+    """Return what the report shows of each record, by key: its last question and answer, and the model's own."""
     data, lines, prompts = run.recipe.data, list[dict[str, Any]](), list[Prompt]()
-    for record in records:
+    for record in records.values():
         placed = within(record, data.image_folder)
         last = max(number for number, turn in enumerate(record.turns) if turn.role == "assistant")
         prompts.append(Prompt(record.turns[:last], placed.images, videos=placed.videos))
@@ -234,4 +244,4 @@ def _shown(run: Run, trainer: MiloraTrainer, records: Sequence[Record], processo
             )  # fmt: skip
             for line, reply in zip(lines[start : start + size], replies, strict=True):
                 line["reply"] = reply
-    return {record.place: line for record, line in zip(records, lines, strict=True) if "reply" in line}
+    return {key: line for key, line in zip(records, lines, strict=True) if "reply" in line}

@@ -108,8 +108,8 @@ class MiloraTrainer(RatesOfRules, CheckpointTrainer):
             self.add_callback(fsdp.RequireShards())
         if self.is_fsdp_enabled:
             fsdp.prepare(self.accelerator, model)
-        self._rows: list[tuple[str, float, int]] = []  # of an evaluation: place, summed loss and tokens of a record
-        self.record_losses: dict[str, float] = {}  # of the last evaluation in this process, by place; means over tokens
+        self._rows: list[tuple[str, float, int]] = []  # of an evaluation: key, summed loss and tokens of a record
+        self.record_losses: dict[str, float] = {}  # of the last evaluation in this process, by key; means over tokens
         self.evaluated_step = -1
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -194,9 +194,9 @@ class MiloraTrainer(RatesOfRules, CheckpointTrainer):
 
     def _evaluated(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """Keep the loss of each record of a batch, and return what HF's loop takes."""
-        places, inputs = inputs.pop("places"), self._counted_once(inputs)
+        keys, inputs = inputs.pop("keys"), self._counted_once(inputs)
         losses, tokens = row_losses(model, inputs, chunked=self.chunked), (inputs["labels"][:, 1:] != IGNORE).sum(1)
-        self._rows += zip(places, losses.tolist(), tokens.tolist(), strict=True)
+        self._rows += zip(keys, losses.tolist(), tokens.tolist(), strict=True)
         return losses.sum() / tokens.sum().clamp(min=1), {}
 
     def _counted_once(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -230,7 +230,7 @@ class MiloraTrainer(RatesOfRules, CheckpointTrainer):
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
         # A row without tokens repeats a record, or is a substitute.
-        self.record_losses = {place: loss / count for place, loss, count in self._rows if count}
+        self.record_losses = {key: loss / count for key, loss, count in self._rows if count}
         sums = (sum(loss for _, loss, _ in self._rows), sum(count for *_, count in self._rows))
         total, count = self._over_processes(sums)
         assert output.metrics is not None

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from milora_data.__main__ import main as milora_data
+from milora_data.keys import FileKeys, record_key
 from milora_data.stream import load_records
 from milora_vl import collator_for, load_adapter, load_model
 from milora_vl.models.losses import summed_loss
@@ -71,21 +72,39 @@ def test_the_losses_are_those_of_each_record_alone(data: Path, tmp_path: Path, c
     printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["source"] for line in printed] == [line["source"] for line in lines]
     assert [line["extra"]["loss"] for line in printed] == [line["loss"] for line in lines]
+    # The worst record is corrected, the file is shuffled, every picture is renamed: each loss stays with its record.
+    records = {line["source"]: record for line, record in zip(printed, sorted_like(data, printed), strict=True)}
+    kept = [records[line["source"]] for line in lines[1:]]
+    for record in kept:
+        if "image" in record:
+            (data / "images" / record["image"]).rename(data / "images" / f"new-{record['id']}.png")
+            record["image"] = f"new-{record['id']}.png"
+    (data / "val.json").write_text(json.dumps(kept[::-1]))
+    assert milora_data(shown) == 0
+    said = capsys.readouterr()
+    printed = [json.loads(line) for line in said.out.splitlines()]
+    assert [(line["id"], line["extra"]["loss"]) for line in printed] == [
+        (record["id"], line["loss"]) for record, line in zip(kept, lines[1:], strict=True)
+    ]
+    assert "lacks 1 record of the last evaluation" in said.err
 
 
-def test_files_of_one_name_keep_their_losses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name in "ab":
-        (tmp_path / name).mkdir()
-        turns = [{"from": "human", "value": f"{name}?"}, {"from": "gpt", "value": name}]
-        (tmp_path / name / "d.json").write_text(json.dumps([{"conversations": turns}]))
-    (tmp_path / "mix.yaml").write_text(json.dumps({"sources": [{"path": "a/d.json"}, {"path": "b/d.json"}]}))
-    sources = [record.source for record in load_records(tmp_path / "mix.yaml")]
-    lines = [{"source": source, "loss": loss} for source, loss in zip(sources, (2.0, 1.0), strict=True)]
-    (tmp_path / "held_out.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    words = ["show", str(tmp_path / "mix.yaml"), "--worst", str(tmp_path), "--limit", "2", "--format", "json"]
-    assert milora_data(words) == 0
-    shown = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [(line["source"], line["extra"]["loss"]) for line in shown] == list(zip(sources, (2.0, 1.0), strict=True))
+def sorted_like(data: Path, printed: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    by_id = {record["id"]: record for record in json.loads((data / "val.json").read_text())}
+    return [by_id[line["id"]] for line in printed]
+
+
+def test_records_are_shown_in_the_template_of_the_run(tiny_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = next(load_records(tiny_data / "val.json"))
+    line = {"key": record_key(record, FileKeys(tiny_data / "images")), "loss": 2.0}
+    (tiny_data / "held_out.jsonl").write_text(json.dumps(line))
+    words = ["show", str(tiny_data / "val.json"), "--worst", str(tiny_data)]
+    for template, text in {"llama_3": "<|start_header_id|>", "chat_template": "ASSISTANT:"}.items():
+        (tiny_data / "recipe.yaml").write_text(f"template: {template}")
+        assert milora_data(words) == 0
+        said = capsys.readouterr()
+        assert text in said.out
+        assert ("the model's own prompt format" in said.err) == (template == "chat_template")
 
 
 def test_a_run_in_full_has_no_losses_of_a_base(data: Path, tmp_path: Path) -> None:
