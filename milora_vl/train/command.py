@@ -1,14 +1,11 @@
-"""`python -m milora_vl.train`: parse the flags, then dry run, listing or training; close the process group."""
+"""`python -m milora_vl.train`: parse the flags, then dry run, listing or training."""
 
 from __future__ import annotations
 
-import atexit
 import json
 import sys
-import time
 from collections.abc import Mapping, Sequence
 
-import torch.distributed as dist
 import yaml
 
 import llava_recipes
@@ -67,15 +64,3 @@ def _recipe_text(request: Request, *, as_json: bool) -> str:
         if name not in {*recipe.train, *arguments.REFUSED, *arguments.RENAMED}
     ]
     return comment + recipe.to_yaml() + "# Defaults of train:\n" + "".join(others)
-
-
-@atexit.register
-def _destroy_process_group() -> None:
-    """Close the process group before exit.
-
-    A thread of gloo that still releases the tensors of the last collective when the interpreter ends aborts the
-    process, after everything is written: in about one of five short runs of two processes. The pause lets it finish.
-    """
-    if dist.is_available() and dist.is_initialized():
-        time.sleep(0.5)
-        dist.destroy_process_group()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from peft.helpers import disable_input_dtype_casting
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
@@ -26,7 +27,7 @@ from milora_vl.common.errors import UserError
 from milora_vl.common.evaluator import TrainingQuestions
 from milora_vl.core.adapter import checkpoints
 from milora_vl.core.adapter.earlier import joined_rank, read_earlier
-from milora_vl.core.weights.distributed import gather
+from milora_vl.core.weights.distributed import gather, rank_and_world_size
 from milora_vl.models import loading
 from milora_vl.train import arguments, calibration, data, finish, inherit, model, resume
 from milora_vl.train.base_kl import BaseKL
@@ -71,12 +72,24 @@ def train(settings: Settings) -> int:
     is_writer = run.args.should_save
     recipe, folder, args, repository = run.recipe, run.folder, run.args, trainer.hub_model_id or ""
     del run, loaded, probe, built, base_kl, trainer  # the evaluation needs the model's memory
+    close_processes()
     failed = finish.evaluate(recipe, folder, screen) if is_writer else []
     if not is_writer:
         return 0
     code = finish.write_results(recipe, folder, screen, settings.request.format, failed)
     pushed = not args.push_to_hub or finish.push_results(folder, repository, args.hub_revision, screen)
     return code if pushed else 1
+
+
+def close_processes() -> None:
+    """Close the process group of a run that succeeded: no process waits for the first one's evaluation.
+
+    After an error the others may wait elsewhere, and closing would wait for them. The pause is for a thread of gloo
+    that still releases the tensors of the last collective: at the end of the interpreter it would abort the process.
+    """
+    if rank_and_world_size()[1] > 1:
+        time.sleep(0.5)
+        dist.destroy_process_group()
 
 
 def show_notes(run: Run, screen: Screen) -> None:
@@ -87,10 +100,17 @@ def show_notes(run: Run, screen: Screen) -> None:
 
 
 def read_records(run: Run, screen: Screen) -> RunData:
-    """Read and check the records. Raises UserError for others than those of the run that this one resumes."""
+    """Read and check the records. Raises UserError for others than another process or the resumed run has."""
     recipe, folder = run.recipe, run.folder
     with screen.step(f"reading {data.source_text(recipe.data)}"):
         records = data.read_records(recipe.data)
+    checkpoint = None if folder.checkpoint is None else folder.checkpoint.name
+    told = gather((checkpoint, records.fingerprint, records.pictures))
+    resume.require_same_checkpoint(folder.path, [name for name, *_ in told])
+    other = next((rank for rank, (_, *found) in enumerate(told) if found != list(told[0][1:])), None)
+    if other is not None:
+        message = f"rank {other} reads other records or pictures than rank 0"
+        raise UserError(message, where=str(recipe.data.path), hint="all machines must see the same data")
     if run.earlier is not None:
         resume.require_same_records(run.earlier, records)
     elif recipe.adapter and inherit.has_other_records(Path(recipe.adapter), records.fingerprint):
@@ -100,7 +120,6 @@ def read_records(run: Run, screen: Screen) -> RunData:
         )
     elif any(task["fingerprint"] == records.fingerprint for task in run.tasks):
         screen.say("note: an earlier run was trained on these records; for more steps on them use --adapter")
-    resume.require_same_checkpoint(folder.path, gather(None if folder.checkpoint is None else folder.checkpoint.name))
     warnings = records.warnings()
     if folder.checkpoint is not None:
         stage = arguments.zero_stage(run.args)

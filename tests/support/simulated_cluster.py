@@ -255,8 +255,9 @@ def _main() -> None:
     with cluster(seen):
         from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-        from milora_vl.train import main
+        from milora_vl.train import main, run
 
+        run.close_processes = lambda: None  # the next line trains in the same processes
         for line in json.loads(Path(sys.argv[1]).read_text()):
             seen.clear()
             code = main([word for word in line if word != "--use_cpu"])

@@ -10,6 +10,7 @@ import pytest
 
 from milora_vl.common.errors import UserError
 from milora_vl.train.command import main
+from support.launched import results_of_two
 from support.train_runs import file_contents, training
 
 EARLY = {
@@ -48,6 +49,37 @@ def test_it_is_found_before_the_model_loads(
     assert said in fails(tiny_data, tmp_path / "run", *flags)
     assert "loading" not in capfd.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+ALONE = """
+import json, os, sys
+import torch.distributed as dist
+from milora_vl.common.errors import UserError
+from milora_vl.train import main
+
+odd, good = json.loads(sys.argv[1])
+try:
+    main(odd if os.environ["RANK"] == "1" else good)
+except UserError as error:
+    message, is_open = str(error), dist.is_initialized()
+assert main(good) == 0
+print("RESULT" + json.dumps([message, is_open, dist.is_initialized()]))
+"""
+
+
+def test_other_records_on_one_rank_are_refused_on_all_and_nobody_waits_for_a_failed_one(
+    tiny_data: Path, tmp_path: Path
+) -> None:
+    """The group is closed after a success alone, where all processes close it."""
+    other = tmp_path / "other"
+    shutil.copytree(tiny_data, other)
+    first = sorted((other / "images").iterdir())
+    shutil.copy(first[0], first[1])
+    flags = ["--method", "lora", "--rank", "4", "--per_device_train_batch_size", "2", "--max_steps", "1"]
+    lines = [training(data, tmp_path / "run", *flags) for data in (other, tiny_data)]
+    for message, was_open, is_open in results_of_two(ALONE, tmp_path, json.dumps(lines)):
+        assert "rank 1 reads other records or pictures than rank 0" in message
+        assert (was_open, is_open) == (True, False)
 
 
 def test_files_of_an_earlier_run_are_not_overwritten(tiny_data: Path, tmp_path: Path) -> None:
