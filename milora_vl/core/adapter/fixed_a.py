@@ -72,7 +72,8 @@ class FixedA(ForwardVariant):
     """The forward pass of PEFT's LoRA layer, where the product with B adds to W x.
 
     A passes no gradient, so x is not kept for the backward pass. Beside a bfloat16 base PEFT would multiply in float32,
-    and round the sum anyway. Beside float16 the products are in float32, as PEFT's, under autocast too.
+    and round the sum anyway; x, in bfloat16, has left its own directions by as much as the rounded A has. Beside
+    float16 the products are in float32, as PEFT's, under autocast too.
     """
 
     def update(self, down: Any, up: Any, x: Tensor, onto: Tensor, scaling: float, drops: bool) -> Tensor:

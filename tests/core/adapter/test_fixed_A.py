@@ -256,6 +256,19 @@ def test_the_fused_sum_is_pefts_own(tiny_llama, dtype: torch.dtype, autocast: bo
         assert (ours - stock).norm() <= 0.02 * stock.norm()
 
 
+@pytest.mark.parametrize(("dtype", "left"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-3)])
+def test_what_is_left_of_an_update_on_protected_inputs(tiny_llama, dtype: torch.dtype, left: float) -> None:
+    rules = protecting()
+    (V, *_) = directions(tiny_llama()[0], rules, TEXT).values()
+    layer = lora_layer(apply_milora(tiny_llama()[0], rules, calibration=TEXT), Q)
+    layer.base_layer.weight.data.zero_()
+    layer.lora_B["default"].weight.data.normal_()
+    inside, outside = V.T.to(dtype), torch.randn(V.shape[1], V.shape[0]).to(dtype)
+    outside = outside * inside.norm() / outside.norm()
+    layer.base_layer.to(dtype)
+    assert layer(inside).float().norm() < left * layer(outside).float().norm()
+
+
 @settings(max_examples=30, deadline=None)
 @given(rows=st.integers(1, 6), width=st.integers(2, 9), count=st.integers(0, 8), seed=st.integers(0, 999))
 def test_rows_off_the_inputs_have_one_length_and_no_part_along_them(
