@@ -17,10 +17,12 @@ from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
 
+import accelerate
 import torch
 import torch.distributed as dist
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers.utils import is_accelerate_available
 
 import llava_recipes
 from milora_vl.common.cli.console import did_you_mean, suggest
@@ -362,6 +364,9 @@ def _require_fsdp_alone(train: Mapping[str, Any]) -> None:
     for name, hint in refused.items():
         if train.get(name):
             raise _fsdp_error(f"does not work together with --{name}", hint)
+    if train.get("bf16") and not is_accelerate_available("1.13.0"):
+        message = f"accelerate {accelerate.__version__} would hold the frozen base in float32 under FSDP2 with --bf16"
+        raise _fsdp_error(message, "pip install 'accelerate>=1.13', or use --deepspeed zero3")
 
 
 def _fsdp_error(message: str, hint: str) -> UserError:

@@ -22,6 +22,8 @@ from transformers import ProgressCallback, TrainerCallback, TrainerControl, Trai
 from milora_data.batches.record_collator import RecordCollator
 from milora_vl.common.cli.console import amount
 from milora_vl.common.evaluator import TrainingQuestions, evaluator
+from milora_vl.core.adapter.anchored import fixed_names
+from milora_vl.core.adapter.folders import EARLIER
 from milora_vl.core.calibration.activations import evaluated
 from milora_vl.core.weights.matrices import gathered_in_forward
 from milora_vl.forgetting.measure import logits_of, summary, token_sums
@@ -213,6 +215,22 @@ class IntervalsOfThisRun(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         state.compute_steps(args, state.max_steps)
+
+
+class KeepDigits(TrainerCallback):
+    """Give the buffers that never change the digits back that DeepSpeed 0.17 rounds off with the model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.buffers = {name: model.get_buffer(name).cpu() for name in fixed_names(model)}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
+        for name, kept in self.buffers.items():
+            path, _, key = name.rpartition(".")
+            module, here = model.get_submodule(path), model.get_buffer(name)
+            if here.dtype != kept.dtype:
+                module.register_buffer(key, kept.to(here.device), persistent=key not in EARLIER)
 
 
 class RatesOfGroups(TrainerCallback):

@@ -39,6 +39,7 @@ from milora_vl.train.base_kl import BaseKL, add_base_kl
 from milora_vl.train.callbacks import (
     Bars,
     IntervalsOfThisRun,
+    KeepDigits,
     Lines,
     LogBeforeSave,
     Meter,
@@ -106,6 +107,8 @@ class MiloraTrainer(RatesOfRules, CheckpointTrainer):
         self.suites: SuiteCallback | None = None  # scores during training
         if self.args.fsdp:
             self.add_callback(fsdp.RequireShards())
+        if self.args.deepspeed:
+            self.add_callback(KeepDigits(model))
         if self.is_fsdp_enabled:
             fsdp.prepare(self.accelerator, model)
         self._rows: list[tuple[str, float, int]] = []  # of an evaluation: key, summed loss and tokens of a record

@@ -170,6 +170,14 @@ def test_arguments_that_fsdp_does_not_support_are_refused(more: list[str], tiny_
     assert not (tmp_path / "run").exists()
 
 
+def test_a_version_that_would_double_the_frozen_base_is_refused(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arguments, "is_accelerate_available", lambda minimum: minimum != "1.13.0")
+    with raises_code("launch-fsdp", where="--fsdp", hint="accelerate>=1.13"):
+        main(training(tiny_data, tmp_path / "run", "--rank", "4", *FSDP, "--bf16", "True"))
+
+
 def test_one_process_has_nothing_to_shard(tiny_data: Path, tmp_path: Path) -> None:
     with raises_code("launch-fsdp", where="--fsdp"):
         main(training(tiny_data, tmp_path / "run", "--rank", "4", *FSDP))

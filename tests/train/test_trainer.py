@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from milora_vl.core.adapter.apply import apply_milora
 from milora_vl.core.policy import Policy
 from milora_vl.models.tiny import tiny_tokenizer
 from milora_vl.train.base_kl import BaseKL
+from milora_vl.train.callbacks import KeepDigits
 from milora_vl.train.trainer import MiloraTrainer
 from support.problems import raises_code
 
@@ -55,6 +56,17 @@ def make(tiny_llama: Callable[..., Any], tmp_path: Path) -> Callable[..., Milora
         )  # fmt: skip
 
     return factory
+
+
+def test_what_never_changes_keeps_its_digits_when_deepspeed_rounds_the_model(tiny_llama: Callable[..., Any]) -> None:
+    model = apply_milora(tiny_llama()[0], [{"modules": "language", "method": "milora", "protect": 0, "rank": 4}])
+    before = {name: buffer.clone() for name, buffer in model.named_buffers() if "lora_A" in name}
+    keeper = KeepDigits(model)
+    model.bfloat16()
+    keeper.on_train_begin(*[cast("Any", None)] * 3, model=model)
+    assert before
+    assert all(model.get_buffer(name).equal(buffer) for name, buffer in before.items())
+    assert model.state_dict().keys() >= {name for name in before if name.endswith("weight")}
 
 
 def test_a_batch_with_nothing_to_learn_is_an_error(make: Callable[..., MiloraTrainer]) -> None:
