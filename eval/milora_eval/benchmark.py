@@ -146,6 +146,10 @@ class Benchmark:
         """Read the items from a folder. Raises MissingData (a UserError) if a file is missing."""
         raise NotImplementedError(f"benchmark {type(self).__name__} has no method load(data_dir)")
 
+    def item(self, number: int, row: dict[str, Any]) -> Item:
+        """Return the question of a row of VLMEvalKit's table, whose `picture` is a path."""
+        raise NotImplementedError(f"benchmark {type(self).__name__} has no table")
+
     def recognises(self, question: Any) -> bool:
         """Return whether the first value in `files[0]`, which has a common name, is a question of this benchmark."""
         return True

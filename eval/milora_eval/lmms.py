@@ -18,6 +18,7 @@ from milora_eval.answers.runner import loglikelihoods
 from milora_vl.common.errors import UserError
 from milora_vl.interop.load_model import load_by_flags
 from milora_vl.models.generate import Prompt, generate
+from milora_vl.models.prompts import prompts_of
 
 MANIFEST = ModelManifest(model_id="milora", simple_class_path="milora_eval.lmms.Milora")
 
@@ -31,7 +32,7 @@ class Milora(lmms):
         self,
         pretrained: str = "llava-1.5-7b",
         adapter: str | None = None,
-        template: str = "vicuna_v1",
+        template: str | None = None,
         dtype: str | None = None,
         device: str | None = None,
         batch_size: int | str = 1,
@@ -39,8 +40,10 @@ class Milora(lmms):
     ) -> None:
         super().__init__()
         folder = None if adapter is None else Path(adapter)
+        self.prompts = prompts_of(pretrained, folder, template)
         self.loaded, self.processor = load_by_flags(pretrained, folder, dtype, device)
-        self.template, self.batch_size = template, int(batch_size)
+        self.prompts.limit(self.processor)
+        self.batch_size = int(batch_size)
 
     def generate_until(self, requests: list[Any]) -> list[str]:
         """Return the answers to requests (context, options, document to pictures, document, task, split)."""
@@ -53,7 +56,8 @@ class Milora(lmms):
                 self.loaded,
                 self.processor,
                 [self._prompt(*requests[index].args[:1], *requests[index].args[2:]) for index in chosen],
-                template=self.template,
+                template=self.prompts.template,
+                image_aspect_ratio=self.prompts.image_aspect_ratio,
                 max_new_tokens=int(options.get("max_new_tokens", 128)),
                 num_beams=_beams(options),
                 batch_size=self.batch_size,
@@ -67,8 +71,8 @@ class Milora(lmms):
         for request in requests:
             context, target, *source = request.args
             text = target if isinstance(target, str) else target(self._document(*source[1:]))
-            pairs.append((self._prompt(context, *source), f" {text}"))
-        return loglikelihoods(self.loaded, self.processor, pairs, template=self.template)
+            pairs.append((self._prompt(context, *source), text))
+        return loglikelihoods(self.loaded, self.processor, pairs, self.prompts)
 
     def generate_until_multi_round(self, requests: list[Any]) -> list[str]:
         raise UserError(

@@ -160,6 +160,16 @@ def prompt_ids(
     return ids
 
 
+def _answered(prompt: Prompt, answer: str) -> tuple[Turn, ...]:
+    return (*prompt.turns, Turn("assistant", answer))
+
+
+def _up_to_answer(whole: str, prompt: str, answer: str) -> str:
+    """Return the text of a conversation up to the end of its last answer; if it does not begin with the prompt, both."""
+    end = whole.rfind(answer) + len(answer)
+    return whole[:end] if whole.startswith(prompt) and end > len(prompt) else prompt + answer
+
+
 def require_prompts(base: Base, prompts: Iterable[Prompt]) -> None:
     """Raise UserError, before weights load, for a prompt that a model cannot be asked.
 
@@ -262,8 +272,12 @@ class ProcessorReader:
     def labelled(self, prompt: Prompt, answer: str) -> dict[str, Any]:
         rendered = self.rendered(prompt)
         if self.call.format.takes_conversations:
-            start = len(rendered.text)
-            rendered = Rendered(rendered.text + answer, ((start, start + len(answer)),))
+            start, text = len(rendered.text), rendered.text + answer
+            if prompt.form != "raw":
+                turns = with_video_marks(_answered(prompt, answer), len(prompt.images), len(prompt.videos))
+                form = self.call.video_format if prompt.videos else self.call.format
+                text = _up_to_answer(form.render(turns).text, rendered.text, answer)
+            rendered = Rendered(text, ((start, len(text)),))
         else:
             rendered = rendered._replace(suffix=answer)
         images = [_opened(image) for image in prompt.images]
@@ -376,9 +390,22 @@ class LlavaReader:
         return inputs
 
     def labelled(self, prompt: Prompt, answer: str) -> dict[str, Any]:
-        row, after = self.row(prompt), self.tokenizer(answer, add_special_tokens=False)["input_ids"]
-        ids = torch.tensor([[*row.ids, *after]], device=self.model.device)
-        labels = torch.tensor([[IGNORE] * len(row.ids) + after], device=self.model.device)
+        row, text = self.row(prompt), prompt.turns[-1].text
+        answered = text + answer
+        if prompt.form != "raw":
+            sides = ((prompt.turns, True), (_answered(prompt, answer), False))
+            rendered = [segments_of(turns, self.template, self.tokenizer, prompt=ends)[1] for turns, ends in sides]
+            text, whole = ("".join(segment.text for segment in segments) for segments in rendered)
+            answered = _up_to_answer(whole, text, answer)
+        # The answer is tokenized behind the text before it: SentencePiece puts a blank in front of a text of its own.
+        start = text.rfind(IMAGE) + len(IMAGE) if prompt.images else 0
+        before, joined = (
+            self.tokenizer(each[start:], add_special_tokens=False)["input_ids"] for each in (text, answered)
+        )
+        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(before, joined, strict=False)))
+        known, after = row.ids[: len(row.ids) - len(before) + shared], joined[shared:]
+        ids = torch.tensor([[*known, *after]], device=self.model.device)
+        labels = torch.tensor([[IGNORE] * len(known) + after], device=self.model.device)
         return {"input_ids": ids, "labels": labels, **self.pixels([row])}
 
     def row(self, prompt: Prompt) -> _Row:

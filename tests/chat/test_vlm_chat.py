@@ -12,6 +12,7 @@ from transformers import pipeline
 
 from milora_data.batches.processor_collator import ProcessorCollator
 from milora_data.encode.chat_template_mask import parts_of
+from milora_data.encode.templates import OWN
 from milora_data.pictures.videos import read_video, sampler
 from milora_data.records.record import Turn
 from milora_eval.answers.runner import loglikelihoods
@@ -22,6 +23,7 @@ from milora_vl.common.errors import UserError
 from milora_vl.interop.load_model import load_model
 from milora_vl.models.generate import Prompt, generate
 from milora_vl.models.losses import summed_loss
+from milora_vl.models.prompts import Prompts
 from support.problems import raises_code
 from support.versions import needs_places
 from support.videos import video_template, write_video
@@ -249,6 +251,8 @@ def test_the_likelihood_of_an_answer_is_the_models_own_loss(name: str, pictures:
     end = int(batch["labels"][0][batch["labels"][0] != -100][-1])
     answer = "A cat." + (processor.tokenizer.decode(end) if name == "qwen2_5_vl" else "")  # else the processor adds it
     prompt = Prompt((Turn("user", "<image>\nWhat is it?"),), (pictures / "0.png",))
-    ((likelihood, leads), (empty, _)) = loglikelihoods(model, processor, [(prompt, answer), (prompt, "")])
+    ((likelihood, leads), (empty, _)) = loglikelihoods(
+        model, processor, [(prompt, answer), (prompt, "")], Prompts(OWN, "pad")
+    )
     assert likelihood == pytest.approx(-float(summed), rel=1e-5)
     assert (count, leads, empty) == (7, False, 0.0)

@@ -3,31 +3,41 @@
 from __future__ import annotations
 
 import base64
+import importlib
 import json
+import math
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 from pandas import DataFrame, Series
 
-from milora_data.records.record import Turn
+from milora_data.encode.labels import encode
+from milora_data.encode.tokens import IGNORE
+from milora_data.pictures.load import load_image
+from milora_data.records.record import Record, Turn
 from milora_eval.__main__ import main
 from milora_eval.answers.runner import loglikelihoods
+from milora_eval.benchmarks.plain_sets import AI2D
 from milora_eval.data_files import write_excel
 from milora_eval.lm_eval import main as lm_eval_main
 from milora_eval.scores.exports import read_predictions
 from milora_eval.suites import find_benchmark, folder_of
-from milora_eval.vlmevalkit import milora_vlm, register
+from milora_eval.vlmevalkit import LONGEST, milora_vlm, register
 from milora_vl.interop.load_model import load_model
-from milora_vl.models.generate import Prompt, generate
+from milora_vl.models.generate import LlavaReader, Prompt, generate
+from milora_vl.models.prompts import Prompts
 from support import official_data
+from support.conversations import KINDS
 from support.drawn import dump_lines, encoded
+from support.llava_oracle import llama_tokenizer
 from support.problems import raises_code
 
 pytestmark = pytest.mark.usefixtures("picture_cache")
@@ -144,7 +154,8 @@ def test_vlmevalkit_runs_a_local_table_on_base_and_adapter(adapter: Path, tmp_pa
     turn = Turn("user", f"<image>\n{text}")
     pictures = sorted((tmp_path / "images" / "Colours").iterdir())  # it has written the table's as JPEG
     assert len(pictures) == len(colors)
-    assert found == generate(*loaded, [Prompt((turn,), (picture,), "exact") for picture in pictures])
+    asked = [Prompt((turn,), (picture,), "exact") for picture in pictures]
+    assert found == generate(*loaded, asked, max_new_tokens=LONGEST)
 
 
 def test_a_harness_that_is_not_installed_is_said() -> None:
@@ -155,14 +166,104 @@ def test_a_harness_that_is_not_installed_is_said() -> None:
 
 
 def test_the_likeliest_answer_is_the_greedy_one(tiny_llava: Callable[..., Made]) -> None:
-    prompt = Prompt((Turn("user", "<image>\nWhat?"),), (official_data.picture("red"),), "exact")
+    turns = (Turn("user", "USER: <image>\nWhat? ASSISTANT:"),)
+    prompt = Prompt(turns, (official_data.picture("red"),), "raw")
     for model, processor in map(tiny_llava, range(20)):
         said = generate(model, processor, [prompt], max_new_tokens=1)[0]
         if said not in ("", "Q") and said.isascii():  # not a part of a letter
             break
-    (value, is_greedy), (other, is_other) = loglikelihoods(model, processor, [(prompt, said), (prompt, "Q")])
+    pairs = [(prompt, said), (prompt, "Q")]
+    (value, is_greedy), (other, is_other) = loglikelihoods(model, processor, pairs, Prompts("vicuna_v1", "pad"))
     assert (is_greedy, is_other) == (True, False)
     assert other < value < 0
+
+
+@pytest.mark.parametrize("template", ["vicuna_v1", "chatml", "llava_llama_2", "alpaca"])
+@pytest.mark.parametrize("kind", ["tiny", *KINDS])
+def test_the_tokens_of_a_target_are_those_that_a_training_supervises(
+    kind: str, template: str, tiny_llava: Callable[..., Made]
+) -> None:
+    model, processor = tiny_llava()
+    tokenizer = processor.tokenizer if kind == "tiny" else llama_tokenizer(kind)
+    turns = (Turn("user", "Which color?"), Turn("assistant", "Dark red"))
+    prompts = Prompt(turns[:1], (), "exact")
+    inputs = LlavaReader(model, tokenizer, template, "pad").labelled(prompts, "Dark red")
+    trained = encode(Record("", (), turns), tokenizer, template=template, image_token_id=-1)
+    ids, labels = inputs["input_ids"][0].tolist(), inputs["labels"][0].tolist()
+    assert ids == trained.input_ids[: len(ids)]
+    assert labels == trained.labels[: len(ids)]
+    assert "Dark red" in tokenizer.decode([label for label in labels if label != IGNORE])
+
+
+@pytest.fixture
+def run_folder(adapter: Path, tmp_path: Path) -> Path:
+    """Return an adapter whose run had another template and whole pictures."""
+    run = Path(shutil.copytree(adapter, tmp_path / "run"))
+    (run / "recipe.yaml").write_text("template: chatml\ndata: {image_aspect_ratio: plain}\n")
+    return run
+
+
+def evaluated(run: Path, benchmark: str, data: Path, output: Path) -> tuple[float, dict[str, str]]:
+    """Return the score of `milora_eval run` and its answers by id."""
+    flags = ["--benchmarks", benchmark, "--data", str(data), "--output_dir", str(output), "--forgetting_tokens", "0"]
+    assert main(["run", "--model", "tiny", "--adapter", str(run), *flags]) == 0
+    folder = output / "eval" / benchmark / "final"
+    lines = map(json.loads, (folder / "predictions.jsonl").read_text().splitlines())
+    score = json.loads((folder / "results.json").read_text())["benchmarks"][0]["metrics"][0]["value"]
+    return score, {line["id"]: line["prediction"] for line in lines}
+
+
+def test_vlmevalkit_gets_the_answers_and_the_score_of_eval_run(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class BaseModel:
+        """A substitute for VLMEvalKit's class: it writes the picture of a row."""
+
+        def dump_image(self, line: Any, dataset: str) -> list[str]:
+            (tmp_path / f"{line['index']}.png").write_bytes(base64.b64decode(line["image"]))
+            return [str(tmp_path / f"{line['index']}.png")]
+
+    monkeypatch.setattr(AI2D, "max_new_tokens", 40)  # other than any default
+    image = {color: base64.b64encode(encoded(color)).decode() for color in ("red", "blue")}
+    rows = [
+        {"index": n, "image": image[color], "question": "Which?", "A": "red", "B": "blue", "answer": "AB"[n % 2]}
+        for n, color in enumerate(["red", "blue", "red"])
+    ]
+    official_data.write_table(tmp_path / "data" / "AI2D_TEST.tsv", rows)
+    score, answers = evaluated(run_folder, "ai2d", tmp_path / "data", tmp_path / "out")
+    model = milora_vlm(BaseModel, "tiny", str(run_folder))
+    assert model.use_custom_prompt("AI2D_TEST")
+    said = [
+        model.generate_inner(model.build_prompt(row | {"hint": math.nan}, "AI2D_TEST"), "AI2D_TEST") for row in rows
+    ]
+    assert said == list(answers.values())
+    table = write_excel(tmp_path / "a.xlsx", DataFrame({"index": range(3), "prediction": said}))
+    capsys.readouterr()
+    flags = ["--benchmark", "ai2d", "--data", str(tmp_path / "data"), "--format", "json"]
+    assert main(["score", str(table), *flags]) == 0
+    assert json.loads(capsys.readouterr().out)["benchmarks"][0]["metrics"][0]["value"] == score
+
+
+def test_lmms_eval_gets_the_answers_and_so_the_score_of_eval_run(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("lmms_eval", "lmms_eval.api", "lmms_eval.api.model", "lmms_eval.models.registry_v2"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setattr(sys.modules["lmms_eval.api.model"], "lmms", object, raising=False)
+    monkeypatch.setattr(sys.modules["lmms_eval.models.registry_v2"], "ModelManifest", SimpleNamespace, raising=False)
+    data = official_data.write(tmp_path / "data", "gqa")
+    score, answers = evaluated(run_folder, "gqa", data, tmp_path / "out")
+    benchmark = find_benchmark("gqa")
+    items = benchmark.load(folder_of(benchmark, data))
+    model = importlib.import_module("milora_eval.lmms").Milora("tiny", str(run_folder), batch_size=4)
+    model.task_dict = {"gqa": {"testdev": items}}
+    requests = [
+        SimpleNamespace(args=(item.plain_text, {}, lambda item: map(load_image, item.images), place, "gqa", "testdev"))
+        for place, item in enumerate(items)
+    ]
+    said = model.generate_until(requests)
+    assert {item.id: text for item, text in zip(items, said, strict=True)} == answers
+    assert score == sum(benchmark.score(item, text) for item, text in zip(items, said, strict=True)) / len(items)
 
 
 def test_vlmevalkits_predictions_are_scored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -202,6 +303,6 @@ def test_vlmevalkits_model_answers_a_message(tmp_path: Path) -> None:
         """A substitute for VLMEvalKit's class; our model adds its one method."""
 
     (tmp_path / "a.png").write_bytes(encoded("red"))
-    model = milora_vlm(BaseModel, "tiny", None, "vicuna_v1")
+    model = milora_vlm(BaseModel, "tiny", None)
     message = [{"type": "image", "value": str(tmp_path / "a.png")}, {"type": "text", "value": "What?"}]
     assert isinstance(model.generate_inner(message), str)

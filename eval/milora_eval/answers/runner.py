@@ -22,6 +22,7 @@ from milora_eval.benchmark import Benchmark, Item
 from milora_eval.suites import folder_of
 from milora_vl.common.progress import progress_bar
 from milora_vl.models.generate import Prompt, Reader, generate, reader_of
+from milora_vl.models.prompts import Prompts
 
 Keep = Callable[[Sequence[Question], Sequence[Reply]], None]
 # Asks questions and passes each batch of answers to a `Keep`.
@@ -99,14 +100,14 @@ def _answered(
 
 
 def loglikelihoods(
-    model: Any, processor: Any, pairs: Sequence[tuple[Prompt, str]], *, template: str = "vicuna_v1"
+    model: Any, processor: Any, pairs: Sequence[tuple[Prompt, str]], prompts: Prompts
 ) -> list[tuple[float, bool]]:
     """Return per (prompt, answer) the sum of the answer's log-probabilities, and whether greedy decoding produces it.
 
-    The answer follows the prompt directly. Pairs run one at a time, so padding has no effect. Benchmarks of other
-    suites rank options by it.
+    The answer has the tokens that it has in a training with this template: a blank before it, or none. Pairs run one at
+    a time, so padding has no effect. Benchmarks of other suites rank options by it.
     """
-    reader = reader_of(model, processor, template, "pad")
+    reader = reader_of(model, processor, prompts.template, prompts.image_aspect_ratio)
     return [_loglikelihood(reader, prompt, answer) for prompt, answer in pairs]
 
 

@@ -98,6 +98,9 @@ class MMBench(Benchmark):
         table.insert(min(6, len(table.columns)), "prediction", [texts.get(index) for index in indices])
         return [write_excel(folder / f"{self.name}_{self.split}.xlsx", table)]
 
+    def item(self, number: int, row: dict[str, Any]) -> Item:
+        return self._item(row, 0, 1)
+
     def _item(self, row: dict[str, Any], turn: int, rotations: int) -> Item:
         options = _options(row)
         turned = options[turn:] + options[:turn]
