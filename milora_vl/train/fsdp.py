@@ -75,13 +75,18 @@ def gathered_state(model: nn.Module, *, only_trained: bool, keep: bool) -> dict[
     return state
 
 
-def gathered_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Return the state dict of an optimizer with complete tensors on the CPU. All processes must call it."""
+def gathered_optimizer(optimizer: torch.optim.Optimizer, *, keep: bool) -> dict[str, Any]:
+    """Return the state dict of an optimizer with complete tensors on the CPU.
+
+    All processes must call it. The result has no state on processes that do not `keep` it.
+    """
     content: dict[str, Any] = optimizer.state_dict()
-    states = {
-        number: {key: _whole(value).cpu() if isinstance(value, Tensor) else value for key, value in state.items()}
-        for number, state in content["state"].items()
-    }
+    states: dict[Any, dict[str, Any]] = {}
+    for number, state in content["state"].items():
+        for key, value in state.items():
+            whole = _whole(value) if isinstance(value, Tensor) else value
+            if keep:
+                states.setdefault(number, {})[key] = whole.cpu() if isinstance(whole, Tensor) else whole
     return {**content, "state": states}
 
 

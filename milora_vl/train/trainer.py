@@ -316,7 +316,7 @@ class MiloraTrainer(RatesOfRules, CheckpointTrainer):
         """Write optimizer and scheduler with complete tensors, as a run without FSDP does."""
         assert self.optimizer is not None
         assert self.lr_scheduler is not None
-        content = fsdp.gathered_optimizer(self.optimizer)
+        content = fsdp.gathered_optimizer(self.optimizer, keep=bool(self.args.should_save))
         if self.args.should_save:
             torch.save(content, folder / "optimizer.pt")
             torch.save(self.lr_scheduler.state_dict(), folder / "scheduler.pt")

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from milora_vl.common.errors import UserError
 from milora_vl.models.tiny import tiny_llava, tiny_tokenizer
-from milora_vl.train import arguments
+from milora_vl.train import arguments, fsdp
 from milora_vl.train.command import main
 from support.launched import ENVIRONMENT, FSDP, train_in_two
 from support.problems import raises_code
@@ -168,6 +168,16 @@ def test_arguments_that_fsdp_does_not_support_are_refused(more: list[str], tiny_
     with raises_code("launch-fsdp", where="--fsdp", message="does not work together with"):
         main(training(tiny_data, tmp_path / "run", "--rank", "4", *FSDP, *more))
     assert not (tmp_path / "run").exists()
+
+
+def test_only_the_process_that_writes_a_checkpoint_keeps_the_optimizer() -> None:
+    layer = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(layer.parameters())
+    layer(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    kept, empty = (fsdp.gathered_optimizer(optimizer, keep=keep) for keep in (True, False))
+    assert torch.equal(kept["state"][0]["exp_avg"], optimizer.state[layer.weight]["exp_avg"])
+    assert (empty["state"], empty["param_groups"]) == ({}, kept["param_groups"])
 
 
 def test_a_version_that_would_double_the_frozen_base_is_refused(
