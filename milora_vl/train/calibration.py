@@ -35,7 +35,7 @@ from milora_vl.core.calibration.bases import Batches
 from milora_vl.core.calibration.texts import HELD_OUT_TEXTS, LENGTH, ROWS, SEED, rows_at_once, sampled_rows
 from milora_vl.core.weights.distributed import gather, rank_and_world_size
 from milora_vl.core.weights.matrices import gathered_in_forward
-from milora_vl.core.weights.tensor_files import weights_digest
+from milora_vl.core.weights.tensor_files import shared_digest
 from milora_vl.forgetting.text import ends_of, general_text, padded_batches, text_blocks
 from milora_vl.models import loading
 from milora_vl.models.base import Base
@@ -79,7 +79,7 @@ class _Sources:
 
     @cached_property
     def weights(self) -> str:
-        return weights_digest(self.model)
+        return shared_digest(self.model)
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ from milora_vl.core.policy.rules import Target
 from milora_vl.core.svd import decompose
 from milora_vl.core.svd.gram import full_precision
 from milora_vl.core.weights.distributed import broadcast, gather, rank_and_world_size
-from milora_vl.core.weights.tensor_files import read_cached, weights_digest, write_cached
+from milora_vl.core.weights.tensor_files import read_cached, shared_digest, write_cached
 
 
 def fix_A(layer: LoraLayer, adapter: str, A: Tensor | None = None) -> None:
@@ -247,5 +247,5 @@ def calibration_key(model: nn.Module, targets: Sequence[Target], calibration: Ca
     sources = [] if calibration is None else sources_of(calibration)
     torch.save([[dict(batch) for batch in part] for part in sources], content)
     digest.update(xxhash.xxh3_128_digest(content.getbuffer()))
-    digest.update(weights_digest(model).encode())
+    digest.update(shared_digest(model).encode())
     return f"calibration-{digest.hexdigest()[:32]}"

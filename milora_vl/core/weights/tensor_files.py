@@ -27,10 +27,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from milora_vl.common.atomic_write import atomic_file
 from milora_vl.common.errors import MALFORMED, Problem, UserError
 from milora_vl.core.svd import Factors, Part, decompose, singular_values
+from milora_vl.core.weights.distributed import gather, rank_and_world_size
 
 AGAIN = "copy or download the file again, or use a checkpoint of the run"
 UNREAD = (SafetensorError, UnpicklingError, RuntimeError, EOFError, *MALFORMED)
@@ -135,11 +137,17 @@ def write_cached(folder: Path, name: str, tensors: Mapping[str, Tensor], metadat
         warnings.warn(f"{name} is not cached in {folder}: {error}", stacklevel=3)
 
 
-def weights_digest(model: nn.Module) -> str:
+def shared_digest(model: nn.Module) -> str:
+    """Return the key of the model in the first process, which alone reads its weights. Every process calls this."""
+    is_first = rank_and_world_size()[0] == 0
+    return str(gather(weights_digest(model, reads=is_first) if is_first or is_deepspeed_zero3_enabled() else "")[0])
+
+
+def weights_digest(model: nn.Module, *, reads: bool = True) -> str:
     """Return the key of a model: a hash of its weights and buffers, its configs, and its adapters unless they are off.
 
     The layers of PEFT do not change the names of weights, so with adapters off it equals the key of the base alone.
-    Under ZeRO-3 one weight is gathered at a time, so every process calls this.
+    Under ZeRO-3 one weight is gathered at a time, so every process calls this; one that does not read it has no key.
     """
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     layers = {name: layer for name, layer in inner.named_modules() if isinstance(layer, BaseTunerLayer)}
@@ -150,8 +158,9 @@ def weights_digest(model: nn.Module) -> str:
         if not on and ("lora_" in name or ".modules_to_save." in name):
             continue
         with gather_params_ctx([tensor], modifier_rank=None):
-            values = tensor.detach().cpu().contiguous()
-            digest.update(f"{name}{tuple(values.shape)} {values.dtype}".encode() + _digest(values))
+            if reads:
+                values = tensor.detach().cpu().contiguous()
+                digest.update(f"{name}{tuple(values.shape)} {values.dtype}".encode() + _digest(values))
     settings: list[Any] = [
         [name, layer.active_adapters, layer.merged_adapters, vars(layer).get("scaling")]
         for name, layer in sorted(on.items())

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from milora_vl import apply_milora
+from milora_vl.core.weights.tensor_files import shared_digest
 
 dist.init_process_group("gloo")
 rank = dist.get_rank()
@@ -27,6 +28,7 @@ model = nn.Sequential(nn.Linear(12, 10), nn.Tanh(), nn.Linear(10, 8))
 if rank == 1:  # another machine rounds otherwise
     for parameter in model.parameters():
         parameter.data *= 1 + 1e-3 * torch.rand(parameter.shape)
+digest = shared_digest(model)
 rules = [{"modules": "language", "method": "milora", "protect": 0, "rank": 3}, {"modules": "2", "protect": 0.9999}]
 calibration = [{"input": torch.randn(9, 12, generator=torch.Generator().manual_seed(i))} for i in range(2)]
 tuned = apply_milora(model, rules, calibration=calibration)
@@ -43,7 +45,7 @@ anchors = [b.double().sum().item() for b in tuned.buffers()]
 ignored = len(wrapped.parameters_to_ignore)
 (protection,) = tuned.milora_protection.values()
 unchanged = start == [b.sum().item() for b in tuned.buffers()]
-print("RESULT" + json.dumps([protection.overlap, protection.energy, trained, anchors, ignored, unchanged]))
+print("RESULT" + json.dumps([protection.overlap, protection.energy, trained, anchors, ignored, unchanged, digest]))
 dist.barrier()
 """
 
@@ -51,7 +53,7 @@ dist.barrier()
 def test_ranks_share_anchors_and_differences(tmp_path: Path) -> None:
     first, second = results_of_two(DDP, tmp_path)
     assert first == second
-    overlap, energy, _, fixed, ignored, unchanged = first
+    overlap, energy, _, fixed, ignored, unchanged, _ = first
     assert overlap < 1e-5
     assert 0.5 < energy < 0.9999  # of 10 directions, the rank leaves 7
     assert len(fixed) == ignored == 3  # both factors of an anchor, and one A
@@ -151,7 +153,7 @@ from milora_vl.core.policy import Policy
 calls = []
 decompose = cache.decompose
 cache.decompose = lambda W, *a, **k: calls.append(list(W.shape)) or decompose(W, *a, **k)
-digest = cache.weights_digest(model)  # gathers one weight at a time
+digest = cache.shared_digest(model)  # gathers one weight at a time
 targets = Policy.parse([{"modules": "language", "method": method, "rank": 3, "protect": 0}]).resolve(model)
 try:
     made = module.initialize(model, targets)
