@@ -12,7 +12,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from milora_vl.common.cli.console import next_step, run
-from milora_vl.common.cli.parser import Command, option, positive, shared
+from milora_vl.common.cli.parser import Command, option, positive, share, shared
 from milora_vl.common.cli.table import Table, show
 from milora_vl.common.errors import UserError
 from milora_vl.core.adapter.folders import holds_adapter, newest_of_unfinished
@@ -69,10 +69,10 @@ examples:
     inputs=(
         option("model", metavar="MODEL", help="name, hub id or folder"),
         (
-            option("--energy", type=float, metavar="X", help="largest rank whose minor part holds this share of ‖W‖²"),
+            option("--energy", type=share, metavar="X", help="largest rank whose minor part holds this share of ‖W‖²"),
             option(
                 "--threshold",
-                type=float,
+                type=share,
                 metavar="X",
                 help="number of singular values that are at most this share of the largest",
             ),
@@ -93,10 +93,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     is_ranks = words[:1] == ["ranks"]
     options = RANKS.parse(words[1:]) if is_ranks else COMMAND.parse(words)
-    from milora_vl.analyze import figures, layers
+    from milora_vl.analyze import figures, layers, ranks
 
     if is_ranks:
-        layers.write_ranks(options)
+        ranks.write_ranks(options)
         next_step("milora_vl.train", "--model", options.model, "--policy", "POLICY.yaml", "--dry-run")
         return 0
     subject = Path(options.subject)

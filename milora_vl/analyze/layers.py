@@ -5,17 +5,15 @@ Adapters of any origin are read as `load_model` reads them. An interrupted analy
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
@@ -24,19 +22,14 @@ from torch import Tensor, nn
 from milora_vl.analyze import measures
 from milora_vl.analyze.measures import Update
 from milora_vl.common.atomic_write import json_lines, write_text
-from milora_vl.common.cli.console import amount
-from milora_vl.common.errors import UserError, with_problems
+from milora_vl.common.errors import UserError
 from milora_vl.common.progress import progress_bar
 from milora_vl.core.adapter.anchored import anchors_of, factors, has_anchor
 from milora_vl.core.adapter.folders import CONFIG, base_of, holds_adapter, holds_projector_alone
 from milora_vl.core.adapter.peft_model import MiloraMixin
-from milora_vl.core.policy import Policy
-from milora_vl.core.policy.policy import SpectralRank, with_ranks
-from milora_vl.core.policy.rules import DEFAULT_RULES, without_projector
 from milora_vl.core.policy.towers import Towers, find_towers
 from milora_vl.core.svd import decompose, singular_values
 from milora_vl.core.weights.matrices import is_adaptable, is_linear, read_matrix
-from milora_vl.core.weights.tensor_files import cached_singular_values
 from milora_vl.interop.load_model import load_any
 from milora_vl.models.devices import device_named
 from milora_vl.models.loading import load_weights
@@ -243,30 +236,3 @@ def _rounded(value: Any) -> Any:
     if isinstance(value, list):
         return [_rounded(each) for each in value]
     return float(f"{float(value):.6g}") if isinstance(value, float | Tensor) else value
-
-
-def write_ranks(options: argparse.Namespace) -> None:
-    """Write a policy whose ranks follow from the singular values of a model to stdout.
-
-    Raises UserError if the rules do not fit the model.
-    """
-    policy = None if options.policy is None else Policy.parse(options.policy)
-    model, place = load_weights(options.model), device_named(options.device)
-    if policy is None:
-        has_projector = find_towers(model).projector is not None
-        policy = Policy.parse(DEFAULT_RULES if has_projector else without_projector(DEFAULT_RULES))
-
-    def spectrum(path: str) -> Tensor:
-        return cached_singular_values(read_matrix(model.get_submodule(path)).to(place), options.factor_cache)
-
-    try:
-        fields = {name: getattr(options, name) for name in ("energy", "threshold", "budget", "min", "max")}
-        found = with_ranks(policy, model, SpectralRank(**fields), spectrum, is_shown=True)
-    except UserError as error:  # its places are keys of the rank or of the policy
-        flags = {"": "--min --max"} | {name: f"--{name}" for name in fields}
-        problems = [replace(problem, where=flags.get(str(problem.where), problem.where)) for problem in error.problems]
-        raise with_problems(error, problems) from None
-    sys.stdout.write(yaml.safe_dump(found.to_list(), sort_keys=False, default_flow_style=None, width=1000))
-    ranks = [rule.rank for rule in found.rules[len(policy.rules) :] if rule.rank is not None]
-    mean = sum(ranks) / len(ranks)
-    sys.stderr.write(f"{amount(len(ranks), 'adapter')}: ranks {min(ranks)} to {max(ranks)}, {mean:.1f} on average\n")

@@ -38,7 +38,7 @@ from milora_vl.core.adapter.folders import (
     module_path,
     require_adapter,
 )
-from milora_vl.core.adapter.sidecar import FILE_NAME, read_sidecar, refuse_retired, require_trainable
+from milora_vl.core.adapter.sidecar import FILE_NAME, read_sidecar, require_trainable
 from milora_vl.core.calibration.texts import SEED
 from milora_vl.core.policy import Rule, Target
 from milora_vl.core.policy.rules import METHODS
@@ -79,7 +79,6 @@ def settings_of(folder: Path, flag: str = "--adapter") -> dict[str, Any]:
     if sidecar is None:
         why = "is in the layout of another program" if is_other else f"has no {FILE_NAME}, which lists what trains"
         raise UserError(f"{folder} {why}", where=flag, hint=to_merge(folder))
-    refuse_retired(folder, sidecar)
     require_trainable(folder, sidecar, is_trainable=flag == "--adapter")
     run = recipe_of_run(folder)
     if not run.get("policy"):  # saved in Python

@@ -223,14 +223,6 @@ def test_what_is_no_adapter_of_ours_is_refused(data: Path, first: Path, tmp_path
         plan(second(data, tmp_path / "whole", tmp_path / "b"))
     with raises_code("adapter-no-folder", where="--after"):
         plan(second(data, tmp_path / "none", tmp_path / "b"))
-    earlier = tmp_path / "earlier"
-    shutil.copytree(first, earlier)
-    saved = json.loads((earlier / "milora.json").read_text())
-    for entry in (entry for entry in saved["modules"].values() if entry["rank"]):
-        entry["method"] = "gradient"
-    (earlier / "milora.json").write_text(json.dumps(saved))
-    with raises_code("adapter-retired-method", where=str(earlier), hint="--to merged"):
-        plan(second(data, earlier, tmp_path / "b"))
     other, processor = tiny_llava(seed=1)
     for part in (other, processor):
         part.save_pretrained(tmp_path / "other")

@@ -52,6 +52,12 @@ def above_zero(text: str) -> float:
     return float(text)
 
 
+def share(text: str) -> float:
+    if above_zero(text) > 1:
+        raise argparse.ArgumentTypeError(f"must be at most 1, got {text}")
+    return float(text)
+
+
 def device(text: str) -> str:
     import torch
 

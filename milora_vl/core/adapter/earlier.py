@@ -35,7 +35,6 @@ from milora_vl.core.adapter.sidecar import (
     fitted,
     new_paths,
     read_sidecar,
-    refuse_retired,
     stored_tensors,
 )
 from milora_vl.core.policy.rules import Target
@@ -69,7 +68,6 @@ def read_earlier(
     saved = read_sidecar(folder)
     if saved is None:
         raise AdapterError(f"has no {FILE_NAME}", where=str(folder))
-    refuse_retired(folder, saved)
     here = fitted(base, saved, allow_base_mismatch=False)
     paths = new_paths(saved, here)
     state = {moved(name, paths).removeprefix(PREFIX): tensor for name, tensor in stored_tensors(folder).items()}

@@ -295,22 +295,17 @@ def restore(model: PeftModel, adapter: str, sidecar: Sidecar, anchors: Mapping[s
 
     `anchors` has the exact B0 by path, see `Sidecar.read_anchors`.
     """
-    ours, plain = adopt(model), {}
+    ours = adopt(model)
     for target in sidecar.targets:
         if target.rank is None:
             continue
         layer = lora_layer(ours, target.path)
-        if target.has_anchor and adapter in layer.lora_embedding_A:
-            if layer.lora_embedding_A[adapter].requires_grad:
-                message = "MiLoRA trained this embedding, which this version does not: it cannot train further"
-                raise AdapterError(message, code="adapter-retired-method", where=target.path)
-            plain[target.path] = replace(target, method="lora", rank=2 * target.rank, alpha=2 * (target.alpha or 0))
-        elif target.has_anchor:
+        if target.has_anchor:
             install_loaded(layer, adapter, anchors.get(target.path))
         elif target.has_fixed_A and not has_fixed_A(layer, adapter):
             fix_A(layer, adapter)
         set_dropout(layer, adapter, target.dropout)
-    ours.remember(adapter, replace(sidecar, targets=[plain.get(t.path, t) for t in sidecar.targets], anchors=()))
+    ours.remember(adapter, replace(sidecar, anchors=()))
     return ours
 
 

@@ -30,7 +30,7 @@ from milora_vl.core.adapter.fixed_a import Protection
 from milora_vl.core.adapter.folders import ADAPTER_FILES, ANCHORS_FILE, RESTORE, AdapterError, module_path
 from milora_vl.core.adapter.initialize import LayerReport
 from milora_vl.core.adapter.lora import base_layer, base_model_of
-from milora_vl.core.policy.rules import METHODS, RETIRED, FloorSigma, Target
+from milora_vl.core.policy.rules import METHODS, FloorSigma, Target
 from milora_vl.core.policy.towers import canonical_names, keep_weights_readable
 from milora_vl.core.weights.matrices import (
     QUANTIZED_EPS,
@@ -56,8 +56,7 @@ class Sidecar:
     `anchors` holds the names of the modules whose B0 is in ANCHORS_FILE. `fixed` holds the fingerprint of each A that
     never changes, and `protection` what the calibration found for its layer. `frozen` holds the fingerprints of all
     other parameters that do not train, by names that hold in every layout. `tasks` holds one entry per task, as the
-    training writes it; it is empty for a single task. `retired` is the method of an adapter that earlier code trained;
-    its targets are then those of a plain LoRA.
+    training writes it; it is empty for a single task.
     """
 
     targets: Sequence[Target]
@@ -70,7 +69,6 @@ class Sidecar:
     frozen: Mapping[str, Fingerprint] = field(default_factory=dict)
     tasks: Sequence[Mapping[str, Any]] = ()
     own: Sidecar | None = None
-    retired: str = ""
 
     def to_json(self) -> str:
         content: dict[str, Any] = {"format_version": FORMAT_VERSION, **self._content()}
@@ -157,10 +155,9 @@ def read_sidecar(folder: Path) -> Sidecar | None:
 
 
 def require_trainable(folder: Path, saved: Sidecar | None, *, is_trainable: bool) -> None:
-    """Raise AdapterError for an adapter that would train further, and cannot: of several tasks, or a retired method."""
+    """Raise AdapterError for an adapter that would train further, and cannot: of several tasks."""
     if saved is None or not is_trainable:
         return
-    refuse_retired(folder, saved)
     if saved.own is not None:
         message = f"holds the updates of {len(saved.tasks)} tasks in one LoRA, which cannot train further"
         hint = (
@@ -169,24 +166,12 @@ def require_trainable(folder: Path, saved: Sidecar | None, *, is_trainable: bool
         raise AdapterError(message, code="adapter-several-tasks", where=str(folder), hint=hint)
 
 
-def refuse_retired(folder: Path, saved: Sidecar) -> None:
-    """Raise AdapterError for an adapter of a method that left, which no training continues or follows."""
-    if saved.retired:
-        message = f"was trained with method {saved.retired}, which this version does not train"
-        hint = f"merge it and train on the result:  {MERGE} {folder}"
-        raise AdapterError(message, code="adapter-retired-method", where=str(folder), hint=hint)
-
-
 def _from_content(content: Mapping[str, Any]) -> Sidecar:
-    targets, names, retired = [], {}, ""
+    targets, names = [], {}
     parts: dict[str, Any] = {name: {} for name, _ in _PARTS.values()}
     for path, entry in content["modules"].items():
         values = {**entry, "path": path}
-        if entry["method"] in RETIRED:
-            retired, factor = entry["method"], RETIRED[entry["method"]]
-            values |= {"method": "lora", "rank": factor * entry["rank"], "alpha": factor * entry["alpha"], "protect": 0}
-            entry = {key: value for key, value in entry.items() if key in ("name", "fingerprint")}
-        elif entry["method"] not in METHODS:
+        if entry["method"] not in METHODS:
             raise KeyError(f"method {entry['method']!r}")
         if isinstance(values.get("sigma"), Mapping):
             values["sigma"] = FloorSigma(**values["sigma"])
@@ -197,7 +182,7 @@ def _from_content(content: Mapping[str, Any]) -> Sidecar:
                 parts[name][path] = _restored(kind, entry[key])
     frozen = {name: _restored(Fingerprint, values) for name, values in content["frozen"].items()}
     anchors = tuple(content["anchors"])
-    return Sidecar(targets, names, anchors=anchors, frozen=frozen, retired=retired, **parts)
+    return Sidecar(targets, names, anchors=anchors, frozen=frozen, **parts)
 
 
 def _restored(kind: type[Kind], values: Mapping[str, Any]) -> Kind:

@@ -73,8 +73,6 @@ METHODS: dict[str, Method] = {
     "frozen": Method(label="frozen", trains="nothing", fields=frozenset()),
 }
 assert tuple(METHODS) == get_args(RuleMethod)
-# Methods that wrote adapters once: name -> PEFT's rank divided by the rank in milora.json.
-RETIRED = {"gradient": 1, "mica": 1, "olora": 2}
 
 
 def label_of(method: str, protect: float = 0.0) -> str:

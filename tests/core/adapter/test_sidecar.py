@@ -8,28 +8,21 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from milora_vl import apply_milora, load_adapter, merge, restore_split, save_adapter
-from milora_vl.core.adapter.earlier import read_earlier
+from milora_vl import apply_milora, load_adapter, save_adapter
 from milora_vl.core.adapter.folders import ANCHORS_FILE, AdapterError
 from milora_vl.core.adapter.initialize import LayerReport
-from milora_vl.core.adapter.save_load import load_checkpoint
 from milora_vl.core.adapter.sidecar import FILE_NAME, Sidecar, locate, read_sidecar
 from milora_vl.core.policy.rules import FloorSigma, Target
 from milora_vl.core.weights.matrices import fingerprint
 from support.adapter_cases import (
     LLAVA_POLICY,
-    Pictures,
     anchors,
     move,
-    one_rule,
-    picture_batch,
     token_batch,
     train_steps,
 )
-from support.calibrated import text_batches
 from support.llava_oracle import original_llava
 from support.problems import raises_code, raises_problem
 
@@ -145,52 +138,3 @@ def test_weights_that_milora_json_does_not_tell_of_are_refused(adapted) -> None:
     save_file(weights, file)
     with raises_problem(says=r"do not match milora.json: .* \(2 differ\)", kind=AdapterError):
         load_adapter(adapted.other, adapted.folder)
-
-
-# As earlier versions wrote it: the method, and how many rows of PEFT's factors each rank has.
-@pytest.mark.parametrize(("method", "factor", "protect"), [("gradient", 1, 0.6), ("mica", 1, 0), ("olora", 2, 0)])
-@pytest.mark.filterwarnings("ignore:too little calibration data", "ignore:.*protect almost nothing")
-def test_adapters_of_methods_that_left_load_merge_and_do_not_train(
-    tiny_llama, tmp_path: Path, method: str, factor: int, protect: float
-) -> None:
-    ids = token_batch(200)
-    rules = one_rule(method="lora", rank=2 * factor, alpha=3 * factor, protect=protect)
-    model = apply_milora(tiny_llama()[0], rules, calibration=text_batches(vocabulary=200) if protect else None)
-    move(model)
-    expected = model.eval()(ids).logits
-    save_adapter(model, tmp_path)
-    data = json.loads((tmp_path / FILE_NAME).read_text())
-    for entry in data["modules"].values():
-        entry |= {"method": method, "rank": 2, "alpha": 3}
-    (tmp_path / FILE_NAME).write_text(json.dumps(data))
-    loaded = load_adapter(tiny_llama()[0], tmp_path)
-    stock = PeftModel.from_pretrained(tiny_llama()[0], str(tmp_path))
-    assert torch.equal(loaded(ids).logits, stock.eval()(ids).logits)
-    assert torch.allclose(loaded(ids).logits, expected, atol=1e-5)
-    save_adapter(loaded, tmp_path / "again")
-    assert torch.allclose(merge(loaded)(ids).logits, expected, atol=1e-5)
-    base = tiny_llama()[0]
-    for train in (
-        lambda: load_adapter(base, tmp_path, is_trainable=True),
-        lambda: load_checkpoint(base, tmp_path),
-        lambda: read_earlier(base, tmp_path, []),
-        lambda: restore_split(stock, tmp_path),
-        lambda: apply_milora(tiny_llama()[0], one_rule()).load_adapter(str(tmp_path), "second", is_trainable=True),
-    ):
-        with raises_code("adapter-retired-method", where=str(tmp_path), message=f"method {method}", hint="--to merged"):
-            train()
-
-
-def test_an_embedding_that_milora_trained_loads_as_a_plain_lora_and_does_not_train(tmp_path: Path) -> None:
-    model = apply_milora(Pictures(), [{"modules": "words", "method": "lora", "rank": 4, "alpha": 4}])
-    move(model)
-    expected = model.eval()(*picture_batch())
-    save_adapter(model, tmp_path)
-    data = json.loads((tmp_path / FILE_NAME).read_text())
-    data["modules"]["words"] |= {"method": "milora", "rank": 2, "alpha": 2}
-    (tmp_path / FILE_NAME).write_text(json.dumps(data))
-    loaded = load_adapter(Pictures(), tmp_path)
-    assert torch.equal(loaded.eval()(*picture_batch()), expected)
-    assert torch.allclose(merge(loaded.train())(*picture_batch()), expected, atol=1e-5)
-    with raises_code("adapter-retired-method", where="words"):
-        load_adapter(Pictures(), tmp_path, is_trainable=True)
