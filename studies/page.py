@@ -27,8 +27,8 @@ def write(folder: Folder, command: str) -> tuple[Path, Table]:
     study, cells, results = folder.study, folder.study.cells(), folder.finished()
     failed = {cell: failure for cell in cells if (failure := folder.failure(cell)) is not None}
 
-    def answers(cell: Cell) -> Mapping[str, tuple[float, str]]:
-        return {item: (score, item) for item, score in folder.items(cell).items()}
+    def answers(cell: Cell) -> Mapping[str, tuple[float, str, str]]:
+        return {item: (score, item, "") for item, score in folder.items(cell).items()}
 
     task, title = task_class(study.task), f"{study.question} ({study.task})"
     cells_are = "Every cell is a file in cells/ with the scores of its test items"
@@ -88,13 +88,12 @@ def chains_table(study: Study, results: Mapping[Cell, CellNumbers]) -> Table:
 def document(name: str, folder: Folder, docs: Path) -> Path:
     """Write the finished cells of a study into its CSV file in `docs`, and its figure. Return the file.
 
-    Rows of arms that have no finished cell stay: their code may be gone.
+    Rows of cells that are not finished here stay: their code may be gone, or another machine has run them.
     """
     cells = folder.finished()
     file = docs / f"{name}.csv"
-    ran = {cell.method for cell in cells}
-    before = read_cells(file).values() if file.is_file() else ()
-    rows: list[CellNumbers] = [*(row for row in before if row["method"] not in ran), *cells.values()]
+    before = read_cells(file) if file.is_file() else {}
+    rows: list[CellNumbers] = [*(row for cell, row in before.items() if cell not in cells), *cells.values()]
     columns = list(dict.fromkeys(key for row in rows for key in row))
     if cells:
         write_csv(file, columns, [[row.get(key) for key in columns] for row in rows])

@@ -21,8 +21,10 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+from milora_data.keys import file_key, record_key
 from milora_data.records.record import Record
 from milora_vl import merge
+from milora_vl.common.atomic_write import atomic_file
 from milora_vl.core.calibration.bases import Batches, Calibration, sources_of
 from milora_vl.sweep.cells import Cell, CellNumbers
 from studies.study import Study
@@ -117,13 +119,14 @@ def _trained(task: AnswerTask, study: Study, cell: Cell, model: Any, factors: Pa
     if not isinstance(model, PeftModel):
         model = adapted(task, study, cell, model, factors)
     single = study.model_copy(update={"then": []})
-    content = [before, single.key(cell), [[r.id, r.turns[0].text] for r in task.train], _digest(task.calibration())]
+    records = [record_key(record, file_key) for record in task.train]
+    content = [before, single.key(cell), records, _digest(task.calibration())]
     done = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:20]
     file = factors / "trained" / f"{done}.pt"
     if not file.is_file():
         train(task, model, study, cell)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({name: p.detach() for name, p in model.named_parameters() if p.requires_grad}, file)
+        with atomic_file(file) as partial:  # other cells read it
+            torch.save({name: p.detach() for name, p in model.named_parameters() if p.requires_grad}, partial)
     model.load_state_dict(torch.load(file), strict=False)
     return model, done
 

@@ -165,7 +165,7 @@ def _answered(prompt: Prompt, answer: str) -> tuple[Turn, ...]:
 
 
 def _up_to_answer(whole: str, prompt: str, answer: str) -> str:
-    """Return the text of a conversation up to the end of its last answer; if it does not begin with the prompt, both."""
+    """Return a conversation up to the end of its last answer; prompt and answer where it begins in another way."""
     end = whole.rfind(answer) + len(answer)
     return whole[:end] if whole.startswith(prompt) and end > len(prompt) else prompt + answer
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import io
-import json
 import shlex
 import statistics
 import sys
@@ -15,7 +13,8 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from milora_eval.answers.questions import require_questions
+from milora_data.keys import FileKeys, data_key, digest, record_key
+from milora_eval.answers.questions import questions_key, require_questions
 from milora_vl.common.atomic_write import read_json, write_json, write_text
 from milora_vl.common.cli.console import amount, next_step, run
 from milora_vl.common.cli.parser import Command, flag, option, positive, shared
@@ -25,6 +24,7 @@ from milora_vl.common.evaluator import QuestionSet
 from milora_vl.sweep import page
 from milora_vl.sweep.cells import Cell, make_cells, recipe_of
 from milora_vl.sweep.runner import Sweep, alone, run_cells, usable_cores
+from milora_vl.train.data import read_records
 from milora_vl.train.flags import ADAPTERS
 from milora_vl.train.recipe import Recipe, read_recipe
 from milora_vl.train.setup import data_of
@@ -104,7 +104,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     sweep = Sweep(folder, recipe, QuestionSet(suite, data, options.limit or recipe.sweep.limit))
     cells = _checked_cells(options, sweep)
     jobs = options.jobs or _jobs(len(cells))
-    known = _require_same_sweep(sweep)
     done = [cell for cell in cells if sweep.result(cell)]
     failed = [cell for cell in cells if sweep.failure(cell)]
     todo = [cell for cell in cells if cell not in done and (options.retry or cell not in failed)]
@@ -113,6 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not todo:
         sys.stderr.write("nothing is left to run\n")
     _require_runnable(sweep, todo)
+    known = _require_same_sweep(sweep)
     if options.plan:
         return 0
     command = f"python -m milora_vl.sweep {shlex.join(words)}"
@@ -195,19 +195,34 @@ def _jobs(cells: int) -> int:
 def _require_same_sweep(sweep: Sweep) -> dict[str, Any]:
     """Return the content of sweep.json. More methods, rates, seeds or variants are allowed.
 
-    Raises UserError if the folder holds cells of another recipe, or of a variant that has changed.
+    Raises UserError if the folder holds cells of another recipe, of other records or questions (whatever the names of
+    their files), or of a variant that has changed.
     """
-    known = read_json(sweep.folder / "sweep.json") or {}
-    shared = sweep.recipe.model_dump() | {"sweep": {"train": sweep.recipe.sweep.train}}
-    digest = hashlib.sha256(json.dumps([shared, repr(sweep.questions)], sort_keys=True).encode()).hexdigest()[:16]
-    before, now = known.get("variants", {}), sweep.recipe.sweep.variants
-    changed = [f"variant {name}" for name, fields in now.items() if before.get(name, fields) != fields]
-    changed += ["recipe or suite"] if known.get("key", digest) != digest else []
+    known, recipe = read_json(sweep.folder / "sweep.json") or {}, sweep.recipe
+    shared = recipe.model_dump() | {"sweep": {"train": recipe.sweep.train}}
+    for name in ("path", "eval_path", "image_folder"):
+        shared["data"].pop(name)
+    data, weights = (
+        read_records(recipe.data),
+        [source.weight for source in recipe.data.path or () if not isinstance(source, str)],
+    )
+    key_of = FileKeys(recipe.data.image_folder or "")
+    keys = {
+        "recipe": digest([shared, weights]),
+        "records": [
+            data_key(sorted(record_key(record, key_of) for record in part))
+            for part in (data.train, data.evaluation or ())
+        ],
+        "questions": questions_key(sweep.questions),
+    }
+    before, now = known.get("variants", {}), recipe.sweep.variants
+    changed = [f"another variant {name}" for name, fields in now.items() if before.get(name, fields) != fields]
+    changed += [f"other {name}" for name, key in keys.items() if known and known[name] != key]
     if changed:
-        message = f"{sweep.folder} holds a sweep with another {changed[0]}; nothing is overwritten"
+        message = f"{sweep.folder} holds a sweep of {' and '.join(changed)}; nothing is overwritten"
         raise UserError(message, where="--output_dir", hint="choose another folder:  --output_dir ANOTHER")
     fields = {"model": sweep.recipe.model, "suite": sweep.questions.suite, "variants": before | now}
-    return {"key": digest} | fields
+    return keys | fields
 
 
 def _time_left(sweep: Sweep, cells: Sequence[Cell], left: int, jobs: int) -> str:

@@ -10,8 +10,8 @@ from typing import Any
 from milora_eval.stats import Difference, paired_difference
 from milora_vl.sweep.cells import Cell, CellNumbers
 
-# The test items of a cell: key of the question -> (score, group, usually the picture). A group is not independent.
-Answers = Callable[[Cell], Mapping[str, tuple[float, Any]]]
+# The test items of a cell: key of the question -> score, group (usually the picture: not independent), benchmark.
+Answers = Callable[[Cell], Mapping[str, tuple[float, Any, str]]]
 # Student's t for a two-sided 95 % interval, by degrees of freedom from 1 on.
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
@@ -110,17 +110,17 @@ def pairs(all_arms: Sequence[Arm], answers: Answers) -> list[Pair]:
         a, b = (_mean_answers(answers, point, common) for point in (of_first, best))
         ids = sorted(item for item in a if item in b)
         if ids:
-            groups = [a[item][1] for item in ids]
-            difference = paired_difference([a[i][0] for i in ids], [b[i][0] for i in ids], clusters=groups)
+            values, groups, benchmarks = zip(*(a[item] for item in ids), strict=True)
+            difference = paired_difference(values, [b[item][0] for item in ids], benchmarks, groups)
             found.append(Pair(first, label, difference, len(common)))
     return found
 
 
-def _mean_answers(answers: Answers, point: Point, seeds: Sequence[int]) -> dict[str, tuple[float, Any]]:
+def _mean_answers(answers: Answers, point: Point, seeds: Sequence[int]) -> dict[str, tuple[float, Any, str]]:
     sums: dict[str, list[float]] = {}
-    groups: dict[str, Any] = {}
+    about: dict[str, tuple[Any, str]] = {}
     for seed in seeds:
-        for item, (score, group) in answers(point.cell(seed)).items():
+        for item, (score, *more) in answers(point.cell(seed)).items():
             sums.setdefault(item, []).append(score)
-            groups[item] = group
-    return {item: (sum(v) / len(v), groups[item]) for item, v in sums.items() if len(v) == len(seeds)}
+            about[item] = (more[0], more[1])
+    return {item: (sum(v) / len(v), *about[item]) for item, v in sums.items() if len(v) == len(seeds)}

@@ -24,7 +24,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from milora_eval import evaluator
-from milora_eval.scores.results import require_lines
+from milora_eval.scores.results import headline_of, read_results, require_lines
 from milora_eval.suites import results_name
 from milora_vl.common.atomic_write import read_json, write_json, write_text
 from milora_vl.common.errors import UserError
@@ -66,13 +66,16 @@ class Sweep:
         cells = [Cell(each["method"], each["learning_rate"], each["rank"], each["seed"]) for each in results]
         return [cell for cell in cells if cell.seed in seeds and self.result(cell)]
 
-    def answers(self, cell: Cell) -> dict[str, tuple[float, Any]]:
-        lines = require_lines(self.results_folder(cell))
-        of_first = (line for line in lines if line["benchmark"] == lines[0]["benchmark"])
+    def answers(self, cell: Cell) -> dict[str, tuple[float, Any, str]]:
+        """Return the items of the benchmarks that score the cell: value, group and benchmark by the question's key."""
+        folder = self.results_folder(cell)
+        results, lines = read_results(folder), require_lines(folder)
+        scored = headline_of(results).benchmarks
+        names = {entry["reference"]: entry["name"] for entry in results["benchmarks"] if entry["name"] in scored}
         return {
-            line["question_key"]: (float(line["correct"]), line["group"])
-            for line in of_first
-            if line["correct"] is not None
+            line["question_key"]: (float(line["correct"]), line["group"], names[line["benchmark"]])
+            for line in lines
+            if line["correct"] is not None and line["benchmark"] in names
         }
 
     def training(self, cell: Cell) -> list[str]:
@@ -159,12 +162,15 @@ def _exit_reason(code: int) -> str:
 
 
 def _wait_for_killed_sweep(run: Path) -> None:
-    """Wait while a training of a killed sweep still runs in this folder."""
+    """Wait while a training of a killed sweep still runs in this folder, and say so."""
+    said = False
     while run.exists():
         try:
             with locked(run):
                 return
-        except UserError:
+        except UserError as error:
+            sys.stderr.write("" if said else f"waiting: {error}\n")
+            said = True
             time.sleep(1)
 
 
@@ -181,14 +187,13 @@ def _collect(sweep: Sweep, cell: Cell) -> dict[str, Any]:
     best = state["best_model_checkpoint"] if recipe_of(sweep.recipe, cell).train.get("load_best_model_at_end") else None
     kept = int(best.rpartition("-")[2]) if best else max(losses)  # the step whose weights are evaluated
     results = json.loads((sweep.results_folder(cell) / "results.json").read_text(encoding="utf-8"))
-    benchmark, forgetting = results["benchmarks"][0], results["forgetting"]
-    metric = benchmark["metrics"][0]
+    scored, forgetting = headline_of(results), results["forgetting"]
     policy = json.loads((run / "policy.json").read_text(encoding="utf-8"))
     shares = sorted({target["protect"] for target in policy.get("targets", ()) if target["rank"]}) or [0.0]
     return {
         "method": cell.method, "learning_rate": cell.learning_rate, "rank": cell.rank, "seed": cell.seed,
-        "validation_loss": losses[kept], "benchmark": benchmark["name"], "metric": metric["name"],
-        "score": metric["value"], "score_stderr": metric.get("stderr"), "forgetting": forgetting["kl"],
+        "validation_loss": losses[kept], "benchmark": ", ".join(scored.benchmarks), "metric": scored.metric,
+        "score": scored.value, "score_stderr": scored.stderr, "forgetting": forgetting["kl"],
         "forgetting_stderr": forgetting["kl_stderr"], "trainable": policy.get("trainable"),
         "protect": " to ".join(f"{share:g}" for share in dict.fromkeys((shares[0], shares[-1]))),
     }  # fmt: skip

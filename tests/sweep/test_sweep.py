@@ -7,20 +7,24 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 
+from milora_eval.scores.results import headline_of
 from milora_vl.common.errors import UserError
 from milora_vl.common.evaluator import QuestionSet
 from milora_vl.core.policy import Policy
 from milora_vl.sweep import page
-from milora_vl.sweep.__main__ import main
+from milora_vl.sweep.__main__ import _require_same_sweep, main
 from milora_vl.sweep.cells import Cell, make_cells, recipe_of
 from milora_vl.sweep.results import arms, pairs
-from milora_vl.sweep.runner import Sweep, run_cells
+from milora_vl.sweep.runner import Sweep, _wait_for_killed_sweep, run_cells
+from milora_vl.train.folder import locked
 from milora_vl.train.recipe import Recipe
+from support.drawn import NAMES, draw
 from support.eval_questions import write_questions
 from support.problems import raises_code
 from support.sweep_cells import RECIPE, finish_cell
@@ -171,7 +175,7 @@ def test_the_validation_loss_is_that_of_the_weights_that_are_evaluated(
     state = {"log_history": log, "best_model_checkpoint": str(run / "checkpoint-1")}
     (run / "trainer_state.json").write_text(json.dumps(state))
     (run / "policy.json").write_text("{}")
-    scored = {"name": "emoji", "metrics": [{"name": "accuracy", "value": 1.0}]}
+    scored = {"name": "emoji", "metrics": [{"name": "accuracy", "value": 1.0, "stderr": None, "n": 1}]}
     forgotten = {"kl": 0.1, "kl_stderr": None}
     (swept.results_folder(cell) / "results.json").write_text(
         json.dumps({"benchmarks": [scored], "forgetting": forgotten})
@@ -189,6 +193,76 @@ def test_a_rate_that_lacks_a_seed_is_not_chosen(sweep: Sweep) -> None:
     (arm,) = arms({cell: result for cell in cells if (result := sweep.result(cell))}, 2)
     assert arm.best is not None
     assert (arm.best.learning_rate, arm.at_edge) == (1e-4, True)
+
+
+def data_of(folder: Path, rows: list[dict[str, Any]], name: str) -> Path:
+    """Write records, held-out records and questions whose pictures are named `name`0, `name`1, ..."""
+    for n in range(len(NAMES)):
+        draw(folder / f"{name}{n}.png", NAMES[n])
+    rows = [row | {"image": f"{name}{row['image']}.png"} for row in rows]
+    records = [
+        {"image": row["image"], "conversations": [
+            {"from": "human", "value": f"<image>\n{row['question']}"}, {"from": "gpt", "value": row["answer"]}
+        ]} for row in rows
+    ]  # fmt: skip
+    for file, content in (("train", records), ("val", records), ("mine", rows)):
+        (folder / f"{file}.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_a_sweep_holds_cells_of_one_content_whatever_its_files_are_called(tmp_path: Path) -> None:
+    rows = [{"image": n, "question": "Color?", "answer": name} for n, name in enumerate(NAMES)]
+
+    def known(folder: Path) -> dict[str, Any]:
+        data = {"path": str(folder / "train.json"), "eval_path": str(folder / "val.json"), "image_folder": str(folder)}
+        recipe = Recipe.parse({**RECIPE, "data": data})
+        return _require_same_sweep(Sweep(tmp_path, recipe, QuestionSet(benchmarks=str(folder / "mine.json"))))
+
+    first = known(data_of(tmp_path / "a", rows, "picture"))
+    (tmp_path / "sweep.json").write_text(json.dumps(first))
+    assert known(data_of(tmp_path / "renamed", rows[::-1], "other")) == first
+    draw(tmp_path / "a" / "picture0.png", NAMES[1])
+    with pytest.raises(UserError, match="other records and other questions; nothing is overwritten"):
+        known(tmp_path / "a")
+    data_of(tmp_path / "edited", rows, "picture")
+    (tmp_path / "edited" / "train.json").write_text((tmp_path / "edited" / "train.json").read_text().replace("?", "!"))
+    with pytest.raises(UserError, match="holds a sweep of other records; nothing is overwritten"):
+        known(tmp_path / "edited")
+
+
+@pytest.mark.parametrize(
+    ("mean", "units", "found"),
+    [
+        (["a", "b"], ("fraction", "fraction", "fraction"), (("a", "b"), "mean of 2", 0.4, 0.025)),
+        (None, ("fraction", "points", "fraction"), (("a", "c"), "mean of 2", 0.5, None)),
+        (None, ("points", "points", "points"), (("a",), "accuracy", 0.2, 0.03)),
+    ],
+)
+def test_several_benchmarks_score_a_cell_by_their_mean(mean: Any, units: Any, found: Any) -> None:
+    def metric(value: float, stderr: float | None, unit: str) -> dict[str, Any]:
+        return {"name": "accuracy", "value": value, "stderr": stderr, "n": 9, "unit": unit}
+
+    numbers = ((0.2, 0.03), (0.6, 0.04), (0.8, None))
+    entries = [
+        {"name": name, "metrics": [metric(*pair, unit)]} for name, pair, unit in zip("abc", numbers, units, strict=True)
+    ]
+    headline = headline_of({"benchmarks": entries, "mean": mean and {"of": mean}})
+    assert headline == (found[0], found[1], pytest.approx(found[2]), found[3] and pytest.approx(found[3]))
+
+
+def test_a_cell_says_that_it_waits_for_a_training_of_a_killed_sweep(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Waited(Exception):
+        pass
+
+    def wait(seconds: float) -> None:
+        raise Waited
+
+    monkeypatch.setattr("milora_vl.sweep.runner.time", SimpleNamespace(sleep=wait))
+    with locked(tmp_path), pytest.raises(Waited):
+        _wait_for_killed_sweep(tmp_path)
+    assert str(tmp_path) in capsys.readouterr().err
 
 
 def test_own_questions_score_the_cells(tmp_path: Path) -> None:

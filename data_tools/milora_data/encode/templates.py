@@ -178,7 +178,7 @@ def get_template(name: str) -> Template:
     name = template_name(name)
     if name == OWN:
         message = f'the template "{OWN}" is the tokenizer\'s own, but no tokenizer is loaded'
-        raise UserError(message, hint="name it: --tokenizer FOLDER")
+        raise UserError(message, hint="name the model:  --model MODEL")
     return TEMPLATES[name]
 
 

@@ -11,8 +11,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from milora_data.keys import file_key
-from milora_eval.answers.identity import answer_key, content_of
+from milora_data.keys import data_key, file_key
+from milora_eval.answers.identity import answer_key, content_of, key_of_question
 from milora_eval.benchmark import Benchmark, Item, MissingData
 from milora_eval.benchmarks.own_data import OwnData
 from milora_eval.data_files import load_items, other_questions
@@ -67,6 +67,14 @@ def questions_of(plan: EvaluationPlan, items: Items) -> list[Question]:
             content = content_of(item, read)
             questions.append(Question(benchmark, item, answer_key(plan.settings, benchmark, item, content), content))
     return questions
+
+
+def questions_key(questions: QuestionSet) -> str:
+    """Return the key of the questions of an evaluation, whatever their order and the names of their files."""
+    value, read = questions.suite or questions.benchmarks, cache(file_key)
+    plan, items = plan_of(choose(value), data_folder(value, questions.data), questions.limit)
+    asked = ((benchmark, item) for benchmark in plan.benchmarks for item in items[benchmark.name])
+    return data_key(sorted(key_of_question(benchmark, item, content_of(item, read)) for benchmark, item in asked))
 
 
 def read_items(benchmarks: Sequence[Benchmark], data_dir: Path, limit: int | None = None) -> Items:

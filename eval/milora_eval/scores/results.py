@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from milora_eval.answers.store import PREDICTIONS, Line, each_line, expected_of, read_lines, to_answer
 from milora_eval.benchmark import Metric
@@ -100,6 +101,32 @@ def metrics_of(results: Mapping[str, Any]) -> dict[tuple[str, str], Metric]:
 def headlines(results: Mapping[str, Any]) -> dict[str, Metric]:
     entries = results.get("benchmarks", ())
     return {entry["name"]: Metric(**entry["metrics"][0]) for entry in entries if entry["metrics"]}
+
+
+class Headline(NamedTuple):
+    """The one number of an evaluation: of a single benchmark, or the mean of several, which `metric` says."""
+
+    benchmarks: tuple[str, ...]
+    metric: str
+    value: float
+    stderr: float | None
+
+
+def headline_of(results: Mapping[str, Any]) -> Headline:
+    """Return the mean of a suite, else of all headlines that are fractions, else the first headline.
+
+    Raises LookupError without a score.
+    """
+    found = headlines(results)
+    of = (results.get("mean") or {}).get("of") or [name for name, each in found.items() if each.unit == "fraction"]
+    metrics = {name: found[name] for name in of or list(found)[:1]}
+    errors = [each.stderr for each in metrics.values() if each.stderr is not None]
+    stderr = math.hypot(*errors) / len(errors) if len(errors) == len(metrics) else None
+    first = next(iter(metrics.values()), None)
+    if first is None:
+        raise LookupError("no score: a server or an official script scores these benchmarks")
+    metric = first.name if len(metrics) == 1 else f"mean of {len(metrics)}"
+    return Headline(tuple(metrics), metric, mean([each.value for each in metrics.values()]), stderr)
 
 
 def _entry(name: str, lines: Sequence[Line]) -> dict[str, Any]:
