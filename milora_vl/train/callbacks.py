@@ -11,20 +11,29 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    ProgressCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from milora_data.batches.record_collator import RecordCollator
 from milora_vl.common.cli.console import amount
 from milora_vl.common.evaluator import TrainingQuestions, evaluator
 from milora_vl.core.adapter.anchored import fixed_names
 from milora_vl.core.adapter.folders import EARLIER
+from milora_vl.core.adapter.lora import base_model_of
 from milora_vl.core.calibration.activations import evaluated
+from milora_vl.core.policy.towers import find_towers
 from milora_vl.core.weights.matrices import gathered_in_forward
 from milora_vl.forgetting.measure import logits_of, summary, token_sums
 from milora_vl.forgetting.text import general_text, text_batches
@@ -231,6 +240,25 @@ class KeepDigits(TrainerCallback):
             module, here = model.get_submodule(path), model.get_buffer(name)
             if here.dtype != kept.dtype:
                 module.register_buffer(key, kept.to(here.device), persistent=key not in EARLIER)
+
+
+class FrozenTowers(TrainerCallback):
+    """Keep a frozen vision tower out of the backward pass.
+
+    With checkpointing, transformers makes the outputs of all embeddings require gradients, those of pictures too.
+    """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
+        base = base_model_of(model)
+        towers = find_towers(base)
+        if any(p.requires_grad and towers.tower_of(name) == "vision" for name, p in base.named_parameters()):
+            return
+        for name, module in base.named_modules():
+            if isinstance(module, PreTrainedModel) and towers.tower_of(name) == "vision":
+                with suppress(NotImplementedError):
+                    module.get_input_embeddings().register_forward_hook(lambda _, __, output: output.detach())
 
 
 class RatesOfGroups(TrainerCallback):

@@ -38,6 +38,7 @@ from milora_vl.train import data, fsdp
 from milora_vl.train.base_kl import BaseKL, add_base_kl
 from milora_vl.train.callbacks import (
     Bars,
+    FrozenTowers,
     IntervalsOfThisRun,
     KeepDigits,
     Lines,
@@ -109,6 +110,8 @@ class MiloraTrainer(RatesOfRules, CheckpointTrainer):
             self.add_callback(fsdp.RequireShards())
         if self.args.deepspeed:
             self.add_callback(KeepDigits(model))
+        if self.args.gradient_checkpointing:
+            self.add_callback(FrozenTowers())
         if self.is_fsdp_enabled:
             fsdp.prepare(self.accelerator, model)
         self._rows: list[tuple[str, float, int]] = []  # of an evaluation: key, summed loss and tokens of a record

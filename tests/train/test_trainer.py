@@ -16,8 +16,9 @@ from milora_vl.core.adapter.apply import apply_milora
 from milora_vl.core.policy import Policy
 from milora_vl.models.tiny import tiny_tokenizer
 from milora_vl.train.base_kl import BaseKL
-from milora_vl.train.callbacks import KeepDigits
+from milora_vl.train.callbacks import FrozenTowers, KeepDigits
 from milora_vl.train.trainer import MiloraTrainer
+from support.calibrated import llava_batches
 from support.problems import raises_code
 
 
@@ -67,6 +68,24 @@ def test_what_never_changes_keeps_its_digits_when_deepspeed_rounds_the_model(tin
     assert before
     assert all(model.get_buffer(name).equal(buffer) for name, buffer in before.items())
     assert model.state_dict().keys() >= {name for name in before if name.endswith("weight")}
+
+
+@pytest.mark.parametrize("tower", ["language", "vision"])
+def test_a_frozen_vision_tower_computes_no_gradients_with_checkpointing(
+    tower: str, tiny_llava: Callable[..., Any]
+) -> None:
+    model = apply_milora(tiny_llava()[0], [{"modules": tower, "method": "lora", "rank": 2}]).train()
+    base = model.get_base_model()
+    base.gradient_checkpointing_enable()
+    model.enable_input_require_grads()
+    FrozenTowers().on_train_begin(*[cast("Any", None)] * 3, model=model)
+    found: list[bool] = []
+    last = base.model.vision_tower.encoder.layers[-1]
+    last.register_forward_hook(lambda _, __, output: found.append(output.requires_grad))
+    (batch, *_) = llava_batches(base)
+    model(**batch).logits.float().square().mean().backward()
+    assert any(found) is (tower == "vision")
+    assert any(p.grad is not None for name, p in model.named_parameters() if "lora_B" in name)
 
 
 def test_a_batch_with_nothing_to_learn_is_an_error(make: Callable[..., MiloraTrainer]) -> None:
