@@ -8,10 +8,10 @@ from __future__ import annotations
 import difflib
 import json
 import shlex
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
-from milora_vl.common.errors import Problem, UserError
+from milora_vl.common.errors import MALFORMED, Problem, UserError
 from milora_vl.core.adapter.checkpoints import holds_weights, newest_checkpoint, step_of
 
 
@@ -36,6 +36,11 @@ def has_config(folder: Path) -> bool:
 
 def holds_llava_adapter(folder: Path) -> bool:
     return has_config(folder) and (folder / NON_LORA).is_file()
+
+
+def are_sizes(numbers: Iterable[object]) -> bool:
+    """Return whether all are ranks and alphas that a LoRA can have: JSON knows NaN, and 1e12 would fill the memory."""
+    return all(isinstance(number, int | float) and 0 < number <= 2**20 for number in numbers)
 
 
 def holds_adapter(folder: Path) -> bool:
@@ -123,7 +128,7 @@ def base_of(folder: Path) -> str:
     file = folder / CONFIG
     try:
         name = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (ValueError, AttributeError) as error:
+    except MALFORMED as error:
         hint = "copy the folder again, or use a checkpoint of the run"
         raise UserError(f"cannot read the file: {error}", code="file-unreadable", where=str(file), hint=hint) from None
     if not name:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,9 +18,18 @@ from typing import Any
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
+from milora_vl.common.errors import MALFORMED
 from milora_vl.core.adapter.checkpoints import newest_checkpoint
 from milora_vl.core.adapter.earlier import hold, split
-from milora_vl.core.adapter.folders import ADAPTER_FILES, CONFIG, RESTORE, AdapterError, moved, not_a_folder
+from milora_vl.core.adapter.folders import (
+    ADAPTER_FILES,
+    CONFIG,
+    RESTORE,
+    AdapterError,
+    are_sizes,
+    moved,
+    not_a_folder,
+)
 from milora_vl.core.adapter.lora import quiet_peft, read_by_peft, require_module
 from milora_vl.core.adapter.peft_model import restore
 from milora_vl.core.adapter.rates import check_rates_at_first_step
@@ -82,7 +92,10 @@ def load_adapter(
         raise AdapterError("this model already has an adapter", hint=hint)
     saved = read_sidecar(folder)
     if saved is None:
-        logger.info("%s has no %s: loaded as a plain LoRA", folder, FILE_NAME)
+        message = f"{folder} has no {FILE_NAME}: loaded as a plain LoRA"
+        logger.info(message)
+        if is_trainable:  # stock PEFT may have trained an adapter of ours, and saved it here
+            warnings.warn(f"{message}, of which all factors train: no input is protected", stacklevel=2)
         return _load_stock(base, folder, is_trainable)
     require_trainable(folder, saved, is_trainable=is_trainable)
     here = fitted(base, saved, allow_base_mismatch=allow_base_mismatch)
@@ -136,8 +149,12 @@ def require_adapter_files(folder: Path) -> None:
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         imports_code = config.get("megatron_config") is not None
-    except (ValueError, AttributeError) as error:
+        patterns = [config.get(name) or {} for name in ("rank_pattern", "alpha_pattern")]
+        sizes = [config.get("r", 1), config.get("lora_alpha", 1), *(n for each in patterns for n in each.values())]
+    except MALFORMED as error:
         raise AdapterError(f"not a mapping in JSON: {error}", where=file, hint=AGAIN) from error
+    if not are_sizes(sizes):
+        raise AdapterError("a rank or lora_alpha is no number that a LoRA can have", where=file, hint=AGAIN)
     if imports_code:  # PEFT would import the module that the file names beside it
         message = "the config names a module of Megatron, which would be imported: it was not read"
         hint = "remove megatron_config and megatron_core from the file if you trust it"

@@ -26,8 +26,16 @@ from typing import Any, TypeVar
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from milora_vl.common.errors import MALFORMED
 from milora_vl.core.adapter.fixed_a import Protection
-from milora_vl.core.adapter.folders import ADAPTER_FILES, ANCHORS_FILE, RESTORE, AdapterError, module_path
+from milora_vl.core.adapter.folders import (
+    ADAPTER_FILES,
+    ANCHORS_FILE,
+    RESTORE,
+    AdapterError,
+    are_sizes,
+    module_path,
+)
 from milora_vl.core.adapter.initialize import LayerReport
 from milora_vl.core.adapter.lora import base_layer, base_model_of
 from milora_vl.core.policy.rules import METHODS, FloorSigma, Target
@@ -148,7 +156,7 @@ def read_sidecar(folder: Path) -> Sidecar | None:
         return dataclasses.replace(_from_content(data), tasks=tuple(data.get("tasks", ())), own=own)
     except AdapterError:
         raise
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except MALFORMED as error:
         message = f"the file is damaged ({type(error).__name__}: {error})"
         hint = "restore the file, or remove it: the folder is then a plain LoRA for inference"
         raise AdapterError(message, where=str(file), hint=hint) from error
@@ -175,7 +183,10 @@ def _from_content(content: Mapping[str, Any]) -> Sidecar:
             raise KeyError(f"method {entry['method']!r}")
         if isinstance(values.get("sigma"), Mapping):
             values["sigma"] = FloorSigma(**values["sigma"])
-        targets.append(_restored(Target, values))
+        target = _restored(Target, values)
+        if target.rank is not None and not are_sizes((target.rank, target.alpha)):
+            raise ValueError(f"rank {target.rank} and alpha {target.alpha} of {path}")
+        targets.append(target)
         names[path] = entry["name"]
         for key, (name, kind) in _PARTS.items():
             if key in entry:

@@ -160,3 +160,14 @@ def test_a_plain_folder_without_its_projector_is_refused(tiny_llava, tmp_path: P
     save_file({name: t for name, t in load_file(file).items() if "linear_1" not in name}, file)
     with raises_code("", str(tmp_path), "linear_1.weight"):
         load_adapter(tiny_llava()[0], tmp_path)
+
+
+@pytest.mark.parametrize(
+    "field", ['"lora_alpha": NaN', '"r": 1e12', '"rank_pattern": {"a": 1e12}', '"x": ' + "[" * 100_000]
+)
+def test_a_config_that_no_lora_has_is_refused(tiny_llama, tmp_path: Path, field: str) -> None:
+    save_adapter(apply_milora(tiny_llama()[0], one_rule()), tmp_path)
+    config = tmp_path / "adapter_config.json"
+    config.write_text(config.read_text().rstrip().removesuffix("}") + f', "x": 1, {field}}}')
+    with raises_problem(str(config), says="no number that a LoRA can have|not a mapping in JSON"):
+        load_adapter(tiny_llama()[0], tmp_path)

@@ -224,11 +224,13 @@ def test_an_a_that_a_stock_trainer_has_trained_is_noticed(tiny_llama, tmp_path: 
     train(stock)
     assert min(leaks(stock, protected)) > 1e-3
     stock.save_pretrained(str(tmp_path / "stock"))
+    with pytest.warns(UserWarning, match="no milora.json: .* no input is protected"):
+        load_adapter(tiny_llama()[0], tmp_path / "stock", is_trainable=True)
     shutil.copy(tmp_path / "milora.json", tmp_path / "stock")
     with raises_code("adapter-wrong-anchor", hint="restore_split before training"):
         restore_split(stock, tmp_path)
     with pytest.warns(UserWarning, match="A has changed"):
-        load_adapter(tiny_llama()[0], tmp_path / "stock")
+        load_adapter(tiny_llama()[0], tmp_path / "stock", is_trainable=True)
     model.get_buffer(f"base_model.model.{Q}.lora_A.default.weight").mul_(1.5)
     with pytest.warns(UserWarning, match="A has changed"):
         save_adapter(model, tmp_path)

@@ -66,6 +66,10 @@ def test_the_file_says_for_every_module_what_it_is() -> None:
     assert data["modules"]["lm_head"]["method"] == "full"
 
 
+MODULE = """{"format_version": 3, "frozen": {}, "anchors": [], "modules": {"a":
+    {"name": "a", "tower": null, "shape": [2, 2], "method": "lora", "rank": %s}}}"""
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -77,6 +81,9 @@ def test_the_file_says_for_every_module_what_it_is() -> None:
             "method 'odd'",
         ),
         ("[]", "is damaged"),
+        ("[" * 100_000, "is damaged .*RecursionError"),
+        (MODULE % '1e12, "alpha": 1', "is damaged .*rank 1000000000000.0"),
+        (MODULE % '2, "alpha": NaN', "is damaged .*alpha nan"),
     ],
 )
 def test_a_file_that_cannot_be_read_says_what_to_do(tmp_path: Path, text: str, message: str) -> None:
