@@ -3,9 +3,8 @@
 python examples/llava_own_data.py                                   # here: random weights, three drawn pictures, a CPU
 python examples/llava_own_data.py llava-1.5-7b train.json images    # on a GPU, with LLaVA's JSON
 
-The language tower trains as by default with `milora train`: MiLoRA off 95 % of the inputs of ordinary text. The command
-also calibrates with pictures, has MiLoRA on the projector, keeps near the base on its own texts, resumes, evaluates and
-writes a report. For the paper's MiLoRA, add "protect": 0 to the rule, and remove `calibration`.
+Language tower and projector train as by default with `milora train`: protected MiLoRA, off the inputs of texts that the
+model writes and of your pictures. The command also has `base_kl`, resumes, evaluates and writes a report.
 """
 
 import json
@@ -46,9 +45,9 @@ model = apply_milora(
     model,
     [
         {"modules": "language", "method": "milora", "rank": rank, "alpha": rank, "dropout": 0.05},
-        {"modules": "projector", "method": "full", "learning_rate": 2e-5},
+        {"modules": "projector", "method": "milora", "rank": max(rank // 2, 1), "learning_rate": 1e-4},
     ],
-    calibration=calibration_texts(model),
+    calibration={"texts": calibration_texts(model), "pictures": [collator([record]) for record in records[:32]]},
     progress=True,
 )
 model.print_trainable_parameters()

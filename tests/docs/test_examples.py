@@ -2,26 +2,46 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from support.documented import ROOT, flags_of
+from support.notebook import NOTEBOOK, notebook
 
 EXAMPLES = ROOT / "examples"
-SCRIPTS = ("llava_own_data", "vision_transformer", "first_adapter")
+SCRIPTS = ("llava_own_data", "vision_transformer")
 
 
+@pytest.mark.filterwarnings("ignore:too little calibration")  # three pictures
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_script_runs_and_saves_an_adapter(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [f"{name}.py"])
     runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    assert list(tmp_path.glob("*-adapter/adapter_model.safetensors"))
+
+
+def test_the_notebook_runs_with_another_model_in_its_one_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cells of the file in git, in order; a 7B changes the same cell."""
+    monkeypatch.chdir(tmp_path)
+    assert NOTEBOOK.read_text(encoding="utf-8") == notebook(), "python tests/support/notebook.py writes it again"
+    cells = ["".join(c["source"]) for c in json.loads(notebook())["cells"] if c["cell_type"] == "code"]
+    (at,) = [number for number, cell in enumerate(cells) if cell.startswith("MODEL")]
+    cells[at] = 'MODEL, RANK, STEPS = "tiny", 2, 4'
+    variables: dict[str, Any] = {}
+    for cell in cells:
+        exec(cell, variables)
+    assert len(variables["before"]) == len(variables["after"]) == 12
+    before, after = variables["general_before"], variables["general_after"]
+    assert len(before) == len(after) == 3
     assert list(tmp_path.glob("*-adapter/adapter_model.safetensors"))
 
 

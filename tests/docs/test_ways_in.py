@@ -80,7 +80,7 @@ WAYS: dict[str, Callable[[], list[Target]]] = {
     "`milora llava`": lambda: [of_launcher(llava)],
     "`get_peft_model_replaced(...)`": lambda: [of_launcher(replace)],
     "`examples/axolotl.yaml`": lambda: [of_launcher(replace)],  # the same function; its test needs Axolotl
-    "`plugin.py`": lambda: [of_rule(section("ms-swift"))],
+    "`examples/ms_swift_plugin.py`": lambda: [of_rule(script("ms_swift_plugin.py"))],
     "`examples/grpo_trl.py`, `distillation_trl.py`": lambda: [
         of_rule(script(name)) for name in ("grpo_trl.py", "distillation_trl.py")
     ],

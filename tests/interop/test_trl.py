@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from peft import PeftModel
 
 from milora_data.encode.templates import render_chat_template
 from milora_vl import apply_milora, calibration_texts, load_model, save_adapter
@@ -108,6 +109,17 @@ def check_adapter(model: Any, folder: Path, output: Path) -> None:
     rules = yaml.safe_load(RULES)
     assert max(leaks(model, directions(base, rules, calibration_texts(base)))) < 1e-5
     load_model(folder, adapter=output)
+
+
+def test_sft_of_a_text_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["sft_trl.py"])
+    run = runpy.run_path(str(ROOT / "examples" / "sft_trl.py"))
+    logged = [entry["loss"] for entry in run["trainer"].state.log_history if "loss" in entry]
+    assert logged[-1] < logged[0]
+    base, _ = load_model("tiny-text")
+    protected = directions(base, [{"modules": "language", "method": "milora", "rank": 2}], calibration_texts(base))
+    assert max(leaks(PeftModel.from_pretrained(base, "sft-adapter"), protected)) < 1e-5
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -11,7 +11,7 @@ import re
 THOROUGH: dict[str, tuple[str, ...]] = {
     "README's commands run, and those of all pages have flags that exist": (
         r"test_documented\.py::test_(the_commands_of_a_page_run|a_block_of_python_runs)\[docs/(?!api)",
-        r"test_examples\.py::test_a_script_runs_and_saves_an_adapter\[(?!first_adapter)",
+        r"test_examples\.py::test_a_script_runs_and_saves_an_adapter\[(?!llava_own_data)",
         r"test_worked_examples\.py::test_a_",
     ),
     "a simulated device: the losses of one training, a generation, each kind of operation": (
