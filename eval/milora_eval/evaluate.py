@@ -30,7 +30,7 @@ from milora_eval.benchmarks.own_data import OwnData
 from milora_eval.scores.exports import export
 from milora_eval.scores.results import Results, headlines, numbers, read_results, write_results
 from milora_eval.scores.table import write_tables
-from milora_eval.suites import Chosen, choose, data_folder, find_benchmark, folder_of, name_apart
+from milora_eval.suites import Chosen, choose, data_folder, find_benchmark, folder_of, list_name, name_apart
 from milora_vl.common.errors import at_flag
 from milora_vl.core.weights.tensor_files import weights_digest
 from milora_vl.forgetting.measure import can_recover_base, measure_forgetting
@@ -64,7 +64,7 @@ def run(
     """
     resolved = tuple(find_benchmark(name) if isinstance(name, str) else name for name in benchmarks)
     name_apart(resolved, Path(data_dir), Path(output_dir))
-    chosen = Chosen("+".join(benchmark.name for benchmark in resolved), resolved)
+    chosen = Chosen(list_name(resolved), resolved)
     plan, items = plan_of(chosen, Path(data_dir), limit)
     plan = replace(
         plan, template=template, image_aspect_ratio=image_aspect_ratio, batch_size=batch_size, adapter=adapter

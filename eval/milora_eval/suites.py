@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from milora_data.keys import digest
 from milora_eval.benchmark import Benchmark
 from milora_eval.benchmarks.own_data import OwnData
 from milora_eval.data_files import existing, other_questions
@@ -132,8 +133,15 @@ def choose(value: str, protocol: str | None = None, *, data_dir: Path | None = N
     names = suite.benchmarks if protocol is None else with_protocol(suite.benchmarks, protocol)
     benchmarks = tuple(map(find_benchmark, names))
     name_apart(benchmarks, data_dir or Path(), run)
-    name = value if value in SUITES else "+".join(benchmark.name for benchmark in benchmarks)
+    name = value if value in SUITES else list_name(benchmarks)
     return Chosen(name, benchmarks, suite.limit, suite.partial)
+
+
+def list_name(benchmarks: Sequence[Benchmark]) -> str:
+    """Return the name of the results of a list of benchmarks; it names a folder, so a long one is shortened."""
+    names = [benchmark.name for benchmark in benchmarks]
+    name = "+".join(names)
+    return name if len(name.encode()) <= 200 else f"{names[0][:40]}+{len(names) - 1}-more-{digest(names)[:8]}"
 
 
 def name_apart(benchmarks: Sequence[Benchmark], data_dir: Path, run: Path | None = None) -> None:

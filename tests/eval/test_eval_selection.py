@@ -9,6 +9,7 @@ import pytest
 from milora_eval.answers.questions import Question, select, shard_of
 from milora_eval.benchmark import Item
 from milora_eval.benchmarks.emoji import Emoji
+from milora_eval.suites import BENCHMARKS, choose
 
 ITEMS = [Item(f"{kind}-{picture}", (), group=f"{picture}.png") for kind in "abc" for picture in range(20)]
 
@@ -26,3 +27,11 @@ def test_every_item_is_in_one_shard(count: int) -> None:
     assert sorted(item.id for part in parts for item in part) == sorted(item.id for item in ITEMS)
     groups = [{item.group for item in part} for part in parts]
     assert sum(len(group) for group in groups) == 20
+
+
+def test_the_results_of_many_benchmarks_have_a_name_that_a_folder_can_have() -> None:
+    every, fewer = (list(BENCHMARKS)[:count] for count in (None, -1))
+    names = [choose(",".join(some)).name for some in (every, fewer)]
+    assert max(len(name) for name in names) < 200 < len("+".join(BENCHMARKS))
+    assert len(set(names)) == 2
+    assert choose("gqa,pope").name == "gqa+pope"

@@ -159,9 +159,15 @@ def _items_that_exist(benchmarks: Sequence[Benchmark], data_dir: Path, limit: in
 def select(items: Sequence[Item], limit: int | None) -> list[Item]:
     """Return at most `limit` items, in their order; a smaller limit gives a subset of a larger one.
 
-    The order in which pictures are chosen depends on their names alone. A picture brings all its questions.
+    The order of the questions and, in own files, the names of the pictures do not change the choice. A picture brings
+    all its questions.
     """
-    places = sorted(range(len(items)), key=lambda place: group_order(items[place].group))[:limit]
+
+    def order(place: int) -> tuple[Any, ...]:
+        item = items[place]
+        return group_order(item.group), [turn.text for turn in item.turns], item.answers, item.kind
+
+    places = sorted(range(len(items)), key=order)[:limit]
     return [items[place] for place in sorted(places)]
 
 

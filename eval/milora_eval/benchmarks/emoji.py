@@ -46,12 +46,8 @@ class Emoji(Benchmark):
             message, hint = "holds no emoji questions: no test.json", "create them: python -m milora_data emoji"
             hint = f"{hint} --output_dir {data_dir}"
             raise MissingData(f"{data_dir} {message}", code="eval-missing-files", hint=hint)
-        items = [
-            replace(
-                item, kind=item.kind or "question", group=item.group if item.images else item.id, source="", meta={}
-            )
-            for item in read_questions(path, data_dir)
-        ]
+        items = read_questions(path, data_dir)
+        items = [replace(item, kind=item.kind or "question", source="", meta={}) for item in items]
         baselines = _baselines(items)
         return [replace(item, baseline=baselines[item.id]) for item in items]
 

@@ -10,12 +10,14 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from milora_data.keys import file_key
+from milora_data.keys import KeyOf, data_key, digest, file_key
 from milora_data.pictures.load import is_embedded, place_of, refusal
 from milora_data.records.record import IMAGE, VIDEO, identifier_of, parse_record, renamed_video
+from milora_eval.answers.identity import content_of, key_of_question
 from milora_eval.benchmark import Answer, Benchmark, Form, Item, Metric, MissingData, mean_of_items
 from milora_eval.benchmarks.short_answers import FIRST_LINE, anls, chartqa_correct, exact_match, in_first_line
 from milora_eval.benchmarks.vqa import clean, leave_one_out, m4c_normalise, normalise
@@ -97,9 +99,10 @@ class OwnData(Benchmark):
         return path
 
     def identity(self, data_dir: Path) -> dict[str, str | None]:
-        """Return path and hash of the file, by which a run knows whose answers it has."""
-        path = self.file(data_dir)
-        return {"file": str(path.resolve()), "hash": file_key(path)}
+        """Return the path of the file and the key of its questions, by which a run knows whose answers it has."""
+        items, read = self.load(data_dir), cache(file_key)
+        keys = [key_of_question(self, item, content_of(item, read)) for item in items]
+        return {"file": str(self.file(data_dir).resolve()), "hash": data_key(sorted(keys))}
 
     def is_one_of(self, files: Sequence[Mapping[str, str | None]], data_dir: Path) -> bool:
         own = self.identity(data_dir)
@@ -134,9 +137,10 @@ def read_questions(path: Path, data_dir: Path) -> list[Item]:
     """
     items: list[Item] = []
     problems: list[Problem] = []
+    read = cache(file_key)
     for number, row in enumerate(json_values(path), start=1):
         with collected(problems):
-            items.append(_item(row, number, path, data_dir))
+            items.append(_item(row, number, path, data_dir, read))
     if problems:
         raise DataError(problems=problems)
     times = Counter(item.id for item in items)
@@ -146,7 +150,7 @@ def read_questions(path: Path, data_dir: Path) -> list[Item]:
     ]
 
 
-def _item(row: Any, number: int, path: Path, data_dir: Path) -> Item:
+def _item(row: Any, number: int, path: Path, data_dir: Path, read: KeyOf) -> Item:
     place = f"{path}, question {number}"
     if not isinstance(row, dict):
         raise DataError(f"expected an object, got {type(row).__name__}", where=place)
@@ -179,14 +183,16 @@ def _item(row: Any, number: int, path: Path, data_dir: Path) -> Item:
     def found(name: str) -> str:
         return str(_picture(name, path.parent, data_dir, place))
 
+    images, videos = tuple(map(found, record.images)), tuple(renamed_video(video, found) for video in record.videos)
+    places = (*images, *(name for video in videos for name in video.files))
     return Item(
         id=identifier_of(row, ("id", "question_id"), number),
         turns=turns,
-        images=tuple(map(found, record.images)),
-        videos=tuple(renamed_video(video, found) for video in record.videos),
+        images=images,
+        videos=videos,
         answers=tuple(map(str, answers)),
         kind=str(row.get("type") or row.get("category") or ""),
-        group=files[0] if files else f"{number}",
+        group=next(filter(None, map(read, places)), None) or digest([turn.text for turn in turns]),
         meta={"metric": metric},
         source=place,
     )
