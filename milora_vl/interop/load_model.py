@@ -21,7 +21,7 @@ from milora_vl.interop.lora_folder import write_ours
 from milora_vl.interop.scale import Update, require_linear, require_scale
 from milora_vl.models.devices import Quantization, device_named, dtype_named
 from milora_vl.models.loading import load_processor, load_weights
-from milora_vl.models.projector import load_projector
+from milora_vl.models.projector import load_projector, projector_of
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
@@ -95,9 +95,10 @@ def update_since(base: str, model: nn.Module) -> Update:
 
 def _with_adapter(model: nn.Module, folder: Path, scale: float) -> nn.Module:
     if holds_projector_alone(folder):
-        before = {} if scale == 1 else {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        projector = projector_of(model)
+        before = {} if scale == 1 else {name: tensor.clone() for name, tensor in projector.state_dict().items()}
         load_projector(model, folder)
-        Update(model, before).set(scale)
+        Update(projector, before).set(scale)
         return model
     if scale != 1:
         require_scalable(model, folder)
