@@ -335,13 +335,15 @@ class AtFirstStep(TrainerCallback):
 def make_trainer(
     run: Run, records: RunData, rows: Rows, built: Built, base_kl: BaseKL | None, processor: Any, files: FirstFiles
 ) -> MiloraTrainer:
+    collate = data.collator(run.recipe, run.base, processor, records.train[:100])
+    collate.always_shows_videos = bool(records.num_with_videos and any(records.with_images))
     with arguments.refused(kinds=(ValueError, ImportError)):  # what no check knows
         trainer = MiloraTrainer(
             built.model,
             run.args,
             targets=built.targets,
             checkpoint_kind=built.checkpoint_kind,
-            data_collator=data.collator(run.recipe, run.base, processor, records.train[:100]),
+            data_collator=collate,
             train_dataset=rows.rows,
             eval_dataset=records.evaluation,
             processing_class=processor,

@@ -52,6 +52,26 @@ def test_videos_in_a_packed_row_have_the_loss_of_their_records(name: str, pictur
     torch.testing.assert_close(together, alone)
 
 
+@pytest.mark.parametrize("name", [name for name in VIDEO_PARTS if name.startswith(("qwen", "llava"))])
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_the_tower_runs_for_pictures_and_for_videos_whatever_a_batch_shows(
+    name: str, is_packed: bool, pictures: Path
+) -> None:
+    """Ranks with other kinds of records then gather the weights of a sharded tower equally often."""
+    model = model_of(name, processor_of(name))
+    collate = collator(name, pictures, model_config=model.config)
+    picture = {"type": "image", "image": "0.png"}
+    values = [asked("Hi"), asked(picture, "What is this?"), asked(CLIP, "What?"), asked(picture, CLIP, "Both?")]
+    for each in values:
+        rows = [[each, asked("Hello")]] if is_packed else [each, asked("Hello")]
+        collate.always_shows_images = collate.always_shows_videos = False
+        expected = summed_loss(model, collate(rows), chunked=False)[0]
+        collate.always_shows_images = collate.always_shows_videos = True
+        batch = collate(rows)
+        assert {"pixel_values", "pixel_values_videos"} <= batch.keys()
+        torch.testing.assert_close(summed_loss(model, batch, chunked=False)[0], expected)
+
+
 @pytest.mark.parametrize("name", VIDEO_PARTS)
 def test_tensors_and_masks_are_those_of_the_processor(name: str, pictures: Path) -> None:
     collate = collator(name, pictures)

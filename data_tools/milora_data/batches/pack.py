@@ -254,18 +254,23 @@ def require_packable(config: Any) -> None:
 
 
 def with_hidden_picture(
-    batch: Mapping[str, Any], picture: Mapping[str, Any], pad_id: int, multiple: int | None, model_type: str | None
+    batch: Mapping[str, Any],
+    picture: Mapping[str, Any],
+    pad_id: int,
+    multiple: int | None,
+    model_type: str | None,
+    beside: int = 0,
 ) -> dict[str, Any]:
-    """Return a batch of texts, padded or packed, with the picture of a batch of one row.
+    """Return a batch, padded or packed, with the picture, or the video, of a batch of one row.
 
-    Its tokens follow the shortest text, hidden from attention and from the loss. In packed rows they have the position
-    of padding, 0, and so each is a record of its own.
+    Its tokens follow the shortest text, and `beside` tokens of another hidden one; they are hidden from attention and
+    from the loss. In packed rows they have the position of padding, 0, and so each is a record of its own.
     """
     rows, width = batch["input_ids"].shape
     per_token = {name for name in picture if picture[name].shape == picture["input_ids"].shape}
     mask = batch.get("attention_mask")
     ends = torch.full((rows,), width) if mask is None else mask.sum(1)
-    row, start = int(ends.argmin()), int(ends.min())
+    row, start = int(ends.argmin()), int(ends.min()) + beside
     stop = start + picture["input_ids"].shape[1]
     longest = max(width, stop)
     longest = longest if multiple is None else -(-longest // multiple) * multiple

@@ -250,14 +250,23 @@ class ProcessorCollator(RecordCollator[ProcessorSample]):
         return self._shown(packer(batch, rows, pad_id=pad_id, multiple=multiple), samples)
 
     def _shown(self, batch: dict[str, Any], samples: Sequence[ProcessorSample]) -> dict[str, Any]:
-        """Return the batch; if no sample of it has a picture or a video, with a hidden one, where that is needed."""
-        if not self.always_shows_images or any(sample.images or sample.videos for sample in samples):
+        """Return the batch; if no sample has a picture or a video, with a hidden one, where that is needed.
+
+        The vision tower runs once for pictures and once for videos: where the data has both, each batch gets both.
+        """
+        lacks = [not any(sample.images for sample in samples), not any(sample.videos for sample in samples)]
+        if not (self.always_shows_videos and self.inputs.takes_videos_apart):
+            lacks = [all(lacks), False]
+        if not self.always_shows_images or not any(lacks):
             return batch
-        plain = self.inputs.plain_picture
         if self.inputs.by_cross_attention:
-            return with_unseen_pictures(batch, plain, ())
-        pad_id, kind = pad_id_of(self.inputs.tokenizer), getattr(self.model_config, "model_type", None)
-        return with_hidden_picture(batch, plain, pad_id, self.pad_to_multiple_of, kind)
+            return with_unseen_pictures(batch, self.inputs.plain_picture, ())
+        pad_id, kind, beside = pad_id_of(self.inputs.tokenizer), getattr(self.model_config, "model_type", None), 0
+        hidden = [self.inputs.plain_picture] if lacks[0] else []
+        for plain in [*hidden, self.inputs.hidden_video] if lacks[1] else hidden:
+            batch = with_hidden_picture(batch, plain, pad_id, self.pad_to_multiple_of, kind, beside)
+            beside += plain["input_ids"].shape[1]
+        return batch
 
     @cached_property
     def _packer(self) -> RowPacker:

@@ -173,6 +173,17 @@ class ProcessorInputs:
         return self([shown], [[self.blank(*BLANK)]], padding_side="right")
 
     @cached_property
+    def hidden_video(self) -> dict[str, Any]:
+        """The tensors of one row that shows a small plain video."""
+        text = self._alone(str(self.video_placeholder))
+        return self([text], [[]], [[Frames((self.blank(*BLANK),) * 2)]], padding_side="right")
+
+    @property
+    def takes_videos_apart(self) -> bool:
+        """Whether pictures and videos of one batch go through the vision tower one after the other."""
+        return self.takes_images_and_videos and "pixel_values_videos" in self.hidden_video
+
+    @cached_property
     def takes_mixed_videos(self) -> bool:
         """Whether videos of different numbers of frames fit into one batch; some processors stack all frames."""
         if self.video_placeholder is None:
@@ -213,9 +224,8 @@ class ProcessorInputs:
             return True
         if names[0] & names[1]:
             return False
-        text = self._alone(str(self.video_placeholder))
         try:
-            batch = self([text], [[]], [[Frames((self.blank(*BLANK),) * 2)]], padding_side="right")
+            batch = self.hidden_video
         except PROCESSOR_ERRORS:
             return True  # the collator reports the video
         picture = self.tokenizer.convert_tokens_to_ids(self.placeholder)

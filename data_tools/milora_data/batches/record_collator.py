@@ -51,6 +51,7 @@ class RecordCollator(ABC, Generic[Sample]):
     is_evaluating = False
     is_causal = False  # in the model, no position of a batch sees a later one
     always_shows_images = False  # a batch without images gets a plain one, so that all processes run the vision tower
+    always_shows_videos = False  # beside it, a batch without videos gets a plain one: the data has pictures and videos
     length_by_size = True  # the number of tokens of an image depends on its size
 
     def __init__(
