@@ -6,6 +6,7 @@ import ast
 import importlib
 import json
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 
 import pytest
 import yaml
+from accelerate.commands.launch import launch_command_parser
+from torch.distributed.run import get_args_parser as torchrun_parser
 
 from milora_vl.models import generate, smol_llava
 from milora_vl.models.tiny import tiny_llama
@@ -113,6 +116,30 @@ def test_flags_extras_and_files_that_a_page_names_exist(page: Path) -> None:
             named = {word.partition("=")[0].strip("[]").replace("-", "_") for word in text.split() if "--" in word[:3]}
             known = {flag.replace("-", "_") for flag in flags_of(text)}
             assert named - {"__help", "__"} <= known, command
+
+
+def launched() -> list[str]:
+    """Commands with a launcher, which the tests above leave out, each once."""
+    programs = ("torchrun ", "deepspeed ", "accelerate launch ")
+    return list(dict.fromkeys(text for page in PAGES for text in commands(page) if text.startswith(programs)))
+
+
+@pytest.mark.parametrize("command", launched())
+def test_a_launcher_has_the_flags_and_files_of_a_page_and_meets_at_one_machine(command: str) -> None:
+    program, *words = shlex.split(command)
+    if program == "torchrun":
+        flags = torchrun_parser().parse_args(words)
+        assert flags.nnodes.startswith("1:") or not re.match(r"localhost|127\.|$", flags.rdzv_endpoint), (
+            "no shared machine"
+        )
+    elif program == "deepspeed":
+        from deepspeed.launcher.runner import parse_args
+
+        flags = parse_args(words)
+    else:
+        flags = launch_command_parser().parse_args(words[1:])
+        assert (ROOT / flags.config_file).is_file()
+    assert flags.module
 
 
 @pytest.fixture

@@ -15,10 +15,12 @@ from milora_vl import calibration_texts, reinit_peft
 from milora_vl.core.policy import Policy, Target
 from milora_vl.interop import llava, replace
 from milora_vl.models.tiny import tiny_llama
+from milora_vl.train.recipe import PICTURES, SAMPLES
 from support.plans import fitted
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "trainers.md").read_text(encoding="utf-8")
+TRAIN = (ROOT / "docs" / "train.md").read_text(encoding="utf-8")
 LORA = LoraConfig(r=2, target_modules=["q_proj"])
 TEXTS = calibration_texts(tiny_llama()[0], count=8, length=16)
 
@@ -94,3 +96,19 @@ def test_the_table_has_every_way_in() -> None:
 @pytest.mark.parametrize("call", WAYS)
 def test_the_table_says_what_the_code_trains(call: str) -> None:
     assert {(target.method, target.protect) for target in WAYS[call]()} == {rows()[call]}
+
+
+def test_the_page_names_what_the_recipe_of_the_default_sets_otherwise() -> None:
+    recipe = fitted("--recipe milora-llava-1.5-7b --output_dir x --data_path x.json --image_folder x")
+    plain = fitted("--model llava-1.5-7b --output_dir x --data_path x.json --image_folder x")
+    assert recipe.targets == plain.targets
+    (text,) = re.findall(r"^`milora-llava-1.5-7b` has the rules.*?\n\n", TRAIN, re.MULTILINE | re.DOTALL)
+    flags = recipe.recipe.train.keys() - plain.recipe.train.keys()
+    same = {"learning_rate", "seed", "weight_decay"}  # as in the rules, and defaults
+    named = {"activation_checkpointing": "gradient_checkpointing"}
+    assert flags
+    assert [flag for flag in flags - same if named.get(flag, flag) not in text] == []
+    assert f"{recipe.recipe.calibration.samples} texts and {recipe.recipe.calibration.pictures}" in " ".join(
+        text.split()
+    )
+    assert f"({SAMPLES}, {PICTURES})" in text
