@@ -135,9 +135,11 @@ _FILES = (
 
 
 def copy_processor(source: Path, target: Path, base: Base) -> None:
+    """Copy the processor of a run; what it has not saved, such as the image processor, is that of the base."""
     present = [name for name in _FILES if (source / name).is_file()]
+    is_whole = "preprocessor_config.json" in present or "processor_config.json" in present
+    processor = None if is_whole else base.processor()
+    if processor is not None and (not present or loading.split_processor(processor)[1] is not None):
+        processor.save_pretrained(target)
     for name in present:
         shutil.copyfile(source / name, target / name)
-    processor = None if present else base.processor()
-    if processor is not None:
-        processor.save_pretrained(target)

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -163,15 +164,22 @@ def _flat(recipe: Recipe) -> Iterator[tuple[str, Any]]:
 
 
 def continued(earlier: Earlier, run: RunFolder, environment: dict[str, Any]) -> dict[str, Any]:
-    """Return environment.json of a resumed run: it keeps the start time and lists every resume."""
+    """Return environment.json of a resumed run: it keeps command and start time, adds times, and lists every resume."""
     assert earlier.checkpoint is not None
+    known, legs = earlier.environment, earlier.environment.get("resumed", [])
+    began = legs[-1]["at"] if legs else known.get("started", environment["started"])
+    saved = (earlier.checkpoint / "trainer_state.json").stat().st_mtime
+    # A run that was killed has written no time: what it took up to the checkpoint counts.
+    killed = known.get("seconds_of_earlier", 0.0) + max(saved - datetime.fromisoformat(began).timestamp(), 0.0)
     is_same_run = earlier.folder.resolve() == run.path.resolve()
     source = earlier.checkpoint.name if is_same_run else str(earlier.checkpoint)
-    entry: dict[str, Any] = {"from": source, "at": environment["started"]}
+    entry: dict[str, Any] = {"from": source, "at": environment["started"], "command": environment["command"]}
     if earlier.changes:
         entry["changed"] = {key: list(values) for key, values in earlier.changes.items()}
-    started = earlier.environment.get("started", environment["started"])
-    return {**environment, "started": started, "resumed": [*earlier.environment.get("resumed", []), entry]}
+    before = known.get("seconds_before_training", 0.0) + environment["seconds_before_training"]
+    kept = {name: known.get(name, environment[name]) for name in ("started", "command")}
+    times = {"seconds_before_training": before, "seconds_of_earlier": round(known.get("seconds") or killed, 1)}
+    return {**environment, **kept, **times, "resumed": [*legs, entry]}
 
 
 def require_same_records(earlier: Earlier, data: RunData) -> None:

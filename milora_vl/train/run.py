@@ -437,5 +437,6 @@ def save_weights(run: Run, trainer: MiloraTrainer, batching: Batching, files: Fi
             write_state(trainer, files)
     if args.should_save:
         files.environment["finished"] = datetime.now().astimezone().isoformat(timespec="seconds")
-        files.environment["seconds"] = round(time.monotonic() - start, 1)
+        earlier = files.environment.get("seconds_of_earlier", 0.0)
+        files.environment["seconds"] = round(earlier + time.monotonic() - start, 1)
         folder.write_json(ENVIRONMENT, files.environment)

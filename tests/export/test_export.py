@@ -84,10 +84,15 @@ def test_adapter_of_another_dtype_is_half_as_large_and_still_ours(run) -> None:
     assert AutoProcessor.from_pretrained(run.root / "out").tokenizer
 
 
-def test_merged_loads_in_plain_transformers_with_its_processor(run) -> None:
+@pytest.mark.parametrize("saved", ["processor", "tokenizer"])
+def test_merged_loads_in_plain_transformers_with_its_processor(run, saved: str) -> None:
+    if saved == "tokenizer":
+        load_model(run.root / "base")[1].tokenizer.save_pretrained(run.root / "adapter")
     export(run.root / "adapter", "merged", run.root / "merged")
     assert same(run, AutoModelForImageTextToText.from_pretrained(run.root / "merged"))
-    assert AutoProcessor.from_pretrained(run.root / "merged").tokenizer
+    processor = AutoProcessor.from_pretrained(run.root / "merged")
+    assert processor.tokenizer
+    assert processor.image_processor
     assert not (run.root / "merged" / "adapter_config.json").exists()
 
 

@@ -104,6 +104,8 @@ def test_harmless_changes_leave_the_weights_as_they_would_have_been_and_are_reco
     whole: Path, data: Path, tmp_path: Path, capfd: Any
 ) -> None:
     run = cut(whole, tmp_path / "run")
+    before = read_json(run, "environment.json")
+    (run / "environment.json").write_text(json.dumps(before | {"seconds": 0.0, "finished": None}))  # it was killed
     moved = shutil.copytree(data / "images", tmp_path / "images")
     changed = {
         "train.save_steps": [2.0, 1.0],
@@ -131,7 +133,13 @@ def test_harmless_changes_leave_the_weights_as_they_would_have_been_and_are_reco
     assert losses(run) == losses(whole)
     assert same_weights(run, whole)
     assert "changed since" in capfd.readouterr().err
-    (resumed,) = read_json(run, "environment.json")["resumed"]
+    environment = read_json(run, "environment.json")
+    (resumed,) = environment["resumed"]
+    assert "auto" in resumed["command"]
+    assert "auto" not in environment["command"]  # the page shows the command that started the run
+    assert environment["seconds"] > environment["seconds_of_earlier"] > 0
+    assert environment["seconds_of_earlier"] < before["seconds"] + 1
+    assert environment["seconds_before_training"] > before["seconds_before_training"]
     assert resumed["from"] == "checkpoint-4"
     assert resumed["changed"] == changed
     assert yaml.safe_load((run / "recipe.yaml").read_text())["train"]["save_steps"] == 1
