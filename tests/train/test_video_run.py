@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from PIL import Image
 
 from milora_data.batches.processor_inputs import ProcessorInputs
 from milora_data.records.record import Turn, Video
@@ -17,6 +18,7 @@ from milora_vl.interop.load_model import load_model
 from milora_vl.models.generate import Prompt, generate
 from milora_vl.models.prompts import prompts_of
 from milora_vl.train.command import main
+from support.launched import KINDS, needs_deepspeed, train_in_two
 from support.problems import raises_code
 from support.train_runs import losses
 from support.versions import needs_places
@@ -141,3 +143,23 @@ def test_settings_that_contradict_each_other_are_named(
 ) -> None:
     with raises_code(code, where=where):
         main([*words(model, data), *flags, "--dry-run"])
+
+
+@pytest.mark.slow
+@needs_deepspeed
+def test_pictures_train_beside_videos_from_parts(model: Path, data: Path, tmp_path: Path) -> None:
+    """A rank that shows a picture waits for the weights that another one needs for a video."""
+    rows = [row(0, "0.mp4"), row(1, "1.mp4")]
+    for number in range(2):
+        Image.new("RGB", (40, 24), (90 * number, 0, 0)).save(data / f"{number}.png")
+        turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A dog."}]
+        rows.insert(2 * number, {"id": f"p{number}", "image": f"{number}.png", "conversations": turns})
+    (data / "both.json").write_text(json.dumps(rows))
+    line = [*words(model, data, "both.json"), "--dropout", "0", "--group_by_length", "False", "--use_cpu"]
+    line = [word for word in line if word not in ("--device", "cpu")]
+    assert main([*line, "--output_dir", str(tmp_path / "one")]) == 0
+    line += ["--per_device_train_batch_size", "1"]
+    kinds = ["fsdp", "zero3"]  # DeepSpeed leaves its state in accelerate
+    train_in_two([[*line, *KINDS[kind], "--output_dir", str(tmp_path / kind)] for kind in kinds], tmp_path)
+    for kind in kinds:
+        assert dict(losses(tmp_path / kind)) == pytest.approx(dict(losses(tmp_path / "one")), abs=1e-4), kind
