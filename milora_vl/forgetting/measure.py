@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from milora_vl.common.progress import progress_bar
 from milora_vl.core.calibration.activations import evaluated
 from milora_vl.forgetting.text import ProbeBatch, general_text, text_batches
 
@@ -77,11 +76,8 @@ def compare_on(batches: Iterable[ProbeBatch], model: Any, *, base: Any | None = 
     reference = model if base is None else base
     rows: list[Tensor] = []
     documents: list[str] = []
-    batches = list(batches)
-    bar = progress_bar("forgetting", len(batches), "batches")
-    with torch.inference_mode(), evaluated(model), evaluated(reference), bar:
+    with torch.inference_mode(), evaluated(model), evaluated(reference):
         for batch in batches:
-            bar.update()
             logits = logits_of(model, batch)
             with without():
                 target = logits_of(reference, batch)

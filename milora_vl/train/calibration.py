@@ -1,7 +1,8 @@
 """The calibration batches of a run: texts that the base model writes, text files, pictures with captions.
 
 By default no data is needed: the base model writes texts itself, and a vision-language model describes pictures of the
-training set. Texts and captions are cached by a hash of the weights, since writing them takes most of the time.
+training set. They are written in batches with a generator each, which the processes share. The folder START of the run
+keeps them for the run itself, a cache by a hash of the weights for other runs.
 """
 
 from __future__ import annotations
@@ -12,18 +13,18 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from itertools import islice
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import Any
 
-import xxhash
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import GenerationMixin
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from milora_data.assets import cache_dir
 from milora_data.batches.record_collator import RecordCollator
-from milora_data.pictures.load import ImageError, content_of, load_image, place_of
+from milora_data.keys import FileKeys, file_key, record_key
+from milora_data.pictures.load import ImageError, load_image, place_of
 from milora_data.records.record import IMAGE, Record, Turn
 from milora_data.stream import load_records
 from milora_vl.common.atomic_write import write_json
@@ -34,7 +35,7 @@ from milora_vl.core.calibration import CAPTIONS, TEXTS
 from milora_vl.core.calibration.bases import Batches
 from milora_vl.core.calibration.texts import HELD_OUT_TEXTS, LENGTH, ROWS, SEED, rows_at_once, sampled_rows
 from milora_vl.core.weights.distributed import gather, rank_and_world_size
-from milora_vl.core.weights.matrices import gathered_in_forward
+from milora_vl.core.weights.matrices import gathered
 from milora_vl.core.weights.tensor_files import shared_digest
 from milora_vl.forgetting.text import ends_of, general_text, padded_batches, text_blocks
 from milora_vl.models import loading
@@ -54,6 +55,7 @@ from milora_vl.train.memory import (
     start_seconds,
 )
 from milora_vl.train.recipe import Recipe
+from milora_vl.train.resume import NEW_RUN
 from milora_vl.train.setup import Run
 
 CAPTION_TOKENS = 32
@@ -61,8 +63,9 @@ PROMPT_TOKENS = 128  # of system text, question and caption
 QUESTION = "Write a short summary of the picture."  # no question of the picture probe of forgetting
 MOST_TOKENS = 65_536  # of text files
 MOST_RECORDS = 512  # of data
+START = "start/texts.json"  # in the run's folder; it describes pictures, so it stays there
 NGRAM = 12  # words in a row that two texts share only if one is copied
-_VERSION = 4  # increase it if equal settings can give other texts
+_VERSION = 5  # increase it if equal settings can give other texts
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,7 @@ class Texts:
     records: list[tuple[RecordCollator[Any], Sequence[Record]]]
     tasks: list[tuple[RecordCollator[Any], Sequence[Record]]]
     tokenizer: Any
+    content: dict[str, Any]  # of START, for a resumed run
 
     def sources(self, size: int = ROWS) -> Mapping[str, Batches]:
         """Return the sources of a calibration, batches of at most `size`: `base`, and each earlier task."""
@@ -117,24 +121,33 @@ def make_texts(
     screen: Screen,
     steps: int = SMOKE_STEPS,
     earlier: EarlierRecords | None = None,
+    stored: Mapping[str, Any] | None = None,
 ) -> Texts:
     """Return the calibration texts and captions of a run of `steps` steps, and a sample of the `earlier` records.
 
-    `records` are the training records. All processes get the texts of the first one. Raises UserError for a model that
-    cannot write text, for files that share text with the probe of forgetting, and without anything to calibrate with.
+    `records` are the training records. A resumed run has its texts and captions `stored`. Raises UserError for a model
+    that cannot write text, for files that share text with the probe of forgetting, without anything to calibrate with,
+    and for a resumed run whose records or pictures have changed.
     """
     settings, sources = recipe.calibration, _Sources(recipe, base, model, processor, screen)
-    rows = _text_rows(sources)
-    if settings.num_samples:
-        rows += _written_rows(sources, part_of(settings.num_samples + HELD_OUT_TEXTS, steps))
+    if stored is not None:
+        rows = [(name, ids) for name, ids in stored["rows"]]
+    else:
+        rows = _text_rows(sources)
+        if settings.num_samples:
+            rows += _written_rows(sources, part_of(settings.num_samples + HELD_OUT_TEXTS, steps))
     collate = collator(_with_data(recipe, max_length=MOST_TOKENS), base, processor)  # no caption is cut
     found: list[tuple[RecordCollator[Any], Sequence[Record]]] = []
+    captions: list[str] = []
     if settings.num_pictures and base.reads_pictures:
         pictured = with_pictures(records, part_of(settings.num_pictures, steps))
         if settings.pictures and not pictured:
             screen.warn("calibration.pictures has no effect: no training record has a picture")
         readable = [record for record in pictured if _is_readable(collate.image_folder, record)]
-        found.append((collate, _captioned(sources, readable, collate.image_folder)))
+        captions = _captions(sources, readable, collate.image_folder) if stored is None else stored["captions"]
+        asked = Turn("user", f"{IMAGE}\n{QUESTION}")
+        turns = ((asked, Turn("assistant", caption)) for caption in captions)
+        found.append((collate, [replace(record, turns=of) for record, of in zip(readable, turns, strict=False)]))
     elif settings.pictures:
         screen.warn("calibration.pictures has no effect: this model has no vision tower")
     if settings.data is not None:
@@ -152,7 +165,31 @@ def make_texts(
         of_tasks.append((collate, list(islice(usable, part_of(NUM_RECORDS, steps)))))
     if not rows and not any(records for _, records in [*found, *of_tasks]):
         raise _empty("there is no text and no picture to calibrate with", Key.of("calibration"))
-    return Texts(rows, found, of_tasks, sources.tokenizer)
+    keys = [
+        [" ".join(map(str, record.images)) or record.source, record_key(record, FileKeys(collate.image_folder))]
+        for collate, records in (*found, *of_tasks)
+        for record in records
+    ]
+    if stored is not None:
+        _require_same(stored["records"], keys)
+    return Texts(rows, found, of_tasks, sources.tokenizer, {"rows": rows, "captions": captions, "records": keys})
+
+
+def _require_same(before: Sequence[Sequence[str]], now: Sequence[Sequence[str]]) -> None:
+    """Raise UserError for records of the calibration, or their pictures, that differ from those of `before`."""
+    for (name, key), (_, other) in zip_longest(before, now, fillvalue=("a record more", "")):
+        if key != other:
+            message = "is not what the run was calibrated with: the record or its picture has changed"
+            raise UserError(message, where=name, hint=f"restore it\n{NEW_RUN}")
+
+
+def read_start(folder: Path) -> dict[str, Any]:
+    """Return what the start of the run in `folder` has written. Raises UserError if it is missing or damaged."""
+    try:
+        return dict(json.loads((folder / START).read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        hint = f"copy it from the folder of the run\n{NEW_RUN}"
+        raise UserError("the calibration of the run is missing", where=str(folder / START), hint=hint) from None
 
 
 def show_start(run: Run, model: Any, steps: int, screen: Screen) -> None:
@@ -202,19 +239,15 @@ def _written_rows(sources: _Sources, count: int) -> list[tuple[str, list[int]]]:
         message = f"a {type(model).__name__} cannot write calibration texts"
         hint = "set  calibration: {text: [FILE]}  or  {data: FILE}"
         raise UserError(message, where=Key.of("calibration"), hint=hint)
-    rows: list[list[int]] = []
     at_once = rows_at_once(model, LENGTH)
-    for number, begin in enumerate(range(0, count, at_once)):
-        part = min(at_once, count - begin)
+    parts = [min(at_once, count - begin) for begin in range(0, count, at_once)]
 
-        def write(seed: int = SEED + number, part: int = part, begin: int = begin) -> list[list[int]]:
-            with _bar(TEXTS, count * (LENGTH - 1), "tokens", begin * (LENGTH - 1)) as bar:
-                ends = ends_of(tokenizer)
-                return sampled_rows(
-                    model, *ends, count=part, length=LENGTH, batch_size=part, seed=seed, on_tokens=bar.update
-                )
+    def write(number: int, on_work: Callable[[int], object]) -> list[list[int]]:
+        at = {"count": parts[number], "length": LENGTH, "batch_size": parts[number], "seed": SEED + number}
+        return sampled_rows(model, *ends_of(tokenizer), **at, on_tokens=on_work)
 
-        rows += _cached(sources, "texts", f"{number} {part} {LENGTH}", write)
+    jobs = [_Job(f"{number} {part} {LENGTH}", part, LENGTH - 1) for number, part in enumerate(parts)]
+    rows = _cached(sources, "texts", TEXTS, "tokens", jobs, write)
     kept = [row for row in rows if not shares_probe_text(tokenizer.decode(row, skip_special_tokens=True))]
     return [(f"sample {number}", row) for number, row in enumerate(kept)]
 
@@ -224,9 +257,9 @@ def with_pictures(records: Sequence[Record], count: int) -> list[Record]:
 
     Of a record with several pictures the first one counts.
     """
-    by_picture = {record.images[:1]: replace(record, images=record.images[:1]) for record in records if record.images}
-    unique = list(by_picture.values())
-    return unique[:: max(1, len(unique) // count)][:count]
+    unique = list({record.images[:1]: record for record in records if record.images}.values())
+    chosen = unique[:: max(1, len(unique) // count)][:count]
+    return [replace(record, images=record.images[:1]) for record in chosen]
 
 
 def _is_usable(collate: RecordCollator[Any], record: Record) -> bool:
@@ -249,46 +282,29 @@ def _is_of_probe(record: Record) -> bool:
     return shares_probe_text(" ".join(turn.text for turn in record.turns))
 
 
-def _captioned(sources: _Sources, records: Sequence[Record], folder: Path) -> list[Record]:
+def _captions(sources: _Sources, records: Sequence[Record], folder: Path) -> list[str]:
     recipe = sources.recipe
-    turn = Turn("user", f"{IMAGE}\n{QUESTION}")
     pictures = [tuple(place_of(folder, name) for name in record.images) for record in records]
-
-    captions: list[str] = []
     tokens = sources.base.tokens_of_a_picture
     at_once = 16 if tokens is None else max(16, rows_at_once(sources.model, tokens + PROMPT_TOKENS))
-    for begin in range(0, len(pictures), at_once):
-        part = pictures[begin : begin + at_once]
+    parts = [pictures[begin : begin + at_once] for begin in range(0, len(pictures), at_once)]
 
-        def write(part: Sequence[tuple[str | Path, ...]] = part, begin: int = begin) -> list[str]:
-            with _bar(CAPTIONS, len(pictures), "pictures", begin) as bar:
-                answers = generate(
-                    sources.model,
-                    sources.processor,
-                    [Prompt((turn,), paths) for paths in part],
-                    template=recipe.template,
-                    max_new_tokens=CAPTION_TOKENS,
-                    image_aspect_ratio=recipe.data.image_aspect_ratio,
-                    batch_size=at_once,
-                    on_batch=lambda places, _: bar.update(len(places)),
-                )
-                return [*answers]
+    def write(number: int, on_work: Callable[[int], object]) -> list[str]:
+        answers = generate(
+            sources.model,
+            sources.processor,
+            [Prompt((Turn("user", f"{IMAGE}\n{QUESTION}"),), paths) for paths in parts[number]],
+            template=recipe.template,
+            max_new_tokens=CAPTION_TOKENS,
+            image_aspect_ratio=recipe.data.image_aspect_ratio,
+            batch_size=at_once,
+            on_batch=lambda places, _: on_work(len(places)),
+        )
+        return [*answers]
 
-        digests = [[_digest(path) for path in paths] for paths in part]
-        asked = f"{recipe.template} {recipe.data.image_aspect_ratio} {CAPTION_TOKENS} {QUESTION}"
-        captions += _cached(sources, "captions", f"{asked} {digests}", write)
-    return [
-        replace(record, turns=(turn, Turn("assistant", caption)))
-        for record, caption in zip(records, captions, strict=True)
-    ]
-
-
-def _digest(path: str | Path) -> str:
-    """Return the hash of a picture's bytes, since other data has pictures of the same name; without bytes, the name."""
-    try:
-        return xxhash.xxh3_128_hexdigest(content_of(path))
-    except (OSError, ValueError):  # the model's own reading raises an error that names the picture
-        return f"unreadable {path}"
+    asked = f"{recipe.template} {recipe.data.image_aspect_ratio} {CAPTION_TOKENS} {QUESTION}"
+    jobs = [_Job(f"{asked} {[[file_key(path) for path in paths] for paths in part]}", len(part)) for part in parts]
+    return _cached(sources, "captions", CAPTIONS, "pictures", jobs, write)
 
 
 def _collated(collate: RecordCollator[Any], records: Sequence[Record], size: int) -> list[Mapping[str, Tensor]]:
@@ -323,22 +339,46 @@ def _grams(text: str) -> set[tuple[str, ...]]:
     return {tuple(words[i : i + NGRAM]) for i in range(len(words) - NGRAM + 1)}
 
 
-def _cached(sources: _Sources, what: str, settings: str, write: Callable[[], list[Any]]) -> list[Any]:
-    """Return what the first process reads from the cache or, if it misses there, writes; the same in every process.
+@dataclass(frozen=True)
+class _Job:
+    """A batch of texts or captions: what they depend on beside the weights, their number, and the work of each."""
 
-    All processes write, because a model that ZeRO-3 partitions needs all of them.
+    settings: str
+    count: int
+    work: int = 1
+
+
+def _cached(
+    sources: _Sources,
+    what: str,
+    title: str,
+    unit: str,
+    jobs: Sequence[_Job],
+    write: Callable[[int, Callable[[int], object]], list[Any]],
+) -> list[Any]:
+    """Return the results of all jobs, the same in every process: from the cache of the first one, or written.
+
+    The processes share the jobs, except where ZeRO-3 needs all of them for each forward. `write` gets the number of a
+    job and what to call with the work that is done.
     """
-    file = _cache_file(sources, f"{what} {settings}")
-    is_first = rank_and_world_size()[0] == 0
-    stored = gather(_read(file) if is_first else None)[0]
-    if stored is not None:
-        sources.screen.say(f"{len(stored)} calibration {what} of an earlier start are used")
-        return list(stored)
-    with gathered_in_forward(sources.model):
-        written = list(gather(write())[0])
-    if is_first:
-        _store(file, written)
-    return written
+    rank, processes = rank_and_world_size()
+    files = [_cache_file(sources, f"{what} {job.settings}") for job in jobs]
+    found = gather([_read(file, job.count) for file, job in zip(files, jobs, strict=True)] if rank == 0 else None)[0]
+    if used := sum(map(len, filter(None, found))):
+        sources.screen.say(f"{used} calibration {what} of an earlier start are used")
+    missing = [number for number, one in enumerate(found) if one is None]
+    if not missing:
+        return list(chain(*found))
+    with gathered(sources.model):
+        mine = missing if is_deepspeed_zero3_enabled() else missing[rank::processes]
+        total = sum(jobs[number].count * jobs[number].work for number in mine)
+        with progress_bar(title, total, unit, is_shown=rank == 0) as bar:
+            written = {number: write(number, bar.update) for number in mine}
+    for number, one in chain(*(part.items() for part in reversed(gather(written)))):
+        found[number] = one
+    for number in missing if rank == 0 else ():
+        _store(files[number], found[number])
+    return list(chain(*found))
 
 
 def cache_folder(recipe: Recipe) -> Path:
@@ -350,11 +390,13 @@ def _cache_file(sources: _Sources, settings: str) -> Path:
     return cache_folder(sources.recipe) / f"calibration-{key}.json"
 
 
-def _read(file: Path) -> list[Any] | None:
+def _read(file: Path, count: int) -> list[Any] | None:
+    """Return the `count` texts of an entry; None for one that is missing or does not fit."""
     try:
-        return list(json.loads(file.read_text(encoding="utf-8")))
+        found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+    return found if isinstance(found, list) and len(found) == count else None
 
 
 def _store(file: Path, written: list[Any]) -> None:
@@ -362,9 +404,3 @@ def _store(file: Path, written: list[Any]) -> None:
         write_json(file, written)
     except OSError as error:  # Python shows equal warnings once
         warnings.warn(f"calibration texts are not cached in {file.parent}: {error.strerror}", stacklevel=2)
-
-
-def _bar(what: str, total: int, unit: str, done: int) -> tqdm[Any]:
-    bar = progress_bar(what, total, unit, is_shown=rank_and_world_size()[0] == 0)
-    bar.update(done)
-    return bar

@@ -15,7 +15,7 @@ from pickle import UnpicklingError
 from typing import Any, cast
 
 import torch
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainingArguments
 
 from milora_data.keys import FileKeys, record_key
 from milora_data.records.record import Record
@@ -24,7 +24,6 @@ from milora_vl.common.cli.console import command_line
 from milora_vl.common.cli.screen import Screen
 from milora_vl.common.errors import DataError, UserError, first_line
 from milora_vl.common.evaluator import EvaluationRequest, QuestionSet, evaluator
-from milora_vl.common.progress import progress_bar
 from milora_vl.core.adapter.checkpoints import WEIGHTS
 from milora_vl.core.adapter.folders import has_config, holds_projector_alone, holds_text_model
 from milora_vl.core.weights.distributed import gather
@@ -40,7 +39,8 @@ from milora_vl.train.setup import Run, suites_of
 from milora_vl.train.trainer import MiloraTrainer
 
 NUM_ANSWERED, MAX_NEW_TOKENS = 20, 32  # records that the model answers for the report
-NOT_UPLOADED = ("_*", "checkpoint-*", "incomplete-checkpoint-*", HELD_OUT)  # it holds texts and paths of the data
+# The last ones hold texts and paths of the data.
+NOT_UPLOADED = ("_*", "checkpoint-*", "incomplete-checkpoint-*", "start/*", HELD_OUT)
 WITHOUT = "without:  remove --push_to_hub; to upload the finished run later: hf upload REPOSITORY FOLDER"
 
 
@@ -218,25 +218,10 @@ def write_held_out(
         run.folder.write_text(HELD_OUT, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
-class _Count(TrainerCallback):
-    """Counts the batches of an evaluation, which transformers shows on a terminal alone."""
-
-    def __init__(self, bar: Any) -> None:
-        self.bar = bar
-
-    def on_prediction_step(self, *_: Any, **__: Any) -> None:
-        self.bar.update()
-
-
 def _losses(trainer: MiloraTrainer, *, measure: bool = True) -> dict[str, float]:
     """Return the losses of all processes, by the content key of the record."""
     if measure:
-        loader = trainer.get_eval_dataloader()
-        with progress_bar("held-out records", len(loader), "batches", is_shown=trainer.args.should_save) as bar:
-            count = _Count(bar)
-            trainer.add_callback(count)
-            trainer.evaluation_loop(loader, "held-out records", prediction_loss_only=True)
-            trainer.remove_callback(count)
+        trainer.evaluation_loop(trainer.get_eval_dataloader(), "held-out records", prediction_loss_only=True)
     return {key: loss for part in gather(trainer.record_losses) for key, loss in part.items()}
 
 

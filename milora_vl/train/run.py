@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
@@ -23,6 +23,7 @@ from transformers.trainer_pt_utils import get_model_param_count
 from milora_data.encode.templates import OWN, render_chat_template
 from milora_data.encode.tokens import remember_legacy
 from milora_vl.common.cli.screen import Screen
+from milora_vl.common.compat.transformers import pushes_without
 from milora_vl.common.errors import UserError
 from milora_vl.common.evaluator import TrainingQuestions
 from milora_vl.core.adapter import checkpoints
@@ -61,10 +62,10 @@ def train(settings: Settings) -> int:
         loaded, processor = load_base(run, records, screen)
         probe = make_probe(run, loaded, processor, screen)
         rows = order_rows(run, records, processor, screen)
-        built, base_kl = adapt(run, loaded, processor, records, earlier, rows.batching.steps, screen)
+        built, base_kl, start_files = adapt(run, loaded, processor, records, earlier, rows.batching.steps, screen)
         set_chat_template(processor, run.recipe.template)
         show_header_and_policy(run, records, built, base_kl, rows.batching, screen)
-        files = collect_first_files(run, records, built, screen, start)
+        files = collect_first_files(run, records, built, start_files, screen, start)
         trainer = make_trainer(run, records, rows, built, base_kl, processor, files)
         add_measurements(trainer, run, probe, questions, processor)
         train_and_save(run, trainer, rows.batching, files, start)
@@ -201,18 +202,23 @@ def order_rows(run: Run, records: RunData, processor: Any, screen: Screen) -> Ro
 
 def adapt(
     run: Run, loaded: nn.Module, processor: Any, records: RunData, earlier: EarlierRecords, steps: int, screen: Screen
-) -> tuple[Built, BaseKL | None]:
+) -> tuple[Built, BaseKL | None, dict[str, Any]]:
     """Apply the policy, or load a checkpoint's adapter; the frozen weights do not change.
 
-    Returns the model, and the texts whose answers stay.
+    Returns the model, the texts whose answers stay, and the content of files of the run.
     """
     recipe, checkpoint, targets, term = run.recipe, run.folder.checkpoint, list(run.targets), run.base_kl
     source = checkpoint or recipe.adapter
     held = read_earlier(loaded, Path(recipe.after), targets, run.tasks) if recipe.after and checkpoint is None else None
-    batches, base_kl = None, None
+    batches, base_kl, files = None, None, {}
     calibration.show_start(run, loaded, steps, screen)
     if run.reads_calibration:
-        texts = calibration.make_texts(recipe, run.base, loaded, processor, records.train, screen, steps, earlier)
+        stored = None if checkpoint is None else calibration.read_start(checkpoint.parent)
+        texts = calibration.make_texts(
+            recipe, run.base, loaded, processor, records.train, screen, steps, earlier, stored
+        )
+        if checkpoint is None or checkpoint.parent.resolve() != run.folder.path.resolve():
+            files[calibration.START] = texts.content
         batches = texts.sources() if run.protects else None
         if term.weight:
             base_kl = BaseKL(texts.sources(term.texts), term.weight, term.every)
@@ -227,7 +233,7 @@ def adapt(
         model.compile_blocks(built.model, run.derived.compiled)
     if run.args.gradient_checkpointing:
         built.model.enable_input_require_grads()  # frozen embeddings would cut the graph
-    return built, base_kl
+    return built, base_kl, files
 
 
 def set_chat_template(processor: Any, template: str) -> None:
@@ -283,7 +289,9 @@ def show_header_and_policy(
         screen.say(f"changed since {folder.checkpoint}: {'; '.join(changes)}")
 
 
-def collect_first_files(run: Run, records: RunData, built: Built, screen: Screen, start: float) -> FirstFiles:
+def collect_first_files(
+    run: Run, records: RunData, built: Built, more: Mapping[str, Any], screen: Screen, start: float
+) -> FirstFiles:
     recipe, device = run.recipe, run.args.device
     environment = {
         "command": ["python", "-m", "milora_vl.train", *run.request.words],
@@ -316,7 +324,7 @@ def collect_first_files(run: Run, records: RunData, built: Built, screen: Screen
         folder=run.folder,
         recipe=recipe,
         environment=environment,
-        content={"policy.json": policy} if run.folder.writes_policy else {},
+        content={**more, **({"policy.json": policy} if run.folder.writes_policy else {})},
         screen=screen,
         is_writer=bool(run.args.should_save),
     )
@@ -384,6 +392,7 @@ def run_loop(run: Run, trainer: MiloraTrainer, batching: Batching, files: FirstF
         # Autocast casts what it multiplies; PEFT would first widen every input to the adapter's float32.
         with (
             finish.run_failures(trainer.args),
+            pushes_without("start/*"),
             calls_on_sigterm(trainer.stop_on_signal.on_signal),
             disable_input_dtype_casting(trainer.trained(), active=trainer.accelerator.native_amp),
         ):

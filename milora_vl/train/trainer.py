@@ -231,7 +231,8 @@ class MiloraTrainer(RatesOfRules, CheckpointTrainer):
         """
         self._rows.clear()
         self.evaluated_step = self.state.global_step
-        with torch.random.fork_rng():
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )

@@ -29,6 +29,7 @@ from support.launched import ENVIRONMENT, free_port
 from support.simulated_device import NAME, SimTensor
 
 DEVICE = f"{NAME}:0"  # torch knows the name in a process with the device
+CACHE_BYTES = 2**19  # of keys and values: two texts of a tiny model, so that there are batches to share
 COLLECTIVES = (
     "all_reduce", "broadcast", "all_gather", "all_gather_into_tensor", "_all_gather_base", "reduce_scatter",
     "reduce_scatter_tensor", "_reduce_scatter_base", "all_to_all_single", "gather", "scatter", "reduce", "send", "recv",
@@ -36,11 +37,21 @@ COLLECTIVES = (
 )  # fmt: skip
 
 
-def trained_on_cluster(lines: Sequence[Sequence[str]], folder: Path, *, tf32: bool = False) -> list[Any]:
-    """Train by each command line in two processes; returns what rank 0 and rank 1 saw of each, or its error."""
+def trained_on_cluster(
+    lines: Sequence[Sequence[str]], folder: Path, *, tf32: bool = False, memory: int = 2**40
+) -> list[Any]:
+    """Train by each command line in two processes; returns what rank 0 and rank 1 saw of each.
+
+    `memory` is free on each device.
+    """
     (folder / "lines.json").write_text(json.dumps(lines))
     place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    place |= {"TORCHDYNAMO_DISABLE": "1", "TF32": "1" if tf32 else "", "PYTHONPATH": os.pathsep.join(sys.path)}
+    place |= {
+        "TORCHDYNAMO_DISABLE": "1",
+        "TF32": "1" if tf32 else "",
+        "MEMORY": str(memory),
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
     words = [sys.executable, __file__, str(folder / "lines.json")]
     logs = [folder / f"rank{rank}.log" for rank in range(2)]
     started = []
@@ -191,6 +202,9 @@ def cluster(seen: Counter[str]) -> Iterator[None]:
         patch.setattr(PartialState, "_prepare_backend", lambda self, *_, **__: ("gloo", DistributedType.MULTI_GPU))
         patch.setattr(c10d, "_get_object_coll_device", lambda group=None: torch.device(DEVICE))
         patch.setattr("milora_vl.core.weights.distributed.device_of_collectives", lambda: torch.device(DEVICE))
+        patch.setattr("milora_vl.core.calibration.texts.CACHE_BYTES", CACHE_BYTES)
+        for module in ("core.weights.distributed", "core.calibration.activations"):
+            patch.setattr(f"milora_vl.{module}.free_memory", lambda _: int(os.environ["MEMORY"]))
         to_tensor = c10d._object_to_tensor
 
         def counted(value: Any, device: Any, group: Any) -> Any:
@@ -232,7 +246,9 @@ def _watch(patch: pytest.MonkeyPatch, seen: Counter[str]) -> None:
 
     def generates(self: Any, *args: Any, **kwargs: Any) -> Any:
         seen[f"generate on {self.device.type}"] += 1
-        return generate(self, *args, **kwargs)
+        found = generate(self, *args, **kwargs)
+        seen["texts"] += len(found)
+        return found
 
     def decomposes(A: Tensor) -> Any:
         seen[f"{'sum' if A.dtype == torch.float32 else 'weight'} on {A.device.type}"] += 1

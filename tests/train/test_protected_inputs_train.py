@@ -46,8 +46,8 @@ PROTECT = ["--policy", json.dumps(RULES), "--dropout", "0"]
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of calibration texts."""
     monkeypatch.setenv("MILORA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("milora_vl.core.calibration.activations.FEWEST", 0.0)  # tiny layers have few inputs
-    monkeypatch.setattr("milora_vl.core.calibration.activations.LEAST_HELD_OUT", 0.0)  # and few texts
+    monkeypatch.setattr("milora_vl.core.adapter.fixed_a.FEWEST", 0.0)  # tiny layers have few inputs
+    monkeypatch.setattr("milora_vl.core.adapter.fixed_a.LEAST_HELD_OUT", 0.0)  # and few texts
     return tmp_path / "cache" / "calibration"
 
 
@@ -81,7 +81,7 @@ def require_shown_protection(run: Path) -> None:
 
 
 def test_a_run_calibrates_protects_resumes_and_shows_it(
-    tiny_data: Path, tmp_path: Path, cache: Path, capfd: Any
+    tiny_data: Path, tmp_path: Path, cache: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, part = tmp_path / "whole", tmp_path / "part"
     assert main(training(tiny_data, whole, *PROTECT, "--save_steps", "3")) == 0
@@ -93,7 +93,25 @@ def test_a_run_calibrates_protects_resumes_and_shows_it(
     shutil.copytree(whole, part)
     shutil.rmtree(part / "checkpoint-6")
     (part / "adapter_model.safetensors").unlink()
-    assert main(training(tiny_data, part, *PROTECT, "--save_steps", "3", "--resume_from_checkpoint", "true")) == 0
+    monkeypatch.setenv("MILORA_CACHE", str(tmp_path / "empty"))
+    monkeypatch.setattr(calibration, "sampled_rows", None)
+    monkeypatch.setattr(calibration, "generate", None)
+    resumed = [*training(tiny_data, part, *PROTECT, "--save_steps", "3"), "--resume_from_checkpoint"]
+    elsewhere = [*training(tiny_data, tmp_path / "elsewhere", *PROTECT), "--resume_from_checkpoint"]
+    assert main([*elsewhere, str(part / "checkpoint-3"), "--save_steps", "3"]) == 0
+    assert losses(tmp_path / "elsewhere")[-3:] == losses(whole)[-3:]
+    start = (whole / calibration.START).read_bytes()
+    assert (tmp_path / "elsewhere" / calibration.START).read_bytes() == start
+    assert not list(part.glob("checkpoint-*/start"))
+    named = read_json(whole, calibration.START)["records"][0][0]
+    picture, before = tiny_data / "images" / named, (tiny_data / "images" / named).read_bytes()
+    picture.write_bytes(
+        max((tiny_data / "images").iterdir(), key=lambda file: file.read_bytes() != before).read_bytes()
+    )
+    with raises_code("", where=named):
+        main([*resumed, "true"])
+    picture.write_bytes(before)
+    assert main([*resumed, "true"]) == 0
     assert "finding protected inputs" not in capfd.readouterr().err
     assert losses(part) == losses(whole)
     before, after = (load_file(run / "adapter_model.safetensors") for run in (whole, part))

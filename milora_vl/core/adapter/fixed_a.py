@@ -28,7 +28,7 @@ import json
 import sys
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
@@ -42,6 +42,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, autocast, nn
 
 from milora_vl.common.compat.peft import ForwardVariant, set_variant
+from milora_vl.common.errors import MALFORMED
 from milora_vl.core.adapter.initialize import WeightError, seed_of
 from milora_vl.core.calibration import VERSION
 from milora_vl.core.calibration.activations import for_each_input
@@ -116,6 +117,7 @@ class Protection:
     - `energy`: the share of the layer's input energy that they hold on calibration data: at least the rule's `protect`,
       or what leaves as many other directions as the rank.
     - `held_out`: the same on calibration data that did not choose them; None without such data.
+    - `positions`: the number of input vectors that chose them.
     - `kept`: the mean share of the start's rows that lies off the protected directions.
     - `overlap`: ||A V|| / ||A|| at the start; rounding alone.
     """
@@ -124,6 +126,7 @@ class Protection:
     inputs: int
     energy: float
     held_out: float | None
+    positions: int
     kept: float
     overlap: float
 
@@ -151,7 +154,7 @@ def make_A(target: Target, W: Tensor, inputs: InputBasis) -> tuple[Tensor, Prote
         raise CalibrationError(message, where=target.path, hint="the eigenvectors of this device are not orthonormal")
     return A, Protection(
         directions=inputs.num_directions, inputs=inputs.size, energy=inputs.share, held_out=inputs.held_out,
-        kept=kept, overlap=inside,
+        positions=inputs.num_positions, kept=kept, overlap=inside,
     )  # fmt: skip
 
 
@@ -166,7 +169,8 @@ def protect(
     """Return A (r, in) of every target with `protect`, and its protection: made in one process, the same in all.
 
     Devices differ in the signs and in the order of nearly equal directions, and gradients of B add up only for one A.
-    An entry of the cache repeats the warnings of its calibration; `is_shown` names its file on stderr.
+    `is_shown` shows a progress bar, or the file of the cache, on stderr. Warns about layers that protect less than
+    asked or almost nothing, and about too little data.
     """
     fixed = [target for target in targets if target.has_fixed_A]
     if calibration is None or not fixed:
@@ -174,42 +178,79 @@ def protect(
     is_first = rank_and_world_size()[0] == 0
     key = "" if cache_dir is None else calibration_key(model, fixed, calibration)
     file = Path(cache_dir or "") / f"{key}.safetensors"
-    stored = _read(file, fixed) if key and is_first else None  # alone: each node may have a cache of its own
-    made: dict[str, tuple[Tensor, Protection]] = {}
-    entry = gather(stored and stored[1])[0]
-    if entry is None:
-        with warnings.catch_warnings(record=True) as caught:
-            made = for_each_input(model, fixed, calibration, make_A, is_shown=is_shown)
-        for one in caught:
-            warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
-    elif is_first:
-        if is_shown:
-            sys.stderr.write(f"the calibration of an earlier start is used ({file})\n")
-        for note in entry["warnings"]:
-            warnings.warn(note, stacklevel=4)
-    found = [entry["protection"]] if entry else gather({path: asdict(about) for path, (_, about) in made.items()})
+    factors, stored = (_read(file, fixed) if key and is_first else None) or ({}, None)  # each node has its own cache
+    found = gather(stored)[:1]
+    if found == [None]:
+        made = for_each_input(model, fixed, calibration, make_A, is_shown=is_shown)
+        factors = {path: A for path, (A, _) in made.items()}
+        found = gather({path: about for path, (_, about) in made.items()})
+    elif is_shown and is_first:
+        sys.stderr.write(f"the calibration of an earlier start is used ({file})\n")
     owners = {path: rank for rank, part in enumerate(found) for path in part}
-    about = {t.path: Protection(**found[owners[t.path]][t.path]) for t in fixed}
-    factors = stored[0] if stored else {path: A for path, (A, _) in made.items()}
+    about = {t.path: found[owners[t.path]][t.path] for t in fixed}
     device = next(model.parameters()).device
     for t in fixed:
-        shape = (t.rank or 0, t.shape[1])
-        A = broadcast(factors.get(t.path), shape, torch.float32, device, owners[t.path])
+        A = broadcast(factors.get(t.path), (t.rank or 0, t.shape[1]), torch.float32, device, owners[t.path])
         factors[t.path] = A.to(device)
-    if key and is_first and entry is None:
-        notes = [str(one.message) for one in caught if issubclass(one.category, UserWarning)]
-        entry = {"protection": {path: asdict(one) for path, one in about.items()}, "warnings": notes}
-        write_cached(file.parent, key, factors, {"content": json.dumps(entry)})
+    if is_first:
+        _warn(fixed, about)
+        if key and stored is None:
+            content = {path: asdict(one) for path, one in about.items()}
+            write_cached(file.parent, key, factors, {"content": json.dumps(content)})
     return {t.path: (factors[t.path], about[t.path]) for t in fixed}
 
 
-def _read(file: Path, targets: Sequence[Target]) -> tuple[dict[str, Tensor], Any] | None:
-    """Return A by path and what the entry says about it; None for an entry that is missing or does not fit."""
+LEAST_HELD_OUT = 0.5  # of the share; a layer that holds less of held-out energy than this gets a warning
+FEWEST = 0.01  # a layer that protects a smaller share of its input directions than this gets a warning
+
+
+def _warn(targets: Sequence[Target], about: Mapping[str, Protection]) -> None:
+    """Warn about layers that protect almost nothing, or less than their rule asks for, and about too little data.
+
+    With too little data, directions describe the calibration batches and not the inputs of the layer in general.
+    """
+    lowered = {t.path: about[t.path].energy for t in targets if about[t.path].energy < t.protect}
+    few = [path for path, one in about.items() if one.directions < FEWEST * one.inputs and path not in lowered]
+    unsure = [
+        path
+        for path, one in about.items()
+        if (one.positions < one.inputs if one.held_out is None else one.held_out < LEAST_HELD_OUT * one.energy)
+    ]
+    for path in few[:1]:
+        one = about[path]
+        warnings.warn(
+            f"{len(few):,} of {len(about):,} layers protect almost nothing: {path} protects {one.directions} "
+            f"of {one.inputs} input directions, which hold {one.energy:.1%} of its activation energy. A few "
+            "directions dominate there; raise protect for these layers.",
+            stacklevel=4,
+        )
+    for path in unsure[:1]:
+        one = about[path]
+        seen = "nothing was held out" if one.held_out is None else f"{one.held_out:.1%} on held-out data"
+        warnings.warn(
+            f"too little calibration data for {len(unsure):,} of {len(about):,} layers: {path} has {one.inputs:,} "
+            f"inputs and {one.positions:,} positions; its directions hold {one.energy:.1%} of the activation "
+            f"energy on them, and {seen}. Calibrate with more data.",
+            stacklevel=4,
+        )
+    if lowered:
+        lowest = min(lowered, key=lambda path: lowered[path])
+        warnings.warn(
+            f"{len(lowered):,} of {len(about):,} layers protect less than their rule asks for, so that their rank "
+            f"fits; the lowest share is {lowered[lowest]:.1%}, in {lowest}. A lower rank protects more.",
+            stacklevel=4,
+        )
+
+
+def _read(file: Path, targets: Sequence[Target]) -> tuple[dict[str, Tensor], dict[str, Protection]] | None:
+    """Return A and its protection by path; None for an entry that is missing or does not fit."""
     tensors, metadata = read_cached(file.parent, file.stem) or ({}, {})
     if {path: A.shape for path, A in tensors.items()} != {t.path: (t.rank, t.shape[1]) for t in targets}:
         return None
-    entry = json.loads(metadata["content"])
-    return tensors, entry
+    try:
+        return tensors, {path: Protection(**one) for path, one in json.loads(metadata["content"]).items()}
+    except MALFORMED:
+        return None
 
 
 def off_inputs(rows: Tensor, V: Tensor) -> tuple[Tensor, float]:

@@ -3,19 +3,17 @@
 C is the mean of the E[x x'] of all sources of batches, so that a small source counts as much as a large one.
 Each process takes a share of the inputs and sees all batches: a forward is cheap, the eigenvectors of C are not, and
 the result does not depend on the number of processes. Free memory decides how many inputs one pass over the batches
-serves. A pass ends at its last layer. Nothing of the model changes. Too little data gets a warning.
+serves. A pass ends at its last layer. Nothing of the model changes.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from typing import Any, TypeVar
 
-import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -36,8 +34,8 @@ from milora_vl.core.calibration.bases import (
 from milora_vl.core.policy.rules import Target
 from milora_vl.core.policy.towers import image_token_of, is_encoder_decoder, keep_weights_readable
 from milora_vl.core.svd.gram import add_to_lower, full_precision, mirror
-from milora_vl.core.weights.distributed import gather, rank_and_world_size
-from milora_vl.core.weights.matrices import gathered_in_forward, is_linear, read_matrix
+from milora_vl.core.weights.distributed import free_memory, gather, rank_and_world_size
+from milora_vl.core.weights.matrices import gathered, gathered_in_forward, is_linear, read_matrix
 
 Batch = Mapping[str, Any]
 Hook = Callable[[Tensor], None]
@@ -47,8 +45,6 @@ ROOM = 0.6  # share of the free memory for the sums of one pass; eigenvectors ne
 # positions read, and SmolLM2 forgets six times as much at p = 0.9.
 LARGEST = 10.0
 HELD_OUT = 8  # one batch in so many checks the shares and does not enter C
-LEAST_HELD_OUT = 0.5  # of the share; a layer that holds less of held-out energy than this gets a warning
-FEWEST = 0.01  # a layer that protects a smaller share of its input directions than this gets a warning
 
 
 def require_calibration(targets: Sequence[Target], calibration: Calibration | None) -> None:
@@ -74,58 +70,24 @@ def require_calibration(targets: Sequence[Target], calibration: Calibration | No
             )
 
 
-def _warn(found: Mapping[str, tuple[InputBasis, InputBasis]]) -> None:
-    """Warn about layers that protect almost nothing, or less than their rule asks for, and about too little data.
-
-    `found` has the directions by the rule and those that leave room for the rank. With too little data, directions
-    describe the calibration batches and not the inputs of the layer in general.
-    """
-    few = [(path, basis) for path, (basis, _) in found.items() if basis.num_directions < FEWEST * basis.size]
-    for path, basis in few[:1]:
-        warnings.warn(
-            f"{len(few):,} of {len(found):,} layers protect almost nothing: {path} protects {basis.num_directions} "
-            f"of {basis.size} input directions, which hold {basis.share:.1%} of its activation energy. A few "
-            "directions dominate there; raise protect for these layers.",
-            stacklevel=3,
-        )
-    unsure = [(path, basis) for path, (basis, _) in found.items() if _is_unsure(basis)]
-    for path, basis in unsure[:1]:
-        seen = "nothing was held out" if basis.held_out is None else f"{basis.held_out:.1%} on held-out data"
-        warnings.warn(
-            f"too little calibration data for {len(unsure):,} of {len(found):,} layers: {path} has {basis.size:,} "
-            f"inputs and {basis.num_positions:,} positions; its directions hold {basis.share:.1%} of the activation "
-            f"energy on them, and {seen}. Calibrate with more data.",
-            stacklevel=3,
-        )
-    changed = {path: kept.share for path, (basis, kept) in found.items() if kept.num_directions < basis.num_directions}
-    if changed:
-        lowest = min(changed, key=lambda path: changed[path])
-        warnings.warn(
-            f"{len(changed):,} of {len(found):,} layers protect less than their rule asks for, so that their rank "
-            f"fits; the lowest share is {changed[lowest]:.1%}, in {lowest}. A lower rank protects more.",
-            stacklevel=3,
-        )
-
-
-def _is_unsure(basis: InputBasis) -> bool:
-    if basis.held_out is not None:
-        return basis.held_out < LEAST_HELD_OUT * basis.share
-    return basis.num_positions < basis.size
-
-
 @contextmanager
 def evaluated(model: nn.Module) -> Iterator[None]:
     """Put a model into evaluation mode; afterwards each module is in its own mode, such as a frozen batch norm.
 
-    Quantised weights, which a forward in this mode can repack, stay readable, after an error too.
+    Quantised weights, which a forward in this mode can repack, stay readable, after an error too, and Qwen-VL forgets
+    the places of pictures in the last batch.
     """
     training = [module for module in model.modules() if module.training]
+    deltas = {module: module.rope_deltas for module in model.modules() if hasattr(module, "rope_deltas")}
+    keep_weights_readable(model)
     model.eval()
     try:
         yield
     finally:
         for module in training:
             module.training = True
+        for module, before in deltas.items():
+            module.rope_deltas = before
         keep_weights_readable(model)
 
 
@@ -198,8 +160,7 @@ def for_each_input(
     """Return `make(target, W, inputs)` by path, of the targets with `protect` whose inputs this process decomposes.
 
     W (out, in) is the weight; `inputs` has at most `in` - r directions, so that the rank fits, and is not kept. One
-    batch in eight is held out. `is_shown` shows a progress bar on stderr. Warns in the first process about layers that
-    protect less than asked or almost nothing, and about too little data.
+    batch in eight is held out. `is_shown` shows a progress bar on stderr.
 
     Raises, in every process, CalibrationError for batches without tokens, for a layer that no batch reaches and for NaN
     activations, and what `make` raises.
@@ -210,10 +171,10 @@ def for_each_input(
     sources = [(_with_positions(model, fit), _with_positions(model, held) if held else []) for fit, held in parted]
     rank = rank_and_world_size()[0]
     made: dict[str, Made] = {}
-    notes: dict[str, tuple[InputBasis, InputBasis]] = {}
-    with evaluated(model), without_caches(model):
+    with gathered(model), evaluated(model), without_caches(model):
         inputs = _inputs_in_order(model, wanted, [batch for fit, _ in sources for batch, _ in fit])
-        room = min(gather(room_for_sums(model))) // (4 if len(sources) > 1 else 2)  # two kinds; of a source and in all
+        room = ROOM * min(gather(free_memory(next(model.parameters()).device)))
+        room /= 4 if len(sources) > 1 else 2  # sums of two kinds; of a source and in all
         passes = list(zip_longest(*(_passes(share, room) for share in _shares(inputs)), fillvalue=[]))
         count = sum(len(fit) + len(held) for fit, held in sources)
         with progress_bar(INPUTS, len(passes) * count, "batches", is_shown=is_shown and rank == 0) as bar:
@@ -221,10 +182,7 @@ def for_each_input(
                 for fit, held in sources:
                     _add(model, fit, {one: one.fit for one in parts[rank]}, bar.update)
                     _add(model, held, {one: one.held for one in parts[rank]}, bar.update)
-                _use(model, parts, wanted, make, made, notes)
-    told = {path: note for part in gather(notes) for path, note in part.items()}
-    if rank == 0:
-        _warn({path: told[path] for path in wanted})
+                made |= _decomposed(model, parts, wanted, make)
     return made
 
 
@@ -244,16 +202,15 @@ def _add(model: nn.Module, batches: Source, sums: Mapping[_Input, _Sum], on_batc
         one_sum.end_source((_count(batches) if one.has_positions else 0) or one_sum.num_now)
 
 
-def _use(
+def _decomposed(
     model: nn.Module,
     parts: Sequence[Sequence[_Input]],
     targets: Mapping[str, Target],
     make: Callable[[Target, Tensor, InputBasis], Made],
-    made: dict[str, Made],
-    notes: dict[str, tuple[InputBasis, InputBasis]],
-) -> None:
-    """Decompose the sums of a pass and call `make`; `parts` has the inputs of each process."""
+) -> dict[str, Made]:
+    """Decompose the sums of a pass and return what `make` returns; `parts` has the inputs of each process."""
     rank, processes = rank_and_world_size()
+    made: dict[str, Made] = {}
     failure: tuple[type[UserError], Sequence[Problem]] | None = None
     for items in zip_longest(*([(one, path) for one in part for path in one.paths] for part in parts)):
         W = None
@@ -269,7 +226,6 @@ def _use(
             basis = one.basis = one.basis or _basis(one)
             kept = basis.first(basis.size - (targets[path].rank or 0))
             made[path] = make(targets[path], W, basis if kept.num_directions == basis.num_directions else kept)
-            notes[path] = (basis.without_directions(), kept.without_directions())
         except UserError as error:
             failure = type(error), error.problems
         except Exception as error:  # any error: the other processes wait for this one in `gather`
@@ -281,6 +237,7 @@ def _use(
     for failed in gather(failure):
         if failed is not None:
             raise failed[0](problems=failed[1])
+    return made
 
 
 def _shares(inputs: Sequence[_Input]) -> list[list[_Input]]:
@@ -410,16 +367,7 @@ def _inputs_in_order(model: nn.Module, targets: Mapping[str, Target], batches: S
     return list(inputs.values())
 
 
-def room_for_sums(model: nn.Module) -> int:
-    """Return the bytes that the sums of one pass may take: most of the free memory of the model's device."""
-    device = next(model.parameters()).device
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        return int(ROOM * torch.cuda.mem_get_info(device)[0])
-    return int(ROOM * psutil.virtual_memory().available / rank_and_world_size()[1])
-
-
-def _passes(inputs: Sequence[_Input], room: int) -> Iterator[list[_Input]]:
+def _passes(inputs: Sequence[_Input], room: float) -> Iterator[list[_Input]]:
     """Yield consecutive inputs whose sums fit into `room` bytes together; at least one at a time."""
     part: list[_Input] = []
     for one in inputs:

@@ -73,11 +73,6 @@ class InputBasis:
         """Return the share of held-out activation energy that V holds; None without held-out batches."""
         return None if self.held_out_shares is None else float(self.held_out_shares[-1])
 
-    def without_directions(self) -> InputBasis:
-        """Return the counts and the last shares alone, for a message."""
-        held = None if self.held_out_shares is None else self.held_out_shares[-1:]
-        return replace(self, V=self.V.to("meta"), shares=self.shares[-1:], held_out_shares=held)
-
     def first(self, count: int) -> InputBasis:
         """Return the basis of the first `count` directions, or of all if there are fewer."""
         held_out = None if self.held_out_shares is None else self.held_out_shares[: count + 1]

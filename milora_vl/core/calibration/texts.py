@@ -12,7 +12,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from milora_vl.core.calibration.activations import evaluated
 from milora_vl.core.calibration.bases import CalibrationError
 from milora_vl.core.policy.towers import is_encoder_decoder
-from milora_vl.core.weights.matrices import gathered_in_forward
+from milora_vl.core.weights.matrices import gathered
 
 SEED = 1_651_272_809  # of the calibration texts; no probe of forgetting may measure with it or those after it
 RESERVED = 1024
@@ -33,7 +33,7 @@ def calibration_texts(model: Any, *, count: int = COUNT, length: int = LENGTH) -
     (8, torch.int64)
     """
     start, end = text_ends(model)
-    with gathered_in_forward(model):
+    with gathered(model):
         at_once = rows_at_once(model, length)
         rows = sampled_rows(model, start, end, count=count, length=length, batch_size=at_once, seed=SEED)
     return [padded(rows[first : first + ROWS], end) for first in range(0, count, ROWS)]

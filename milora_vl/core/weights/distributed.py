@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -23,6 +24,14 @@ def gather(value: Any) -> list[Any]:
     values: list[Any] = [None] * processes
     dist.all_gather_object(values, value)
     return values
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that this process can use on a device; on a CPU, its share of the machine's."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(device)[0]
+    return int(psutil.virtual_memory().available / rank_and_world_size()[1])
 
 
 def device_of_collectives() -> torch.device:

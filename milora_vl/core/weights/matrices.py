@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -22,8 +22,11 @@ from torch import Tensor, nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.pytorch_utils import Conv1D
 
+from milora_vl.common.compat.transformers import whole_weights
 from milora_vl.core.svd import frobenius
 from milora_vl.core.svd.gram import full_precision
+from milora_vl.core.weights import distributed
+from milora_vl.core.weights.distributed import gather
 
 
 def is_adaptable(module: nn.Module) -> bool:
@@ -86,6 +89,24 @@ def read_parameter(module: nn.Module, name: str) -> Tensor:
     with gather_params_ctx([parameter], modifier_rank=None):
         matrix = parameter.detach().reshape(-1, parameter.shape[-1] if parameter.ndim else 1).clone()
     return matrix if matrix.is_floating_point() else matrix.float()
+
+
+@contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Under ZeRO-3 hold the whole model in each process, as without it, if it fits; else gather in each forward."""
+    if not is_deepspeed_zero3_enabled():
+        yield
+        return
+    parameters: list[Any] = list(model.parameters())
+    size = sum(parameter.ds_numel * parameter.element_size() for parameter in parameters)
+    free = min(gather(distributed.free_memory(parameters[0].device)))
+    with ExitStack() as stack:
+        if 2 * size < free:  # as much again for what the start makes
+            stack.enter_context(gather_params_ctx(parameters, modifier_rank=None))
+            stack.enter_context(whole_weights())
+        else:
+            stack.enter_context(gathered_in_forward(model))
+        yield
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from milora_vl import apply_milora
@@ -75,7 +76,7 @@ def test_directions_are_those_of_all_positions_of_the_base(tiny_llama) -> None:
 
 def test_the_result_does_not_depend_on_the_number_of_passes(tiny_llama, monkeypatch) -> None:
     whole = found(tiny_llama()[0])
-    monkeypatch.setattr("milora_vl.core.calibration.activations.room_for_sums", lambda _: 1)
+    monkeypatch.setattr("milora_vl.core.calibration.activations.free_memory", lambda _: 1)
     layerwise = found(tiny_llama()[0])
     assert all(torch.equal(one.V, layerwise[path].V) for path, one in whole.items())
 
@@ -107,6 +108,10 @@ def test_protected_inputs_are_cached_by_weights_rules_and_batches(tiny_llama, tm
     for other in (tuned(seed=1), tuned(batches=TEXT[1:]), tuned(protect=0.5)):
         assert other.milora_protection != first.milora_protection
     assert len(list(tmp_path.glob("calibration-*"))) == count + 3
+    for fits in (True, False):  # an entry of other content or other tensors is written again
+        for file in tmp_path.glob("calibration-*"):
+            save_file(load_file(file) if fits else {"another": torch.zeros(1)}, file, metadata={"content": "[]"})
+        assert tuned().milora_protection == first.milora_protection
     monkeypatch.setattr("milora_vl.core.adapter.fixed_a.for_each_input", None)  # from the cache alone
     again = tuned()
     assert all(torch.equal(A, starts(again)[name]) for name, A in starts(first).items())

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import T5Config, T5ForConditionalGeneration
 
+from milora_vl import apply_milora
 from milora_vl.core.calibration.activations import find_inputs
 from milora_vl.core.calibration.bases import InputBasis
 from milora_vl.core.policy import Policy
@@ -23,14 +22,6 @@ NOISE = torch.Generator().manual_seed(0)
 def rows(count: int = 40, size: int = 16, large: int = 4) -> Tensor:
     """Return inputs (count, size), of which the first `large` entries are much larger than the others."""
     return torch.randn(count, size, generator=NOISE) * torch.tensor([5.0] * large + [0.1] * (size - large))
-
-
-@pytest.fixture
-def little_data() -> Iterator[None]:
-    """Let tiny batches pass without the warning about them."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="too little calibration data")
-        yield
 
 
 def share(x: Tensor, V: Tensor) -> float:
@@ -100,15 +91,17 @@ def test_what_is_no_list_of_batches_is_refused(tiny_llama: Any, batches: Any) ->
 @pytest.mark.filterwarnings("ignore:.*protect almost nothing")
 def test_too_little_data_gets_a_warning() -> None:
     x = torch.randn(18, 512, generator=NOISE)
+    model, rule = lambda: nn.Sequential(nn.Linear(512, 8)), one_rule(protect=0.9)
+    batches = [{"input": x[:16]}, {"input": x[16:]}]
     with pytest.warns(UserWarning, match="1 of 1 layers: 0 has 512 inputs and 16 positions; .* on held-out data"):
-        basis = calibrated(nn.Sequential(nn.Linear(512, 8)), [{"input": x[:16]}, {"input": x[16:]}])["0"]
+        apply_milora(model(), rule, calibration=batches)
+    basis = calibrated(model(), batches)["0"]
     assert basis.held_out == pytest.approx(share(x[-2:], basis.V), rel=1e-4)
     assert basis.held_out < 0.2 < 0.9 < basis.share
     with pytest.warns(UserWarning, match="0 has 512 inputs and 1 positions; .* nothing was held out"):
-        calibrated(nn.Sequential(nn.Linear(512, 8)), [{"input": x[:1]}])
+        apply_milora(model(), rule, calibration=[{"input": x[:1]}])
 
 
-@pytest.mark.usefixtures("little_data")
 def test_every_position_of_an_encoder_and_a_decoder_counts() -> None:
     sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_decoder_layers": 1, "num_heads": 4}
     base = T5ForConditionalGeneration(T5Config(vocab_size=99, decoder_start_token_id=0, **sizes)).eval()
