@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Literal
 
-from milora_vl.common.errors import Key, UserError
+from milora_vl.common.errors import Key
 from milora_vl.common.evaluator import EvaluationRequest, QuestionSet, TrainingQuestions
 
 
@@ -57,25 +54,6 @@ def command(request: EvaluationRequest) -> list[str]:
         words += [] if value is None else [f"--{name}", str(value)]
     words += ["--with_base"] if request.with_base else []
     return [*words, "--output_dir", str(request.output_dir)]
-
-
-def scores(request: EvaluationRequest) -> dict[str, Any]:
-    """Evaluate in a separate process, without a measurement of forgetting; return the results by model.
-
-    Raises UserError if it fails; it has printed why.
-    """
-    words = [*command(request), "--forgetting_tokens", "0", "--format", "json"]
-    done = subprocess.run([sys.executable, "-m", *words], stdout=subprocess.PIPE, text=True)
-    if done.returncode != 0:
-        raise UserError(
-            f"the evaluation of {request.questions.suite} failed (see above)",
-            code="evaluation-failed",
-            where="--suite",
-            hint="correct what it reports, then repeat the command",
-            exit_code=1,
-        )
-    sides: dict[str, Any] = json.loads(done.stdout)
-    return sides
 
 
 def compare(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

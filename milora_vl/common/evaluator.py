@@ -76,13 +76,6 @@ class Evaluator(Protocol):
 
     def command(self, request: EvaluationRequest) -> list[str]: ...
 
-    def scores(self, request: EvaluationRequest) -> Mapping[str, Any]:
-        """Evaluate in a separate process; return the results by model: `base`, and the name of the other.
-
-        Raises UserError if it fails; it has printed why.
-        """
-        ...
-
     def compare(
         self, before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]
     ) -> Sequence[Mapping[str, Any]]:

@@ -12,10 +12,9 @@ from milora_vl.common.cli.console import next_step, run
 from milora_vl.common.cli.parser import OR_ADAPTER, Command, option, positive, shared
 from milora_vl.common.cli.table import show
 from milora_vl.common.errors import UserError
-from milora_vl.common.evaluator import QuestionSet
 from milora_vl.core.adapter.folders import base_of, holds_adapter, model_of, newest_of_unfinished, require_adapter
 from milora_vl.report.page import regenerate_report
-from milora_vl.report.tables import forgetting_table, score_changes
+from milora_vl.report.tables import forgetting_table
 
 PROBES = ("text", "samples", "pictures")
 
@@ -36,7 +35,6 @@ probes (tuned model against base model, in nats per token):
   text      general text (three books of the package, or --text): the paper's metric, and the loss on the text
   samples   text sampled from the base model; needs no data
   pictures  answers of the base model about pictures (drawn shapes, or the LLaVA records of --data_path)
-  --suite   drop of the scores of a suite, which both models are asked
 
 examples:
   python -m milora_vl.forgetting --model smol-llava --adapter runs/demo
@@ -50,13 +48,11 @@ examples:
         option("--text", type=Path, nargs="+", metavar="FILE", help="text files, one document each"),
         option("--data_path", type=Path, metavar="DATA", help="LLaVA records with the questions about pictures"),
         shared("image_folder"),
-        shared("suite", about="also ask base and tuned model the questions of a suite, or of a FILE.json"),
-        shared("data", about="folder that contains the files of the suite"),
     ),
     settings=(
         option("--on", type=_probes, metavar="a,b", help=f"probes to measure, from {', '.join(PROBES)} (default: all)"),
         option("--num_tokens", type=positive, default=8192, help="number of text tokens (default: %(default)s)"),
-        shared("limit", about="use only the first N questions, or items of a benchmark"),
+        shared("limit", about="use only the first N questions"),
         shared("template"),
         shared("batch_size", default=8),
         shared("seed", about="random seed of the samples (default: %(default)s)"),
@@ -90,14 +86,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         dtype=options.dtype, **settings,
     )  # fmt: skip
     results = todo.run()
-    if options.suite:
-        data = None if options.data is None else str(options.data)
-        results["scores"] = todo.scores(QuestionSet(options.suite, data, options.limit))
     if options.format == "json":
         sys.stdout.write(json.dumps(results, indent=1) + "\n")
     else:
         show(forgetting_table(results), options.format)
-        sys.stdout.write("".join(f"{line}\n" for line in score_changes(results)))
     sys.stderr.write(f"written: {todo.file}\n")
     regenerate_report(folder)
     base = ("--base", options.base) if options.base else ()
@@ -113,8 +105,7 @@ def _refuse_unused(options: argparse.Namespace) -> None:
         "data_path": (pictures, "--on pictures"),
         "image_folder": (pictures and options.data_path is not None, "--data_path"),
         "template": (pictures, "--on pictures"),
-        "data": (options.suite is not None, "--suite"),
-        "limit": (pictures or options.suite is not None, "--on pictures or --suite"),
+        "limit": (pictures, "--on pictures"),
     }
     for flag, (is_used, use) in uses.items():
         if getattr(options, flag) is not None and not is_used:

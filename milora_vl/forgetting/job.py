@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,6 @@ from milora_data.formats.stored import is_saved
 from milora_vl.common.atomic_write import read_json, write_json
 from milora_vl.common.cli.console import beside
 from milora_vl.common.errors import UserError, at_flag
-from milora_vl.common.evaluator import EvaluationRequest, QuestionSet, evaluator
 from milora_vl.core.adapter.folders import CONFIG, require_no_base
 from milora_vl.forgetting.answers import answer_batches, drawn_questions
 from milora_vl.forgetting.measure import can_recover_base, compare_on, measure_forgetting
@@ -93,18 +92,6 @@ class Job:
             return identity
         return {key: value for key, value in before.items() if key not in probes}
 
-    def scores(self, questions: QuestionSet) -> list[Measurements]:
-        """Evaluate both models in a separate process, and return the change of their headline scores."""
-        request = EvaluationRequest(
-            model=self.model, adapter=self.adapter, base=self.base, questions=questions, dtype=self.dtype,
-            device=self.device, output_dir=self.folder,
-        )  # fmt: skip
-        sides = evaluator().scores(request)
-        after = next(side for which, side in sides.items() if which != "base")
-        changes = score_changes(sides["base"], after)
-        write_json(self.file, (read_json(self.file) or {}) | {"scores": changes})
-        return changes
-
     def _text(self) -> Any:
         texts = None
         if self.texts:
@@ -173,31 +160,3 @@ class Job:
 
 def _exists(path: Path) -> bool:
     return path.is_file() or is_saved(path)
-
-
-def score_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Measurements]:
-    """Return the change of the first score of each benchmark. `was_good`: the base model beat a fixed answer.
-
-    Only then does a drop show forgetting. The base model must be better by the larger of two standard errors and 3/n,
-    the uncertainty of n equal answers (rule of three).
-    """
-    new = {benchmark["name"]: benchmark["metrics"][0] for benchmark in after["benchmarks"] if benchmark["metrics"]}
-    changes = []
-    for benchmark in before["benchmarks"]:
-        if not benchmark["metrics"] or benchmark["name"] not in new:
-            continue
-        old, now = benchmark["metrics"][0], new[benchmark["name"]]
-        floor = old.get("baseline") or 0.0
-        margin = max(2 * (old.get("stderr") or 0.0), 3 / max(old["n"], 1))
-        changes.append(
-            {
-                "benchmark": benchmark["name"],
-                "metric": old["name"],
-                "before": old["value"],
-                "after": now["value"],
-                "change": now["value"] - old["value"],
-                "baseline": floor,
-                "was_good": bool(old["value"] > floor + margin),
-            }
-        )
-    return changes

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from milora_vl.common.progress import progress_bar
 from milora_vl.core.calibration.activations import evaluated
 from milora_vl.forgetting.text import ProbeBatch, general_text, text_batches
 
@@ -76,8 +77,11 @@ def compare_on(batches: Iterable[ProbeBatch], model: Any, *, base: Any | None = 
     reference = model if base is None else base
     rows: list[Tensor] = []
     documents: list[str] = []
-    with torch.inference_mode(), evaluated(model), evaluated(reference):
+    batches = list(batches)
+    bar = progress_bar("forgetting", len(batches), "batches")
+    with torch.inference_mode(), evaluated(model), evaluated(reference), bar:
         for batch in batches:
+            bar.update()
             logits = logits_of(model, batch)
             with without():
                 target = logits_of(reference, batch)

@@ -86,7 +86,6 @@ def _content(run: Run) -> dict[str, Any]:
         "held_out": list(zip(run.held_out, fitting(pictures, _PICTURES), strict=True)),
         "forgotten": forgotten(run),
         "forgetting_table": tables.forgetting_table(run.forgetting),
-        "score_changes": tables.score_changes(run.forgetting),
         "analysis": _analysis(run.folder / "analysis"),
         "plots": plots,
         "during_training": suites_of(run.history),

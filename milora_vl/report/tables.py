@@ -234,13 +234,3 @@ def forgetting_table(forgetting: Json) -> Table:
 
 def _with_error(value: float, error: float | None, sign: str = "") -> str:
     return f"{value:{sign}.3f}" + ("" if error is None else f" ± {error:.3f}")
-
-
-def score_changes(forgetting: Json) -> list[str]:
-    """Return one sentence per score of `python -m milora_vl.forgetting --suite`."""
-    good, poor = ".", "; the base model was no better than a fixed answer, so this score does not measure forgetting."
-    return [
-        f"{score['benchmark']}, {label(score['metric'])}: {score['before']:.3f} before, {score['after']:.3f} after"
-        + (good if score["was_good"] else poor)
-        for score in forgetting.get("scores", ())
-    ]

@@ -15,7 +15,7 @@ from pickle import UnpicklingError
 from typing import Any, cast
 
 import torch
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from milora_data.keys import FileKeys, record_key
 from milora_data.records.record import Record
@@ -24,6 +24,7 @@ from milora_vl.common.cli.console import command_line
 from milora_vl.common.cli.screen import Screen
 from milora_vl.common.errors import DataError, UserError, first_line
 from milora_vl.common.evaluator import EvaluationRequest, QuestionSet, evaluator
+from milora_vl.common.progress import progress_bar
 from milora_vl.core.adapter.checkpoints import WEIGHTS
 from milora_vl.core.adapter.folders import has_config, holds_projector_alone, holds_text_model
 from milora_vl.core.weights.distributed import gather
@@ -218,10 +219,25 @@ def write_held_out(
         run.folder.write_text(HELD_OUT, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
+class _Count(TrainerCallback):
+    """Counts the batches of an evaluation, which transformers shows on a terminal alone."""
+
+    def __init__(self, bar: Any) -> None:
+        self.bar = bar
+
+    def on_prediction_step(self, *_: Any, **__: Any) -> None:
+        self.bar.update()
+
+
 def _losses(trainer: MiloraTrainer, *, measure: bool = True) -> dict[str, float]:
     """Return the losses of all processes, by the content key of the record."""
     if measure:
-        trainer.evaluation_loop(trainer.get_eval_dataloader(), "held-out records", prediction_loss_only=True)
+        loader = trainer.get_eval_dataloader()
+        with progress_bar("held-out records", len(loader), "batches", is_shown=trainer.args.should_save) as bar:
+            count = _Count(bar)
+            trainer.add_callback(count)
+            trainer.evaluation_loop(loader, "held-out records", prediction_loss_only=True)
+            trainer.remove_callback(count)
     return {key: loss for part in gather(trainer.record_losses) for key, loss in part.items()}
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from milora_data.records.record import Record
 from milora_vl.common.cli.console import command_line
@@ -38,7 +39,7 @@ from milora_vl.core.adapter.folders import (
     module_path,
     require_adapter,
 )
-from milora_vl.core.adapter.sidecar import FILE_NAME, read_sidecar, require_trainable
+from milora_vl.core.adapter.sidecar import FILE_NAME, read_sidecar, require_layers, require_trainable
 from milora_vl.core.calibration.texts import SEED
 from milora_vl.core.policy import Rule, Target
 from milora_vl.core.policy.rules import METHODS
@@ -165,18 +166,19 @@ Task = Mapping[str, Any]
 
 
 def tasks_before(
-    recipe: Recipe, targets: Sequence[Target], checkpoint: Path | None
+    recipe: Recipe, base: nn.Module, targets: Sequence[Target], checkpoint: Path | None
 ) -> tuple[tuple[Task, ...], list[str]]:
-    """Return the entries of the tasks that a run comes after, in order, and warnings.
+    """Return the entries of the tasks that a run on `base`, without weights, comes after, in order, and warnings.
 
-    A resumed run has them in its checkpoint. Raises UserError for rules that cannot train after these tasks.
+    A resumed run has them in its checkpoint. Raises UserError for rules that cannot train after these tasks, and for a
+    base with other layers.
     """
     if recipe.after is None:
         return (), []
     if checkpoint is not None:
         saved = read_sidecar(checkpoint)
         return (() if saved is None else tuple(saved.tasks[:-1])), []
-    _require_rules(recipe, Path(recipe.after), targets)
+    _require_rules(recipe, Path(recipe.after), base, targets)
     tasks, warnings = _tasks_of(Path(recipe.after), recipe.template), []
     if not any(target.protect for target in targets):
         warnings.append("no rule has protect: what the earlier runs have learned is not protected (--protect 0.95)")
@@ -328,11 +330,11 @@ def _tasks_of(folder: Path, template: str) -> list[Task]:
     return [entry(folder, recipe, saved.targets, saved.protection, environment)]
 
 
-def _require_rules(recipe: Recipe, after: Path, targets: Sequence[Target]) -> None:
-    """Raise UserError for targets whose update cannot be added to the update of the run in `after`."""
+def _require_rules(recipe: Recipe, after: Path, base: nn.Module, targets: Sequence[Target]) -> None:
+    """Raise UserError for a base and targets whose update cannot be added to the update of the run in `after`."""
     saved = read_sidecar(after)
     assert saved is not None
-
+    require_layers(base, saved)
     if found := [target.path for target in (*saved.targets, *targets) if target.method == "dora"]:
         message = f"DoRA scales the rows of a weight, so its update cannot be added to another one: {found[0]}"
         raise UserError(message, where=Key.of("after"), hint=f"use another method, or merge first:\n{to_merge(after)}")

@@ -121,7 +121,7 @@ def make_run(settings: Settings, *, is_started: bool) -> Run:
     recipe, token = _without_token(with_dtype(recipe, request))
     path = Path(request.output_dir) if request.output_dir else folder.default_path(recipe, started)
     run_folder = folder.choose(path, request.resume)
-    tasks, notes = inherit.tasks_before(recipe, targets, run_folder.checkpoint)
+    tasks, notes = inherit.tasks_before(recipe, base.meta, targets, run_folder.checkpoint)
     launch = read_launch(recipe.train)
     require_installed(recipe, is_started=is_started)
     derived = arguments.derive(recipe, base, targets, launch)

@@ -52,12 +52,16 @@ def by_hand(tuned: Any, base: Any, blocks: list[tuple[str, list[int]]]) -> dict[
     return {name: float(torch.stack(values).mean()) for name, values in numbers.items()} | {"stderr": float(stderr)}
 
 
-def test_a_model_has_forgotten_nothing_of_itself(pair: tuple[Any, Any, Any]) -> None:
+def test_a_model_has_forgotten_nothing_of_itself(
+    pair: tuple[Any, Any, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("milora_vl.common.progress.INTERVAL", 0.0)
     _, base, tokenizer = pair
     got = measure_forgetting(base, tokenizer, base=base, **SMALL)
     assert got.kl == pytest.approx(0, abs=1e-9)
     assert got.cross_entropy == pytest.approx(got.base_entropy, abs=1e-9)
     assert got.loss_change == 0
+    assert "forgetting: " in capsys.readouterr().err  # one line for each batch in a log file
 
 
 def test_each_module_keeps_its_mode(pair: tuple[Any, Any, Any]) -> None:

@@ -9,7 +9,6 @@ import pytest
 
 from milora_vl import Policy, apply_milora, load_model
 from milora_vl.forgetting.__main__ import main
-from milora_vl.forgetting.job import score_changes
 from support.adapter_cases import move
 from support.problems import raises_code
 
@@ -60,23 +59,8 @@ def test_a_whole_model_is_compared_with_its_base(tmp_path: Path, capsys: pytest.
         (["--model", "tiny", "--adapter", "A", "--on", "texts"], "command-line", "expected some of"),
         (["--model", "tiny", "--adapter", "A", "--text", "no.txt"], "data-missing-file", "no.txt: no such file"),
         (["--model", "tiny-text", "--adapter", "A", "--on", "pictures"], "", "reads only text"),
-        (["--model", "tiny", "--adapter", "A", "--data", "."], "", "--data: only applies with --suite"),
     ],
 )
 def test_mistakes_are_said(adapter: Path, flags: list[str], code: str, words: str) -> None:
     with raises_code(code, says=words):
         main([str(adapter) + flag[1:] if flag.startswith("A") else flag for flag in flags])
-
-
-def test_a_drop_counts_where_the_base_was_good() -> None:
-    def side(value: float, baseline: float, n: int = 400, stderr: float | None = 0.02) -> dict[str, object]:
-        metric = {"name": "accuracy", "value": value, "stderr": stderr, "baseline": baseline, "n": n}
-        return {"benchmarks": [{"name": "pope", "metrics": [metric]}]}
-
-    (good,) = score_changes(side(0.8, 0.5), side(0.7, 0.5))
-    (poor,) = score_changes(side(0.51, 0.5), side(0.4, 0.5))
-    assert (good["change"], good["was_good"]) == (pytest.approx(-0.1), True)
-    assert poor["was_good"] is False
-    for n, stderr, is_good in ((1, None, False), (2, 0.0, False), (60, 0.0, True)):  # all right
-        (found,) = score_changes(side(1.0, 0.5, n, stderr), side(0.0, 0.5, n, stderr))
-        assert found["was_good"] is is_good

@@ -228,6 +228,10 @@ def test_what_is_no_adapter_of_ours_is_refused(data: Path, first: Path, tmp_path
         part.save_pretrained(tmp_path / "other")
     with raises_code("adapter-wrong-base"):
         main(second(data, first, tmp_path / "b", "--model", str(tmp_path / "other")))
+    other.config.text_config.intermediate_size *= 2
+    other.config.save_pretrained(tmp_path / "other")
+    with raises_code("adapter-wrong-base", where="mlp", message="there, here"):  # before weights load
+        plan(second(data, first, tmp_path / "b", "--model", str(tmp_path / "other")))
     assert main(second(data, first, tmp_path / "b", "--max_steps", "1", "--save_strategy", "no")) == 0
     with raises_code("adapter-several-tasks", hint="--after"):
         plan(training(data, tmp_path / "c", "--adapter", str(tmp_path / "b")))

@@ -51,9 +51,13 @@ def run_on(data: Path, run: Path, *more: str) -> list[str]:
     return training(data, run, "--eval_data_path", str(data / "val.json"), *more)
 
 
-def test_the_losses_are_those_of_each_record_alone(data: Path, tmp_path: Path, capsys: Any) -> None:
+def test_the_losses_are_those_of_each_record_alone(
+    data: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("milora_vl.common.progress.INTERVAL", 0.0)
     run = tmp_path / "run"
     assert main(run_on(data, run, *EXTRA)) == 0
+    assert "held-out records: 3/3 batches" in capsys.readouterr().err
     lines, (model, processor) = held_out(run), load_model("tiny")
     base = losses_alone(model.eval(), processor, data)
     tuned = losses_alone(load_adapter(load_model("tiny")[0], run).eval(), processor, data)

@@ -45,6 +45,7 @@ from milora_vl.core.weights.matrices import (
     Fingerprint,
     distance,
     fingerprint,
+    matrix_shape,
     read_matrix,
     read_parameter,
 )
@@ -226,6 +227,17 @@ def locate(sidecar: Sidecar, model_names: Mapping[str, str]) -> Sidecar:
 
 def new_paths(saved: Sidecar, here: Sidecar) -> dict[str, str]:
     return {old.path: new.path for old, new in zip(saved.targets, here.targets, strict=True)}
+
+
+def require_layers(model: nn.Module, sidecar: Sidecar) -> None:
+    """Raise AdapterError if the layers of a model, which needs no weights, are not those that the adapter changes."""
+    located = locate(sidecar, canonical_names(model))
+    for target in (target for target in located.targets if target.rank is not None):
+        shape, is_vocabulary = matrix_shape(base_layer(model, target.path)), located.names[target.path].count(".") == 1
+        if shape != target.shape and not is_vocabulary:  # it may be padded
+            message = f"this is not the base model that the adapter was made for: {target.shape} there, here {shape}"
+            hint = "name the base model that adapter_config.json names"
+            raise AdapterError(message, code="adapter-wrong-base", where=target.path, hint=hint)
 
 
 def fitted(model: nn.Module, sidecar: Sidecar, *, allow_base_mismatch: bool, is_resumed: bool = False) -> Sidecar:
