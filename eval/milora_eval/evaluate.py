@@ -250,12 +250,12 @@ class Suites:
         """Return the headline of each benchmark and its standard error, for example `eval_suite_emoji`.
 
         Fractions are in percent, as in tables. The mode of the model and the random state do not change. The next step
-        must not find these answers, so they go to a temporary folder.
+        must not find these answers, so they go to a temporary folder, without the key of the weights.
         """
         entries: dict[str, float] = {}
         for plan, items in self._planned:
             with tempfile.TemporaryDirectory() as scratch, redirect_stderr(io.StringIO()):
-                results = evaluate(model, processor, plan, items, scratch)
+                results = _evaluate(partial(ask_model, model, processor, plan), plan, items, scratch)
             assert results is not None  # a single shard is always complete
             for benchmark, metric in headlines(results).items():
                 entries[f"eval_suite_{benchmark}"] = metric.scale * metric.value

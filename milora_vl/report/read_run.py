@@ -78,13 +78,11 @@ class Comparison:
 
     def scores(self) -> list[Score]:
         """Return the compared metrics, then those of benchmarks that one model alone has answered."""
-        found = [
-            Score(name, pair["a"], pair["b"])
-            for name, entry in self.paired.items()
-            for pair in sorted(entry["pairs"], key=lambda pair, first=entry["headline"]: pair["b"]["name"] != first)
-            if not pair["b"]["detail"]
-        ]
-        known = set(self.paired)
+        paired, known = self.paired, set(self.paired)
+        pairs = [(name, pair) for name, entry in paired.items() for pair in entry["pairs"] if not pair["b"]["detail"]]
+        places = {name: place for place, name in enumerate(paired)}
+        pairs.sort(key=lambda pair: (places[pair[0]], pair[1]["b"]["name"] != paired[pair[0]]["headline"]))
+        found = [Score(name, pair["a"], pair["b"]) for name, pair in pairs]
         for which, side in (("after", self.after), ("before", self.before)):
             own = [(entry["name"], metric) for entry, metric in (side.metrics() if side else ())]
             empty: dict[str, Json | None] = {"before": None, "after": None}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,11 @@ def test_questions_without_a_type_have_the_most_frequent_answer_as_baseline(tmp_
     items = OwnData(str(tmp_path / "own.json")).load(tmp_path)
     assert [item.baseline for item in items] == [0.0, 0.0, 1.0, 1.0, 1.0, 1.0]
     answers = [Answer(item, f"It is {item.answers[0]}.", 0.0) for item in items]
+    for metric, name in (("anls", "ANLS"), ("yes_no", "accuracy")):
+        other = [Answer(replace(item, meta={"metric": metric}), "x", 0.5) for item in items]
+        assert OwnData("data:own").summarise(other)[0].name == name
+        expected = "accuracy" if name == "accuracy" else "mean score"
+        assert OwnData("data:own").summarise([*other, *answers])[0].name == expected
     strict, lenient = OwnData("data:own").summarise(answers)
     assert (strict.value, strict.baseline) == (0.0, pytest.approx(4 / 6))
     assert (lenient.name, lenient.value) == ("answer in first line", 1.0)

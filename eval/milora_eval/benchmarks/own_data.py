@@ -18,7 +18,7 @@ from milora_data.keys import KeyOf, data_key, digest, file_key
 from milora_data.pictures.load import is_embedded, place_of, refusal
 from milora_data.records.record import IMAGE, VIDEO, identifier_of, parse_record, renamed_video
 from milora_eval.answers.identity import content_of, key_of_question
-from milora_eval.benchmark import Answer, Benchmark, Form, Item, Metric, MissingData, mean_of_items
+from milora_eval.benchmark import Answer, Benchmark, Form, Item, Metric, MissingData, mean_of_items, means
 from milora_eval.benchmarks.short_answers import FIRST_LINE, anls, chartqa_correct, exact_match, in_first_line
 from milora_eval.benchmarks.vqa import clean, leave_one_out, m4c_normalise, normalise
 from milora_eval.data_files import json_values
@@ -61,6 +61,7 @@ METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
 }
 EQUALITIES = ("exact", "equal", "m4c")  # an answer in a sentence is wrong for them
 LENIENT = "answer in first line"
+NAMES = {"vqa": "VQA accuracy", "anls": "ANLS", "relaxed": "relaxed accuracy"}  # all others count right answers
 
 
 class OwnData(Benchmark):
@@ -127,7 +128,8 @@ class OwnData(Benchmark):
         lenient = self.mentioned(answers)
         rows = [mean_of_items(LENIENT, lenient)] if lenient else []
         rows = [replace(row, baseline=None, note=FIRST_LINE, counts="mention") for row in rows]
-        return [*super().summarise(answers), *rows]
+        names = {NAMES.get(each.item.meta["metric"], self.metric) for each in answers}
+        return [*means(answers, names.pop() if len(names) == 1 else "mean score"), *rows]
 
 
 def read_questions(path: Path, data_dir: Path) -> list[Item]:

@@ -115,12 +115,11 @@ def _paired(name: str, a: Sequence[Line], b: Sequence[Line], asked: tuple[int, i
     for before, after in zip(a, b, strict=True):
         if before["correct"] is not None and after["correct"] is not None:
             right[OUTCOMES[int(before["correct"] >= 0.5), int(after["correct"] >= 0.5)]] += 1
-    outcomes = {name: right[name] for name in OUTCOMES.values()} if right else {}
-    gain = headline and _gain(stored_benchmark(name), headline, list(map(to_answer, b)))
-    return Paired(
-        stored_benchmark(name).name, name, len(a), asked, (cut[0], cut[1]), outcomes, pairs,
-        headline and headline.b.name, gain,
-    )  # fmt: skip
+    outcomes = {outcome: right[outcome] for outcome in OUTCOMES.values()} if right else {}
+    benchmark, first, gain = stored_benchmark(name), None, None
+    if headline is not None:
+        first, gain = headline.b.name, _gain(benchmark, headline, list(map(to_answer, b)))
+    return Paired(benchmark.name, name, len(a), asked, (cut[0], cut[1]), outcomes, pairs, first, gain)
 
 
 def _gain(benchmark: Benchmark, headline: Pair, tuned: Sequence[Answer]) -> Gain | None:
