@@ -21,8 +21,8 @@ MENU = Menu(
             "sweep": ("milora_vl.sweep.__main__", "compare methods over learning rates, ranks and seeds"),
         },
         "use": {
-            "chat": ("milora_vl.chat", "ask a model questions, with or without a picture"),
-            "export": ("milora_vl.export", "convert an adapter to a merged model or LLaVA's layout, and back"),
+            "chat": ("milora_vl.chat.__main__", "ask a model questions, with or without a picture"),
+            "export": ("milora_vl.export.__main__", "convert an adapter to a merged model or LLaVA's layout, and back"),
         },
         "data": {"data": ("milora_data.__main__", "check, convert, show and count a data set")},
         "evaluate": {

@@ -1,5 +1,1 @@
 """Ask a model about pictures, in the terminal or in a browser: `python -m milora_vl.chat`."""
-
-from milora_vl.chat.command import main
-
-__all__ = ["main"]

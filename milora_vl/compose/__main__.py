@@ -35,16 +35,13 @@ examples:
         option("--select_layer", type=int, default=-2, help="layer that provides the features (default: -2)"),
         option("--select_feature", choices=("patch", "cls_patch"), default="patch", help="cls_patch: with class token"),
     ),
-    outputs=(
-        shared("output_dir", required=True, about="output folder, which must not exist"),
-        shared("format"),
-    ),
+    outputs=(shared("output_dir", required=True, about="output folder, which must not exist"), shared("format")),
 )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = COMMAND.parse(argv)
-    from milora_vl.models import parts, vision
+    from milora_vl.models import parts
 
     folder: Path = args.output_dir
     if folder.exists():
@@ -57,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with at_flag("--language"):
         parts.language_config(args.language)
     with at_flag("--vision"):
-        vision.tower_config(args.vision)
+        parts.tower_config(args.vision)
     parts.write(chosen, folder)
     as_json = json.dumps({"folder": str(folder), "parts": chosen.describe()}, ensure_ascii=False)
     sys.stdout.write((as_json if args.format == "json" else f"{folder}: {chosen.describe()}") + "\n")

@@ -5,13 +5,12 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from milora_vl.export.command import main
 from milora_vl.export.request import Options
 
 if TYPE_CHECKING:
     from milora_vl.export.write import Exported, export
 
-__all__ = ["Exported", "Options", "export", "main"]
+__all__ = ["Exported", "Options", "export"]
 
 
 def __getattr__(name: str) -> Any:

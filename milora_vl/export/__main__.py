@@ -1,7 +1,211 @@
-"""`python -m milora_vl.export`."""
+"""`python -m milora_vl.export FOLDER --to FORM`: convert an adapter of any origin to another form.
 
-from milora_vl.common.cli.console import run
-from milora_vl.export.command import main
+FOLDER holds an adapter of ours, a plain PEFT adapter or a LoRA run of LLaVA; its files show which. An export overwrites
+nothing, and an interrupted one leaves no incomplete folder.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from milora_data.encode.templates import OWN
+from milora_vl.common.cli.console import next_step, run
+from milora_vl.common.cli.parser import Command, flag, option, shared
+from milora_vl.common.compat.transformers import silence_deepspeed
+from milora_vl.common.errors import UserError
+from milora_vl.core.adapter.checkpoints import step_of
+from milora_vl.core.adapter.folders import base_of, holds_text_model
+from milora_vl.export.request import FORMS, VLLM_RANKS, Options, parse_form
+
+if TYPE_CHECKING:
+    from milora_vl.export.write import Exported
+
+
+forms = "\n".join(f"  {name:<10} {meaning}" for name, meaning in FORMS.items())
+COMMAND = Command(
+    "milora_vl.export",
+    f"Convert an adapter to another form.\n\nforms:\n{forms}",
+    """\
+examples:
+  python -m milora_vl.export runs/a --to merged --output_dir merged
+  python -m milora_vl.export runs/a --to rank-64 --dtype bfloat16 --with_base      # for servers that limit the rank
+  python -m milora_vl.export runs/a --scale 0.7 --to adapter --output_dir weaker  # 0.7 of the update
+  python -m milora_vl.export runs/a --to gguf --llama_cpp llama.cpp --output_dir gguf       # for llama.cpp and Ollama
+  python -m milora_vl.export llava-v1.5-7b-lora --to adapter --base vicuna-clip   # from a run of LLaVA
+""",
+    inputs=(
+        option("folder", type=Path, metavar="FOLDER", help="adapter of this package, PEFT or LLaVA"),
+        shared("base", about="unchanged base model (default: the model that the adapter names)"),
+        option("--initial", type=Path, help="initial factors of an adapter on a residual base (pissa_init)"),
+    ),
+    settings=(
+        shared("scale"),
+        flag("--with_base", "write fully trained modules into a copy of the base"),
+        flag("--remote_code", "add the code of a timm tower, for trust_remote_code=True"),
+        option("--vision_tower", metavar="NAME", help="CLIP model for LLaVA's config.json"),
+        option("--llama_cpp", type=Path, metavar="FOLDER", help="copy of llama.cpp, for --to gguf and gguf-lora"),
+        shared("allow_base_mismatch"),
+    ),
+    outputs=(
+        option("--to", required=True, metavar="FORM", help="adapter, merged, llava, gguf, gguf-lora, rank-N"),
+        option("--outtype", choices=("f32", "f16", "bf16", "q8_0"), help="type of the matrices in GGUF files"),
+        shared(
+            "dtype", about="data type of all tensors (default: as stored)", choices=("float32", "bfloat16", "float16")
+        ),
+        shared("output_dir", about="output folder (default: FOLDER-FORM; for a checkpoint, next to its run)"),
+        shared("format"),
+    ),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = COMMAND.parse(argv)
+    silence_deepspeed()
+    import torch
+
+    from milora_vl.export import write
+
+    done = write.export(
+        options.folder,
+        options.to,
+        options.output_dir or _beside(options.folder, options.to, options.scale),
+        Options(
+            scale=options.scale,
+            base=options.base,
+            dtype=None if options.dtype is None else getattr(torch, options.dtype),
+            with_base=options.with_base,
+            initial=options.initial,
+            vision_tower=options.vision_tower,
+            allow_base_mismatch=options.allow_base_mismatch,
+            remote_code=options.remote_code,
+            llama_cpp=options.llama_cpp,
+            outtype=options.outtype,
+        ),
+    )
+    _show(done, options.format)
+    _print_next(done)
+    return 0
+
+
+def _beside(folder: Path, to: str, scale: float) -> Path:
+    """Return FOLDER-FORM, with a scale FOLDER-FORM-scale-0.5. `.` and `..` are resolved first: they have no name.
+
+    For a checkpoint it is RUN-checkpoint-N-FORM next to the run: inside the run, the Trainer would delete the result
+    like an old checkpoint.
+    """
+    to = to if scale == 1 else f"{to}-scale-{scale:g}"
+    named = folder.resolve() if folder.name in ("", "..") else folder
+    if step_of(folder.resolve()) >= 0:
+        run = named.parent if named.parent.name not in ("", "..") else named.resolve().parent
+        return run.with_name(f"{run.name}-{folder.resolve().name}-{to}")
+    return named.with_name(f"{folder.resolve().name}-{to}")
+
+
+def _show(done: Exported, style: str) -> None:
+    if style == "json":
+        layers = [{"module": path, "rank": rank, "error": error} for path, (rank, error) in done.layers.items()]
+        content = {"folder": str(done.folder), "form": done.form, "origin": done.origin, "layers": layers}
+        errors = {"total": done.total, "exact_rank": done.exact_rank, "dtype": done.dtype, "rounding": done.rounding}
+        sys.stdout.write(
+            json.dumps({**content, **errors, "loads_with": done.loads_with, "servers": done.servers}) + "\n"
+        )
+        return
+    for path, (rank, error) in done.layers.items():
+        sys.stdout.write(f"{path}  rank {rank}  relative error {error:.3e}\n")
+    if done.total is not None:
+        sys.stdout.write(f"total  relative error {done.total:.3e}\n")
+    sys.stdout.write(f"{done.folder}\n")
+    sys.stderr.write(f"read {_ORIGINS[done.origin]}, wrote {FORMS.get(done.form, 'plain LoRA of lower rank')}\n")
+    if done.rounding is not None:
+        change = f"; the largest change of a weight by rounding is {done.rounding:.1e}" if done.rounding else ""
+        sys.stderr.write(f"saved in {done.dtype}{change or ', not rounded'}\n")
+    if done.rounding:
+        sys.stderr.write("to keep all digits of the update:  --dtype float32,  or  --to adapter\n")
+    requested, largest = parse_form(done.form)[1], max((rank for rank, _ in done.layers.values()), default=0)
+    if requested is not None and largest < requested:
+        sys.stderr.write(f"no change has a rank above {largest}, so {done.form} keeps all of it\n")
+    if done.exact_rank is not None and (done.total or 0) > LOSSY:
+        lost = f"{100 * (done.total or 0):.0f} % of the update"
+        sys.stderr.write(f"warning: {done.form} loses {lost}; rank-{done.exact_rank} keeps all of it\n")
+    if done.loads_with in _TO_LOAD:
+        sys.stderr.write(_TO_LOAD[done.loads_with])
+
+
+def _print_next(done: Exported) -> None:
+    folder, name = done.folder, done.folder.resolve().name.lower()
+    if done.form == "llava":
+        if "llava" not in name or "lora" not in name:
+            sys.stderr.write(
+                f"warning: LLaVA's loader needs `llava` and `lora` in the folder's name: rename {folder}\n"
+            )
+        flags = f"--model-path {folder} --model-base BASE --save-model-path OUT"
+        sys.stderr.write(
+            f"next: in LLaVA's repository, BASE in its layout: python scripts/merge_lora_weights.py {flags}\n"
+        )
+    elif done.form in ("gguf", "gguf-lora"):
+        _print_llama_cpp(folder)
+    else:
+        base = folder / "base" if (folder / "base").is_dir() else None
+        model = (folder,) if done.form == "merged" else (base or _base_name(folder), "--adapter", folder)
+        is_text = holds_text_model(folder)
+        question = ("QUESTION",) if is_text else ("--image", "PICTURE", "What is this?")
+        is_known = done.form == "merged" and (is_text or done.template == OWN)  # from the folder's chat template
+        prompts = () if is_known or done.template == "vicuna_v1" else ("--template", done.template)
+        next_step("milora_vl.chat", "--model", *model, *prompts, *question)
+        _print_serving(done)
+
+
+def _print_serving(done: Exported) -> None:
+    """Print the command of a server for a merged model, or for a LoRA of one rank beside its base."""
+    folder, rank = done.folder, max((rank for rank, _ in done.layers.values()), default=0)
+    if done.loads_with == "transformers" and done.form == "merged":
+        sys.stderr.write(f"serve: transformers serve {folder}   or: vllm serve {folder}\n")
+    elif done.loads_with == "trust_remote_code" and done.form == "merged":
+        sys.stderr.write(f"serve: transformers serve {folder} --trust-remote-code\n")
+    elif done.loads_with == "transformers" and done.form.startswith("rank"):
+        limit = next((size for size in VLLM_RANKS if size >= rank), VLLM_RANKS[-1])
+        lora = f"--enable-lora --max-lora-rank {limit} --lora-modules tuned={folder}"
+        sys.stderr.write(f"serve: vllm serve {folder / 'base'} {lora}\n")
+    for note in done.servers:
+        sys.stderr.write(f"serve: {note}\n")
+
+
+def _print_llama_cpp(folder: Path) -> None:
+    flags = {"--mmproj": "mmproj-*.gguf", "--lora": "adapter-*.gguf"}
+    found = {flag: str(path) for flag, names in flags.items() for path in folder.glob(names)}
+    model = next((str(path) for name in ("model", "base") for path in folder.glob(f"{name}-*.gguf")), "BASE.gguf")
+    words = " ".join(f"{flag} {path}" for flag, path in found.items())
+    sys.stderr.write(f"next: llama-server -m {model} {words}".rstrip() + "\n")
+    if (folder / "Modelfile").is_file():
+        sys.stderr.write(f"      ollama create NAME -f {folder / 'Modelfile'}\n")
+
+
+def _base_name(folder: Path) -> str:
+    try:
+        return base_of(folder)
+    except UserError:  # the adapter names no base model
+        return "MODEL"
+
+
+LOSSY = 0.01  # relative error of rank-N above which the export warns
+_TO_LOAD = {
+    "transformers": "the model loads in plain transformers\n",
+    "milora_vl": (
+        "note: its vision tower is a network from timm, which transformers and servers do not know\n"
+        "      in Python:                  milora_vl.load_model\n"
+        "      in transformers, its server:  export with --remote_code\n"
+    ),
+    "trust_remote_code": (
+        "note: its vision tower is a network from timm: servers other than transformers' do not load it\n"
+        "      in transformers:  trust_remote_code=True, with timm installed\n"
+    ),
+}
+_ORIGINS = {"ours": "an adapter of milora-vl", "plain": "a plain PEFT adapter", "llava": "a LoRA run of LLaVA"}
+
 
 if __name__ == "__main__":
     run(main)

@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from torch import Tensor, nn
 
 from milora_data.encode.templates import OWN, TRAINED_WITH
 from milora_vl.common.atomic_write import complete_folder
@@ -36,9 +36,7 @@ from milora_vl.export.gguf import (
     require_scripts,
     write_model_folder,
 )
-from milora_vl.export.recompress import loss_of, recompress, total_error
-from milora_vl.export.request import Options, OutType, parse_form, require_fitting
-from milora_vl.export.servers import notes_of
+from milora_vl.export.request import VLLM_RANKS, Options, OutType, parse_form, require_fitting
 from milora_vl.interop.imported import (
     AdapterKind,
     import_adapter,
@@ -48,8 +46,9 @@ from milora_vl.interop.imported import (
     require_unchanged_base,
 )
 from milora_vl.interop.llava_layout import config_for_llava, read_llava, write_llava
-from milora_vl.interop.lora_folder import PlainAdapter, read_config, read_plain, write_ours, write_plain
+from milora_vl.interop.lora_folder import LowRank, PlainAdapter, read_config, read_plain, write_ours, write_plain
 from milora_vl.interop.scale import require_linear, require_scale, scaled
+from milora_vl.models.loading import meta_model
 from milora_vl.models.names import SAME_WEIGHTS
 from milora_vl.models.prompts import trained_template
 
@@ -399,3 +398,120 @@ def _write_into(adapter: PlainAdapter, base: Base) -> None:
         message = f"the base model has no {unknown[0]}, which the adapter trained"
         hint = "name the base model of the adapter:  --base NAME-OR-FOLDER"
         raise UserError(message, code="adapter-wrong-base", where="--base", hint=hint)
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """The error of recompression: squared norms of the change and of the lost part, and the rank kept."""
+
+    rank: int
+    total: float
+    lost: float
+
+    @property
+    def error(self) -> float:
+        return (self.lost / self.total) ** 0.5 if self.total > 0 else 0.0
+
+
+def recompress(
+    adapter: PlainAdapter, rank: int | None, dtype: torch.dtype | None = None
+) -> tuple[PlainAdapter, dict[str, Loss]]:
+    """Return the adapter with factors of `rank`, and the loss per module.
+
+    None means the r of each module: its rule's rank, else half the rank of its joined factors. Modules of lower rank
+    keep their rank. The loss includes the rounding of the stored factors to `dtype`.
+    """
+    targets = adapter.sidecar.targets if adapter.sidecar is not None else ()
+    own = {target.path: target.rank for target in targets}
+    factors, losses = {}, {}
+    for path, low in adapter.factors.items():
+        small = _truncate(low, rank or own.get(path) or max(1, low.rank // 2))
+        factors[path] = small if dtype is None else small.cast(dtype)
+        losses[path] = loss_of(low, factors[path])
+    return replace(adapter, factors=factors, sidecar=None), losses
+
+
+def loss_of(low: LowRank, stored: LowRank) -> Loss:
+    """Return the loss of `stored` relative to the change of `low`, by QR without a full-size matrix."""
+    (A, B), (A1, B1) = ([t.double() for t in factors.matrices()] for factors in (low, stored))
+    return Loss(stored.rank, _square(B, A), _square(torch.cat([B, -B1], dim=1), torch.cat([A, A1])))
+
+
+def _square(B: Tensor, A: Tensor) -> float:
+    R_B, R_A = torch.linalg.qr(B).R, torch.linalg.qr(A.T).R
+    return float((R_B @ R_A.T).square().sum())
+
+
+def total_error(losses: dict[str, Loss]) -> float:
+    """Return the relative error of the whole adapter, as if all changes were blocks of one matrix."""
+    return Loss(0, sum(loss.total for loss in losses.values()), sum(loss.lost for loss in losses.values())).error
+
+
+def _truncate(low: LowRank, rank: int) -> LowRank:
+    A, B = (t.double() for t in low.matrices())
+    Q_B, R_B = torch.linalg.qr(B)
+    Q_A, R_A = torch.linalg.qr(A.T)
+    U, S, Vh = torch.linalg.svd(R_B @ R_A.T)
+    kept = min(rank, S.numel())
+    root = S[:kept].sqrt()
+    new_A, new_B = root[:, None] * (Vh[:kept] @ Q_A.T), (Q_B @ U[:, :kept]) * root
+    return low.replaced(_like(new_A, low.A), _like(new_B, low.B), 1.0)
+
+
+def _like(tensor: Tensor, stored: Tensor) -> Tensor:
+    return tensor.to(stored.dtype).contiguous()
+
+
+# By model_type: models whose towers take a LoRA in vLLM, and models whose projector has layers that refuse one.
+VLLM_TOWERS = ("llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics3", "smolvlm")
+
+VLLM_PLAIN_PROJECTORS = ("internvl", "llava_onevision")
+
+RENAMED = ("clip_vision_model", "siglip_vision_model")  # in LLaVA, vLLM's names have `vision_model.` in them
+
+TOWER_FLAG = "--enable-tower-connector-lora"
+
+SERVERS = (
+    ("lora", "vLLM needs --enable-lora --max-lora-rank {limit}"),
+    ("towers", "vLLM ignores the part for the {towers} without " + TOWER_FLAG + " (experimental)"),
+    ("clip", "vLLM crashed on a small LLaVA with a CLIP tower with " + TOWER_FLAG + ": use --to merged"),
+    ("lost", "vLLM ignores the part for the {lost}, also with " + TOWER_FLAG + ": use --to merged"),
+    ("plain projector", "vLLM refuses the folder for its projector: use --to merged"),
+    ("whole", "vLLM refuses modules trained in full: use --with_base or --to merged"),
+    ("scales", "vLLM before 0.32 ignores alpha_pattern: use --to rank-N"),
+    ("projector", "SGLang refuses the folder for its projector: use --to merged"),
+    ("vision", "SGLang mixes the vision tower with the language tower, or refuses it: use --to merged"),
+    ("whole", "SGLang ignores modules trained in full: use --with_base or --to merged"),
+    ("ranks", "SGLang refuses modules of several ranks: use --to rank-N"),
+    ("scales", "SGLang ignores alpha_pattern: use --to rank-N"),
+    ("lora", "transformers serve refuses LoRA folders: use --to merged"),
+)
+
+
+def notes_of(folder: Path, base: Any) -> list[str]:
+    """Return the rows of SERVERS that hold for a written LoRA folder on a base with this HF config."""
+    lora, family, parts = read_config(folder), base.model_type, base.to_dict()
+    tower_of, paths = find_towers(meta_model(base)).tower_of, list(lora.target_modules or ())
+    towers = [tower for tower in ("projector", "vision") if tower in map(tower_of, paths)]
+    lost, tower = [] if family in VLLM_TOWERS else towers, parts.get("vision_config", {}).get("model_type")
+    if "llava" in family and "vision" in towers and tower in RENAMED:
+        lost = ["vision"]
+    ranks = [(lora.rank_pattern or {}).get(f"^{path}", lora.r) for path in paths]  # as our exports write the keys
+    alphas = [(lora.alpha_pattern or {}).get(f"^{path}", lora.lora_alpha) for path in paths]
+    is_refused = "projector" in towers and family in VLLM_PLAIN_PROJECTORS
+    holds = {
+        "lora": True,
+        "towers": bool(towers) and family in VLLM_TOWERS,
+        "clip": bool(towers) and family in VLLM_TOWERS and tower == "clip_vision_model",
+        "lost": bool(lost) and not is_refused,
+        "plain projector": is_refused,
+        "projector": "projector" in towers,
+        "vision": "vision" in towers,
+        "whole": bool(lora.modules_to_save),
+        "ranks": len(set(ranks)) > 1,
+        "scales": any(alpha / rank != lora.lora_alpha / lora.r for alpha, rank in zip(alphas, ranks, strict=True)),
+    }
+    sizes = VLLM_RANKS[2:]  # vLLM's default is 16
+    limit = next((size for size in sizes if size >= max(ranks)), f"N, at most {sizes[-1]}: use --to rank-N")
+    names = {"limit": limit, "towers": " and ".join(towers), "lost": " and ".join(lost)}
+    return [text.format(**names) for fact, text in SERVERS if holds[fact]]

@@ -65,13 +65,7 @@ def _can_tie(text: Any) -> bool:
 
 
 def compose(
-    tower: Any,
-    language: Any,
-    tokenizer: Any,
-    *,
-    plan: TowerPlan | None = None,
-    rows: int = 1,
-    projector_seed: int = 0,
+    tower: Any, language: Any, tokenizer: Any, *, plan: TowerPlan | None = None, rows: int = 1, projector_seed: int = 0
 ) -> Any:
     """Return a LlavaForConditionalGeneration of a tower and a causal language model, with a new two-layer projector.
 

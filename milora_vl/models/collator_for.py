@@ -51,10 +51,7 @@ def collator_for(
     """
     config = model.config
     if uses_processor(config):
-        refused = {
-            "template": template not in (None, OWN),
-            "image_aspect_ratio": image_aspect_ratio != "pad",
-        }
+        refused = {"template": template not in (None, OWN), "image_aspect_ratio": image_aspect_ratio != "pad"}
         for name in (name for name, is_refused in refused.items() if is_refused):
             message = f"the processor of {config.model_type} decides how prompts and pictures are prepared"
             hint = "remove the argument"

@@ -12,7 +12,7 @@ import pytest
 from milora_data.pictures.load import load_image
 from milora_data.records.record import Turn
 from milora_vl import apply_milora
-from milora_vl.chat.command import COMMAND, main
+from milora_vl.chat.__main__ import COMMAND, main
 from milora_vl.chat.session import Chat, page, page_answers
 from milora_vl.interop.load_model import load_model
 from milora_vl.models.generate import Prompt, generate

@@ -17,7 +17,7 @@ from milora_data.pictures.videos import read_video, sampler
 from milora_data.records.record import Turn
 from milora_eval.answers.runner import loglikelihoods
 from milora_vl import Policy, apply_milora, save_adapter
-from milora_vl.chat.command import main as chat
+from milora_vl.chat.__main__ import main as chat
 from milora_vl.chat.session import Chat
 from milora_vl.common.errors import UserError
 from milora_vl.interop.load_model import load_model

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import json
 import re
 import runpy
@@ -16,6 +18,8 @@ from support.documented import ROOT, flags_of
 from support.notebook import NOTEBOOK, notebook
 
 EXAMPLES = ROOT / "examples"
+
+
 SCRIPTS = ("llava_own_data", "vision_transformer")
 
 
@@ -50,3 +54,38 @@ def test_the_job_for_skypilot_has_flags_that_exist() -> None:
     (command,) = re.findall(r"-m (milora_vl\.train .*)", re.sub(r"\\\n\s*", "", sky["run"]))
     used = {word for word in command.split() if word.startswith("--")}
     assert used <= flags_of(f"python -m {command}")
+
+
+PACKAGES = ("milora_vl", "data_tools/milora_data", "eval/milora_eval")
+
+MODULES = [
+    ".".join((Path(package).name, *path.relative_to(ROOT / package).with_suffix("").parts)).removesuffix(".__init__")
+    for package in PACKAGES
+    for path in sorted((ROOT / package).rglob("*.py"))
+    if ">>> " in path.read_text(encoding="utf-8")
+]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_the_examples_of_a_module_hold(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
+    assert found.attempted > 0
+    assert found.failed == 0
+
+
+README_LINES, ALL_WORDS = 160, 22_000
+
+
+def words(page: Path) -> int:
+    return len(page.read_text(encoding="utf-8").split())
+
+
+def test_readme_is_short() -> None:
+    readme = ROOT / "README.md"
+    assert len(readme.read_text(encoding="utf-8").splitlines()) <= README_LINES
+
+
+def test_readme_and_the_pages_for_users_are_short() -> None:
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]  # not those in contributing/
+    assert sum(map(words, pages)) <= ALL_WORDS, {page.name: words(page) for page in pages}

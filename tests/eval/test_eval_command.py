@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,13 @@ import pytest
 import torch
 
 from milora_eval.__main__ import main
+from milora_eval.answers.questions import Question, select, shard_of
+from milora_eval.benchmark import Item
+from milora_eval.benchmarks.emoji import Emoji
+from milora_eval.suites import BENCHMARKS, choose
+from milora_vl.common import evaluator
 from milora_vl.common.errors import UserError
+from milora_vl.common.evaluator import EvaluationRequest, QuestionSet
 from support.eval_questions import write_questions
 from support.problems import raises_code
 
@@ -179,3 +186,53 @@ def test_suites_are_listed_by_name(data: Path, capsys: pytest.CaptureFixture[str
     assert "found" in shown
     with raises_code("path-missing", where="--data", message="no such folder: nowhere"):
         main(["ls", "--data", "nowhere"])
+
+
+ITEMS = [Item(f"{kind}-{picture}", (), group=f"{picture}.png") for kind in "abc" for picture in range(20)]
+
+
+def test_a_smaller_limit_is_a_part_of_a_larger_one() -> None:
+    chosen = [{item.id for item in select(ITEMS, limit)} for limit in (1, 5, 17, 40, 60, 100)]
+    assert [len(ids) for ids in chosen] == [1, 5, 17, 40, 60, 60]
+    assert all(small <= large for small, large in pairwise(chosen))
+
+
+@pytest.mark.parametrize("count", [1, 3, 20, 31])
+def test_every_item_is_in_one_shard(count: int) -> None:
+    questions = [Question(Emoji(), item, item.id) for item in ITEMS]
+    parts = [[one.item for one in shard_of(questions, (number, count))] for number in range(1, count + 1)]
+    assert sorted(item.id for part in parts for item in part) == sorted(item.id for item in ITEMS)
+    groups = [{item.group for item in part} for part in parts]
+    assert sum(len(group) for group in groups) == 20
+
+
+def test_the_results_of_many_benchmarks_have_a_name_that_a_folder_can_have() -> None:
+    every, fewer = (list(BENCHMARKS)[:count] for count in (None, -1))
+    names = [choose(",".join(some)).name for some in (every, fewer)]
+    assert max(len(name) for name in names) < 200 < len("+".join(BENCHMARKS))
+    assert len(set(names)) == 2
+    assert choose("gqa,pope").name == "gqa+pope"
+
+
+def test_a_package_without_a_registered_evaluator_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluator, "GROUP", "milora_vl.nobody")
+    with raises_code("evaluator-missing", message="none", hint="install"):
+        evaluator.evaluator()
+
+
+def test_two_evaluators_are_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = tmp_path / "other-1.dist-info"
+    other.mkdir()
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: other\nVersion: 1\n")
+    (other / "entry_points.txt").write_text(f"[{evaluator.GROUP}]\nother = other.scores\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with raises_code("evaluator-missing", message="other.scores"):
+        evaluator.evaluator()
+
+
+def test_a_run_that_trained_the_whole_model_is_evaluated_beside_its_base(tmp_path: Path) -> None:
+    request = EvaluationRequest.of_run(tmp_path, "tiny", QuestionSet("emoji"))
+    assert (request.model, request.adapter, request.base) == ("tiny", tmp_path, None)
+    (tmp_path / "config.json").touch()
+    request = EvaluationRequest.of_run(tmp_path, "tiny", QuestionSet("emoji"))
+    assert (request.model, request.adapter, request.base) == (tmp_path, None, "tiny")

@@ -22,7 +22,8 @@ from milora_data.encode.templates import OWN, TRAINED_WITH, render_chat_template
 from milora_data.records.record import Turn
 from milora_vl import apply_milora, load_adapter, load_model, save_adapter
 from milora_vl.common.errors import UserError
-from milora_vl.export import Options, export, main
+from milora_vl.export import Options, export
+from milora_vl.export.__main__ import main
 from milora_vl.models.generate import Prompt, generate
 from milora_vl.models.prompts import prompts_of
 from milora_vl.train.run import set_chat_template

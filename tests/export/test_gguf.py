@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from milora_vl import apply_milora, load_model, save_adapter
-from milora_vl.export import Options, export, main
+from milora_vl.export import Options, export
+from milora_vl.export.__main__ import main
 from milora_vl.export.gguf import LORA_SCRIPT, MODEL_SCRIPT, modelfile
 from milora_vl.models.assemble import compose, processor_for
 from support.adapter_cases import move

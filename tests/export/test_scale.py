@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
 
 from milora_vl import apply_milora, load_adapter, load_model, save_adapter
-from milora_vl.export import Options, export, main
+from milora_vl.export import Options, export
+from milora_vl.export.__main__ import main
 from milora_vl.interop.scale import Update
 from support.adapter_cases import LLAVA_POLICY, llava_batch, move, one_rule
 from support.calibrated import directions, leaks, text_batches

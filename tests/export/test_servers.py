@@ -21,8 +21,9 @@ from safetensors import safe_open
 
 from milora_vl import apply_milora, load_model, save_adapter
 from milora_vl.core.policy.towers import find_towers
-from milora_vl.export import Options, export, main
-from milora_vl.export.servers import SERVERS, notes_of
+from milora_vl.export import Options, export
+from milora_vl.export.__main__ import main
+from milora_vl.export.write import SERVERS, notes_of
 from milora_vl.models.loading import meta_model
 from milora_vl.models.tiny import tiny_llava
 from support.adapter_cases import move

@@ -13,7 +13,7 @@ import torch
 from milora_data.records.record import Turn
 from milora_eval.__main__ import main as evaluate
 from milora_vl import apply_milora, compose, load_model, save_adapter
-from milora_vl.chat import main as chat
+from milora_vl.chat.__main__ import main as chat
 from milora_vl.export import Options, export
 from milora_vl.models.generate import Prompt, generate
 from milora_vl.models.tiny import tiny_llava

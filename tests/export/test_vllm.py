@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from milora_vl.chat import main as chat
+from milora_vl.chat.__main__ import main as chat
 from milora_vl.export import Options, export
 from milora_vl.export.base_model import save_model
 from milora_vl.models.tiny import tiny_llama, tiny_llava

@@ -18,7 +18,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from milora_vl import apply_milora, load_model, save_adapter
-from milora_vl.export import Options, export, main
+from milora_vl.export import Options, export
+from milora_vl.export.__main__ import main
 from milora_vl.export.request import VLLM_RANKS
 from support.adapter_cases import LLAVA_POLICY, move
 

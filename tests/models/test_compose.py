@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from milora_vl import chat, train
 from milora_vl.compose import __main__ as compose
+from milora_vl.models.parts import tower_config
 from milora_vl.models.tiny import tiny_tokenizer
-from milora_vl.models.vision import tower_config
 from support.problems import raises_code, raises_problem
 
 WIDTHS: dict[str, int] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}

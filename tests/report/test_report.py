@@ -3,21 +3,26 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from huggingface_hub import ModelCard
 
 from milora_eval.scores.compare import store_comparison
 from milora_eval.scores.results import numbers
 from milora_vl.common.errors import UserError
 from milora_vl.common.evaluator import QuestionSet
+from milora_vl.report import model_card
 from milora_vl.report.__main__ import main as report_main
-from milora_vl.report.page import credits_of, regenerate_report, summary, write_report
+from milora_vl.report.page import Asked, credits_of, questions, regenerate_report, sample, summary, write_report
 from milora_vl.report.read_run import read_run
 from milora_vl.report.repeat import commands, questions_of
 from milora_vl.report.tables import number
+from milora_vl.train.recipe import Recipe
 from support.fake_run import dump, make_run
 
 OPTIONAL = ("recipe.yaml", "environment.json", "policy.json", "trainer_state.json", "eval")
@@ -344,3 +349,107 @@ def test_the_headline_of_a_run_after_another_is_of_its_own_task(run: Path, finis
     for name in ("results.json", "predictions.jsonl"):  # the earlier run was asked both
         shutil.copy(run / "eval" / "emoji" / "base" / name, finished / "eval" / "emoji" / "final")
     assert summary(read_run(run)).startswith(mine)
+
+
+RECIPE = Recipe.parse(
+    {"model": "tiny", "policy": [{"modules": "language", "method": "milora", "protect": 0, "rank": 4}]}
+)
+
+
+def test_the_front_matter_names_base_and_method(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    front = yaml.safe_load(model_card.render(tmp_path, RECIPE.model_dump()).split("---")[1])
+    assert front["base_model"] == "tiny"
+    assert front["library_name"] == "peft"
+    assert front["tags"] == ["milora", "milora-vl"]
+
+
+def test_the_front_matter_has_the_schema_of_the_hub(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "environment.json").write_text(json.dumps({"base": "llava-hf/llava-1.5-7b-hf"}))
+    data = {"path": [{"path": "train.json"}, {"path": "hub:owner/set:train"}]}
+    card = tmp_path / "README.md"
+    card.write_text(model_card.render(tmp_path, {**RECIPE.model_dump(), "data": data}))
+    front = ModelCard.load(card).data
+    assert (front.base_model, front.license, front.datasets) == ("llava-hf/llava-1.5-7b-hf", "other", ["owner/set"])
+    assert front.license_link == "https://huggingface.co/llava-hf/llava-1.5-7b-hf"
+    assert front.eval_results is None
+    results = tmp_path / "eval" / "emoji" / "final" / "results.json"
+    results.parent.mkdir(parents=True)
+    for value in (0.5, 0.537):
+        score = {"name": "mean F1", "value": value, "unit": "fraction"}
+        results.write_text(json.dumps({"benchmarks": [{"name": "emoji", "metrics": [score]}]}))
+        model_card.update_scores(tmp_path)
+    (found,) = ModelCard.load(card).data.eval_results or []
+    assert (found.dataset_name, found.metric_type, found.metric_value) == ("emoji", "mean F1", 53.7)
+    assert card.read_text().count("model-index") == 1
+
+
+def test_the_card_names_layers_that_protect_less_than_their_rule(tmp_path: Path) -> None:
+    for energy, is_named in ((0.96, False), (0.9123, True)):
+        policy = {"targets": [{"path": "q", "protect": 0.95}], "protection": {"q": {"energy": energy}}}
+        (tmp_path / "policy.json").write_text(json.dumps({**policy, "trainable": 1, "total": 9}))
+        assert ("91.2 %" in model_card.render(tmp_path, RECIPE.model_dump())) is is_named
+
+
+def test_scores_come_in_and_an_edited_card_stays_edited(tmp_path: Path) -> None:
+    card = tmp_path / "README.md"
+    card.write_text(model_card.render(tmp_path, RECIPE.model_dump()) + "\nMy own words.\n")
+    assert "## Scores" not in card.read_text()
+    table = tmp_path / "eval" / "emoji" / "final" / "table.md"
+    table.parent.mkdir(parents=True)
+    for value in ("61.2", "63.4"):
+        table.write_text(f"| mean | {value} |")
+        model_card.update_scores(tmp_path)
+        assert card.read_text().count("## Scores") == 1
+        assert f"| mean | {value} |" in card.read_text()
+    assert card.read_text().endswith("\nMy own words.\n")
+    base = tmp_path / "eval" / "emoji" / "base" / "table.md"
+    base.parent.mkdir()
+    base.write_text("| mean | 1.0 |")
+    model_card.update_scores(tmp_path)
+    assert "1.0" not in card.read_text()  # the tuned model's table tells the base's numbers too
+    table.unlink()
+    model_card.update_scores(tmp_path)
+    assert "1.0" in card.read_text()
+
+
+def made(number: int, kind: str = "naming", before: float | None = 0, after: float | None = 1) -> Asked:
+    def line(correct: float | None) -> dict[str, Any]:
+        return {"question_key": f"q{number}", "type": kind, "correct": correct}
+
+    return line(before), line(after)
+
+
+def test_the_sample_has_the_shares_of_the_whole() -> None:
+    items = [made(i, "naming" if i % 4 else "colour", after=float(i % 3 == 0)) for i in range(240)]
+    chosen = [after for _, after in sample(items, 24) if after]
+    assert Counter(line["type"] for line in chosen) == {"naming": 18, "colour": 6}
+    assert sum(line["correct"] for line in chosen) == 8
+
+
+def test_the_sample_is_the_same_in_any_order_and_never_repeats_a_question() -> None:
+    items = [made(i, after=float(i % 2)) for i in range(50)]
+    assert sample(items, 24) == sample(items[::-1], 24)
+    assert len({after["question_key"] for _, after in sample(items, 24) if after}) == 24
+    assert len(sample(items, 99)) == 50
+    assert sample([], 24) == []
+
+
+def test_answers_of_both_models_meet_at_their_question(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", num_questions=16)
+    file = run / "eval/emoji/base/predictions.jsonl"
+    file.write_text("".join(reversed(file.read_text().splitlines(keepends=True)[:-1])))
+    items = questions(read_run(run).comparisons[0])
+    assert [after["id"] for _, after in items if after] == [f"q{i}" for i in range(16)]
+    assert [after["id"] for before, after in items if after and before is None] == ["q15"]
+
+
+def test_a_card_shows_earlier_turns_and_a_score_between_right_and_wrong(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", num_questions=8)
+    file = run / "eval/emoji/final/predictions.jsonl"
+    file.write_text(re.sub(r'"correct": [01].0', '"correct": 0.6', file.read_text()))
+    text = write_report(run).read_text(encoding="utf-8")
+    assert "&lt;image&gt;" not in text
+    assert "What is this?\na thing" in text
+    assert text.count("✓ 60% right") == 8

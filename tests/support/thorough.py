@@ -12,7 +12,6 @@ THOROUGH: dict[str, tuple[str, ...]] = {
     "README's commands run, and those of all pages have flags that exist": (
         r"test_documented\.py::test_(the_commands_of_a_page_run|a_block_of_python_runs)\[docs/(?!api)",
         r"test_examples\.py::test_a_script_runs_and_saves_an_adapter\[(?!llava_own_data)",
-        r"test_worked_examples\.py::test_a_",
     ),
     "a simulated device: the losses of one training, a generation, each kind of operation": (
         r"test_device_train\.py::",
@@ -46,12 +45,12 @@ THOROUGH: dict[str, tuple[str, ...]] = {
         r"test_(modules\.py::|peft_model\.py::test_a_compiled_model)",
         r"test_vlm_train\.py::test_a_run_is_asked_evaluated",
         r"test_vlm_train\.py::test_a_run_learns.*packing",
-        r"test_missing_pictures\.py::test_replace",
+        r"test_train_data\.py::test_replace",
         r"test_video_run\.py::test_the_plan_counts",
         r"test_saved_sets\.py::test_a_training_reads_it\[.*(streaming|packing)",
-        r"test_(train_stream\.py::test_a_plan_counts|run_lock\.py::test_a_second_training)",
+        r"test_(train_stream\.py::test_a_plan_counts|run_folder\.py::test_a_second_training)",
         r"test_hub\.py::test_a_push_that_fails",
-        r"test_progress\.py::test_a_training_into_a_pipe",
+        r"test_screen\.py::test_a_training_into_a_pipe",
     ),
     "plans of three recipes and of each kind of launch": (
         r"test_recipes\.py::test_it_fits_devices.*\[(?!milora-llava-1\.5-7b)",

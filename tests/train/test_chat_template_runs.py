@@ -12,9 +12,9 @@ from transformers import AutoTokenizer
 
 from milora_data.encode.labels import encode
 from milora_data.stream import load_records
-from milora_vl.chat.command import main as chat
+from milora_vl.chat.__main__ import main as chat
 from milora_vl.common.errors import UserError
-from milora_vl.export.command import main as export
+from milora_vl.export.__main__ import main as export
 from milora_vl.forgetting.__main__ import main as forgetting
 from milora_vl.models import loading
 from milora_vl.train import data as run_data

@@ -13,7 +13,7 @@ from PIL import Image
 from milora_data.batches.processor_inputs import ProcessorInputs
 from milora_data.records.record import Turn, Video
 from milora_eval.__main__ import main as evaluate
-from milora_vl.chat.command import main as chat
+from milora_vl.chat.__main__ import main as chat
 from milora_vl.interop.load_model import load_model
 from milora_vl.models.generate import Prompt, generate
 from milora_vl.models.prompts import prompts_of

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from milora_eval.__main__ import main as evaluate
-from milora_vl.chat.command import main as chat
+from milora_vl.chat.__main__ import main as chat
 from milora_vl.common.errors import UserError
 from milora_vl.train.command import main as train
 from support.problems import raises_code

@@ -15,9 +15,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from milora_data.batches.processor_collator import ProcessorCollator
 from milora_eval.__main__ import main as evaluate
-from milora_vl.chat.command import main as chat
+from milora_vl.chat.__main__ import main as chat
 from milora_vl.common.errors import UserError
-from milora_vl.export.command import main as export
+from milora_vl.export.__main__ import main as export
 from milora_vl.forgetting.__main__ import main as forgetting
 from milora_vl.interop.load_model import load_model
 from milora_vl.train.command import main

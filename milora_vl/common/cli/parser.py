@@ -173,12 +173,7 @@ class Help(argparse.RawDescriptionHelpFormatter):
 def parser(prog: str, description: str, epilog: str = "") -> CommandParser:
     """Return a parser that raises `UserError`; `epilog` keeps its line breaks (use it for examples)."""
     return CommandParser(
-        prog=prog,
-        description=description,
-        epilog=epilog,
-        allow_abbrev=False,
-        exit_on_error=False,
-        formatter_class=Help,
+        prog=prog, description=description, epilog=epilog, allow_abbrev=False, exit_on_error=False, formatter_class=Help
     )
 
 
@@ -200,11 +195,7 @@ SHARED: dict[str, dict[str, Any]] = {
     "limit": {"type": positive, "help": "use only the first N items"},
     "batch_size": {"type": positive, "help": "items per batch (default: %(default)s)"},
     "seed": {"type": int, "default": 0, "help": "random seed (default: %(default)s)"},
-    "device": {
-        "type": device,
-        "metavar": "DEVICE",
-        "help": "cpu, cuda, cuda:1, ... (default: cuda if available)",
-    },
+    "device": {"type": device, "metavar": "DEVICE", "help": "cpu, cuda, cuda:1, ... (default: cuda if available)"},
     "dtype": {
         "choices": ("float32", "bfloat16", "float16", "fastest"),
         "help": "data type of the weights (default: float32 on a CPU); fastest: bfloat16 if the device supports it",

@@ -1,15 +1,34 @@
-"""`apply_milora` and `merge`: what PEFT gets, what they refuse, and what they leave alone."""
+"""`apply_milora` and `merge`: step 0, stock PEFT, trainers, what they refuse, and what they leave alone."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from milora_vl import apply_milora, merge, save_adapter
+from milora_vl import apply_milora, load_adapter, merge, save_adapter
 from milora_vl.core.policy import PolicyError
-from support.adapter_cases import LLAVA_POLICY, move, one_rule, tiny_gpt2, token_batch
+from support.adapter_cases import (
+    LLAVA_POLICY,
+    Pictures,
+    Tokens,
+    anchors,
+    llava_batch,
+    move,
+    one_rule,
+    picture_batch,
+    tiny_gpt2,
+    token_batch,
+)
 from support.problems import raises_code, raises_problem
+from support.programs import run as run_program
 
 
 @pytest.mark.parametrize("modules", ["projector", "language"])
@@ -108,3 +127,170 @@ def test_layers_of_both_kinds_in_one_policy() -> None:
     base, model = tiny_gpt2(), apply_milora(tiny_gpt2(), rules)
     ids = torch.arange(6)[None]
     assert torch.equal(base(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sigma", ["keep", "none", {"floor": 0.5}])
+def test_a_llava_is_unchanged(tiny_llava, training: bool, dtype: torch.dtype, sigma) -> None:
+    rules = [{**LLAVA_POLICY[0], "sigma": sigma}, *LLAVA_POLICY[1:]]
+    base = tiny_llava()[0].to(dtype).train(training)
+    model = apply_milora(tiny_llava()[0].to(dtype), rules).train(training)
+    batch = llava_batch(base)
+    assert torch.equal(model(**batch).logits, base(**batch).logits)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model(**batch).logits, base(**batch).logits)
+
+
+@pytest.mark.parametrize("method", ["milora", "pissa", "random", "lora"])
+def test_a_gpt2_with_conv1d_layers_is_unchanged(method: str) -> None:
+    base, model = tiny_gpt2(), apply_milora(tiny_gpt2(), one_rule(method=method, dropout=0.05))
+    ids = token_batch()
+    assert torch.equal(model(ids).logits, base(ids).logits)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.integers(1, 70), st.integers(1, 70), st.integers(1, 33), st.data(),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)  # fmt: skip
+def test_any_linear_layer_is_unchanged(rows: int, columns: int, batch: int, data, dtype: torch.dtype) -> None:
+    rank = data.draw(st.integers(1, min(rows, columns)))
+    torch.manual_seed(rows)
+    base = nn.Sequential(nn.Linear(columns, rows)).to(dtype)
+    x = torch.randn(batch, columns).to(dtype)
+    expected = base(x)
+    model = apply_milora(base, one_rule(rank=rank, dropout=0.3, alpha=3)).train()
+    assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("rank", range(1, 71))
+def test_a_single_row_is_unchanged(rank: int) -> None:
+    torch.manual_seed(rank)
+    base, x = nn.Sequential(nn.Linear(rank, rank)), torch.randn(1, rank)
+    expected = base(x)
+    assert torch.equal(apply_milora(base, one_rule(rank=rank))(x), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_convolutions_and_embeddings_are_unchanged(dtype: torch.dtype) -> None:
+    pixels, words = picture_batch()
+    rules = [{"modules": "*", "method": "milora", "protect": 0, "rank": 3}, {"modules": "words", "method": "lora"}]
+    model = apply_milora(Pictures().to(dtype), rules)
+    assert torch.equal(model(pixels.to(dtype), words), Pictures().to(dtype)(pixels.to(dtype), words))
+
+
+STOCK = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "milora_vl":
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Blocker())
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import LlavaForConditionalGeneration
+
+folder = sys.argv[1]
+model = LlavaForConditionalGeneration.from_pretrained(folder + "/base", dtype=torch.float32)
+model = PeftModel.from_pretrained(model, folder + "/adapter").eval()
+inputs = load_file(folder + "/inputs.safetensors")
+out = {"adapted": model(**inputs).logits, "merged": model.merge_and_unload()(**inputs).logits}
+save_file({name: t.detach().contiguous() for name, t in out.items()}, folder + "/logits.safetensors")
+"""
+
+
+def test_stock_peft_gives_the_same_logits_projector_included(tiny_llava, tmp_path: Path) -> None:
+    base, _ = tiny_llava()
+    base.save_pretrained(tmp_path / "base")
+    batch = llava_batch(base)
+    model = apply_milora(base, LLAVA_POLICY)
+    untouched = model(**batch).logits
+    move(model, 0.1)
+    save_adapter(model, tmp_path / "adapter")
+    save_file(batch, tmp_path / "inputs.safetensors")
+    done = run_program(["-c", STOCK, str(tmp_path)])
+    assert done.returncode == 0, done.stderr
+    expected = model.eval()(**batch).logits
+    for name, logits in load_file(tmp_path / "logits.safetensors").items():
+        assert torch.allclose(logits, expected, atol=2e-5), name
+        assert not torch.allclose(logits, untouched, atol=1e-2), name
+
+
+RULES = [*one_rule(dropout=0.1), {"modules": "language.mlp", "rank": 3}, {"modules": "model.norm", "method": "full"}]
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            control.should_training_stop = True
+
+
+def trainer(model: Any, folder: Path, *callbacks: TrainerCallback, **options: Any) -> Trainer:
+    settings: dict[str, Any] = {
+        "output_dir": str(folder), "max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 3e-2,
+        "logging_steps": 1, "save_steps": 3, "report_to": "none", "use_cpu": True, "disable_tqdm": True, "seed": 1,
+        "weight_decay": 0.1,
+    }  # fmt: skip
+    args = TrainingArguments(**{**settings, **options})
+    rounds = iter(range(99))  # a metric whose best value is the first
+    return Trainer(
+        model, args, train_dataset=Tokens(), eval_dataset=Tokens(), callbacks=list(callbacks),
+        compute_metrics=lambda _: {"age": next(rounds)},
+    )  # fmt: skip
+
+
+def losses(run: Trainer) -> dict[int, float]:
+    found = {entry["step"]: entry["loss"] for entry in run.state.log_history if "loss" in entry}
+    assert found
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_llama, tmp_path_factory) -> tuple[Trainer, Path]:
+    folder = tmp_path_factory.mktemp("whole")
+    run = trainer(apply_milora(tiny_llama()[0], RULES), folder)
+    run.train()
+    return run, folder
+
+
+def test_training_lowers_the_loss_and_never_moves_an_anchor(whole, tiny_llama) -> None:
+    run, _ = whole
+    start = anchors(apply_milora(tiny_llama()[0], RULES))
+    assert losses(run)[6] < losses(run)[1]
+    assert all(torch.equal(start[name], anchor) for name, anchor in anchors(run.model).items())
+
+
+@pytest.mark.parametrize("way", ["load_adapter", "fresh model"])
+def test_a_resumed_run_repeats_the_losses_of_an_uninterrupted_one(whole, tiny_llama, tmp_path: Path, way: str) -> None:
+    first = trainer(apply_milora(tiny_llama()[0], RULES), tmp_path, StopAt(3))
+    first.train()
+    checkpoint = tmp_path / "checkpoint-3"
+    if way == "load_adapter":
+        model = load_adapter(tiny_llama()[0], checkpoint, is_trainable=True)
+    else:
+        model = apply_milora(tiny_llama()[0], RULES)
+    second = trainer(model, tmp_path)
+    second.train(resume_from_checkpoint=str(checkpoint))
+    assert losses(second) == losses(whole[0])
+
+
+def test_the_best_checkpoint_is_loaded_at_the_end(tiny_llama, tmp_path: Path) -> None:
+    run = trainer(
+        apply_milora(tiny_llama()[0], RULES), tmp_path,
+        max_steps=4, save_steps=2, eval_steps=2, eval_strategy="steps",
+        load_best_model_at_end=True, metric_for_best_model="age", greater_is_better=False,
+    )  # fmt: skip
+    run.train()
+    best = Path(run.state.best_model_checkpoint)
+    assert best.name == "checkpoint-2"
+    expected = load_adapter(tiny_llama()[0], best)
+    ids = Tokens().rows[:2]
+    assert torch.allclose(run.model.eval()(ids).logits, expected(ids).logits, atol=1e-6)
+    assert {n.split(".")[-1] for n, p in run.model.named_parameters() if p.requires_grad} == {"delta", "weight"}

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import Trainer, TrainingArguments
 
 from milora_vl.core.policy import Target
 from milora_vl.train.command import main
-from milora_vl.train.setup import with_rates
+from milora_vl.train.setup import Batching, with_rates
 from support.plans import fitted, plan
 
 BOTH = "[{modules: language, method: milora, protect: 0, rank: 4}, {modules: projector, method: full}]"
@@ -65,3 +67,26 @@ def test_the_plan_shows_and_the_files_hold_the_rates(tiny_data: Path, tmp_path: 
     assert main(words) == 0
     targets = json.loads((tmp_path / "run" / "policy.json").read_text(encoding="utf-8"))["targets"]
     assert {(target["learning_rate"], target["weight_decay"]) for target in targets} == {(2e-4, 0.1), (2e-5, 0.1)}
+
+
+@pytest.mark.parametrize("records", [1, 7, 12])
+@pytest.mark.parametrize(("per_device", "accumulation"), [(1, 8), (4, 1), (2, 3)])
+@pytest.mark.parametrize(("epochs", "max_steps"), [(1.0, -1), (2.5, -1), (1.0, 5)])
+def test_equal_to_the_trainers(
+    tmp_path, records: int, per_device: int, accumulation: int, epochs: float, max_steps: int
+) -> None:
+    args = TrainingArguments(
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        per_device_train_batch_size=per_device,
+        gradient_accumulation_steps=accumulation,
+        num_train_epochs=epochs,
+        max_steps=max_steps,
+    )
+    trainer = Trainer(torch.nn.Linear(1, 1), args, train_dataset=list(range(records)))
+    loader = trainer.get_train_dataloader()
+    expected = trainer.set_initial_training_values(args, loader)[-1]
+    counted = Batching(
+        num_records=records, per_device=per_device, accumulation=accumulation, epochs=epochs, max_steps=max_steps
+    )
+    assert counted.steps == expected

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
+from typing import Any
 
+import pytest
+from transformers import TrainingArguments
+
+import llava_recipes
+from milora_vl.common.cli.parser import Command, parser, positive, shared
+from milora_vl.common.errors import UserError
+from milora_vl.common.yaml_text import read_mapping
+from milora_vl.train import arguments
+from milora_vl.train.command import main
 from milora_vl.train.flags import parse
+from milora_vl.train.recipe import Recipe
 from support.plans import settings
 from support.problems import raises_code
 
@@ -64,3 +75,88 @@ def test_resume_and_actions() -> None:
     assert parse(["--dry-run"]).action == "dry_run"
     assert parse(["--print-recipe", "a"]).argument == "a"
     assert parse([]).action == "train"
+
+
+def test_a_mistyped_flag_is_named_where_the_right_one_is_missing() -> None:
+    options = parser("prog", "what it does", "example: x")
+    options.add_argument("--model", required=True)
+    options.add_argument("--limit", type=positive)
+    for word in ("--modle", "--modle=tiny"):
+        with raises_code("command-line", where="--modle", hint="did you mean --model?"):
+            options.parse_args([word, "tiny"])
+    with raises_code("command-line", message="required: --model"):
+        options.parse_args(["--limit", "3", "--", "--modle"])
+    with raises_code("command-line", where="--limit", message="expected a whole number, got 'abc'"):
+        options.parse_args(["--model", "a", "--limit", "abc"])
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("cdua", "expected cpu, cuda, cuda:1, ..., got 'cdua'\ndid you mean cuda?"),
+        ("meta", "expected cpu, cuda, cuda:1, ..., got 'meta'"),
+        ("cuda", "no device cuda: PyTorch finds no cuda devices"),
+        ("cpu:3", "no device cpu:3: PyTorch finds 1 cpu devices"),
+    ],
+)
+def test_a_device_that_is_none_or_not_here_is_refused(word: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    command = Command("prog", "what it does", "example: x", settings=(shared("device"),))
+    assert command.parse(["--device", "cpu"]).device == "cpu"
+    with pytest.raises(UserError) as error:
+        command.parse(["--device", word])
+    assert said in str(error.value)
+
+
+def test_what_a_recipe_holds_is_what_training_arguments_take(tmp_path: Path) -> None:
+    given = {"warmup_ratio": 0.1, "evaluation_strategy": "no", "gradient_checkpointing": True, "group_by_length": True}
+    train = Recipe.parse({"train": given}).train
+    args = TrainingArguments(output_dir=str(tmp_path), **arguments.keywords(train))
+    assert args.get_warmup_steps(50) == 5
+    assert args.gradient_checkpointing
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("num_train_epochs", "2", 2.0),
+        ("max_steps", 3.0, 3),
+        ("report_to", "wandb", "wandb"),
+        ("report_to", ["wandb", "tensorboard"], ["wandb", "tensorboard"]),
+        ("lr_scheduler_kwargs", '{"min_lr": 1}', {"min_lr": 1}),
+        ("eval_steps", "None", None),
+        ("eval_strategy", False, "no"),
+        ("tf32", "False", False),
+        ("fsdp", "false", None),  # off, as in transformers
+        ("fsdp", "", None),
+        ("logging_steps", 5, 5),
+        ("debug", ["underflow_overflow"], "underflow_overflow"),
+        ("log_level", "WARNING", "warning"),
+    ],
+)
+def test_values_are_read_as_their_types(name: str, value: object, expected: object) -> None:
+    found = arguments.coerce(name, value)
+    assert (found, type(found)) == (expected, type(expected))
+
+
+def printed(capsys: Any, *words: str) -> str:
+    assert main(list(words)) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    return str(captured.out)
+
+
+def test_recipes_and_models_are_listed_one_a_line(capsys: Any) -> None:
+    assert [line.split()[0] for line in printed(capsys, "--list-recipes").splitlines()] == llava_recipes.names()
+    assert "llava-1.5-7b " in printed(capsys, "--list_models")
+
+
+@pytest.mark.parametrize("name", ["tiny-test", "milora-llava-1.5-7b"])
+def test_a_printed_recipe_is_the_recipe_with_every_key(name: str, capsys: Any) -> None:
+    text = printed(capsys, "--print-recipe", name)
+    content = read_mapping(text, "printed")
+    assert content.keys() == Recipe.model_fields.keys()
+    original = read_mapping(llava_recipes.read(name), name)
+    assert Recipe.parse(content) == Recipe.parse(original)
+    assert "#  adam_beta1: 0.9" in text
+    assert text.startswith("#")
