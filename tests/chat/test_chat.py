@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from milora_data.records.record import Turn
-from milora_vl import chat
+from milora_vl.chat import __main__ as chat
 from milora_vl.common.errors import UserError
 from milora_vl.interop.load_model import load_model
 from milora_vl.models.generate import Prompt, generate

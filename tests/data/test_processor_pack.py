@@ -20,7 +20,6 @@ from milora_data.batches.processor_collator import ProcessorCollator
 from milora_vl import collator_for
 from milora_vl.models.losses import summed_loss
 from support import any_family
-from support.family_configs import FAMILIES
 from support.problems import raises_code
 from support.versions import needs_places
 from support.vlm_families import VLM_FAMILIES, model_of, processor_of
@@ -30,7 +29,7 @@ pytestmark = [pytest.mark.filterwarnings("ignore"), needs_places]
 # Without scores' scale, the tiny Gemma 4 shows how float32 rounds the angles of later places.
 ROUNDED = {"gemma4": 1e-3}
 LACKS = {"smolvlm": find_spec("num2words") is None}
-KINDS = {name: FAMILIES[family.config_of or name].model_type for name, family in VLM_FAMILIES.items()}
+KINDS = {name: family.config_of or name for name, family in VLM_FAMILIES.items()}
 ALL = [name for name, kind in KINDS.items() if kind in PACKED and not LACKS.get(name)]
 
 

@@ -31,8 +31,8 @@ VISION: dict[str, Any] = {
     "image_size": 16,
     "patch_size": 8,
 }
-QWEN_VISION = {"depth": 2, "num_heads": 2, "patch_size": 8, "spatial_merge_size": 2, "temporal_patch_size": 2}
 CLIP, SIGLIP = {"model_type": "clip_vision_model"}, {"model_type": "siglip_vision_model"}
+LLAMA, MISTRAL, QWEN2 = {"model_type": "llama"}, {"model_type": "mistral"}, {"model_type": "qwen2"}
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,6 @@ class Family:
     `language`: what the paths of the language layers start with; `projector`: what those of the projector hold.
     """
 
-    model_type: str
     tokens: int
     text: dict[str, Any] = field(default_factory=dict)
     vision: dict[str, Any] | None = None
@@ -53,90 +52,52 @@ class Family:
     projector: str = "multi_modal_projector"
 
 
-def grid(pixels: int) -> dict[str, Any]:
-    """Return the fields of a family whose picture comes as four patches of so many numbers."""
-    kinds = [[int(position == 2) for position in range(20)]]
-    return {"pixels": (4, pixels), "inputs": {"image_grid_thw": [[1, 2, 2]], "mm_token_type_ids": kinds}}
-
-
-LLAVA = {"image_token_index": IMAGE}
+KINDS = {"mm_token_type_ids": [[int(position == 2) for position in range(20)]]}
+# Four patches of 384 numbers; two tiles; a picture of a connector.
+GRID: dict[str, Any] = {"pixels": (4, 384), "inputs": KINDS | {"image_grid_thw": [[1, 2, 2]]}, "projector": "merger"}
+TILES: dict[str, Any] = {"pixels": (1, 2, 3, 16, 16), "inputs": {"image_sizes": [[16, 16]]}}
+LISTS: dict[str, Any] = {"pixels": (1, 1, 3, 16, 16), "language": "model.text_model.layers.", "projector": "connector"}
+IMAGE_ID, IMAGE_INDEX = {"image_token_id": IMAGE}, {"image_token_index": IMAGE}
+VIDEO_ID = {"video_token_id": IMAGE + 1}
+PINPOINTS = {"image_grid_pinpoints": [[16, 16]]}
 PREFIX = {"token_type_ids": [[0] * 20]}  # transformers 5.6 asks for them when such a model trains
-QWEN_IDS = {"image_token_id": IMAGE, "video_token_id": IMAGE + 1, "vision_start_token_id": IMAGE + 2}
-QFORMER = {
-    "hidden_size": 12,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 20,
-    "encoder_hidden_size": 12,
-    "vocab_size": 30,
-}
+QWEN_IDS = IMAGE_ID | VIDEO_ID | {"vision_start_token_id": IMAGE + 2}
+SIZES = {"hidden_size": 16, "intermediate_size": 24, "out_hidden_size": 16}
+QWEN_VISION = {"depth": 2, "num_heads": 2, "patch_size": 8, "spatial_merge_size": 2, "temporal_patch_size": 2}
+POSITIONS = {"num_position_embeddings": 16}
+MROPE = {"rope_scaling": {"type": "mrope", "rope_type": "default", "mrope_section": [1, 1, 2]}}
+QFORMER = VISION | {"num_hidden_layers": 1, "encoder_hidden_size": 12, "vocab_size": 30}
+RESAMPLER = {"resampler_n_latents": 2, "resampler_depth": 1, "resampler_n_heads": 2, "resampler_head_dim": 8}
 FAMILIES: dict[str, Family] = {
-    "llava": Family("llava", 4, {"model_type": "llama"}, CLIP, LLAVA),
-    "llava_next": Family(
-        "llava_next",
-        10,
-        {"model_type": "llama"},
-        CLIP,
-        LLAVA | {"image_grid_pinpoints": [[16, 16]]},
-        (1, 2, 3, 16, 16),
-        {"image_sizes": [[16, 16]]},
-    ),
-    "llava_onevision": Family(
-        "llava_onevision",
-        10,
-        {"model_type": "qwen2"},
-        SIGLIP,
-        {
-            "image_token_id": IMAGE,
-            "image_token_index": IMAGE,
-            "video_token_id": IMAGE + 1,
-            "image_grid_pinpoints": [[16, 16]],
-        },
-        (1, 2, 3, 16, 16),
-        {"image_sizes": [[16, 16]]},
-    ),
+    "llava": Family(4, LLAMA, CLIP, IMAGE_INDEX),
+    "llava_next": Family(10, LLAMA, CLIP, IMAGE_INDEX | PINPOINTS, **TILES),
+    "llava_onevision": Family(10, QWEN2, SIGLIP, IMAGE_ID | IMAGE_INDEX | VIDEO_ID | PINPOINTS, **TILES),
     "paligemma": Family(
-        "paligemma",
-        4,
-        {"model_type": "gemma"},
-        SIGLIP,
-        {"image_token_index": IMAGE, "projection_dim": 16, "hidden_size": 16},
-        inputs=PREFIX,
+        4, {"model_type": "gemma"}, SIGLIP, IMAGE_INDEX | {"projection_dim": 16, "hidden_size": 16}, inputs=PREFIX
     ),
     "gemma3": Family(
-        "gemma3",
         4,
         {"model_type": "gemma3_text", "sliding_window": 16},
         SIGLIP,
-        {
-            "mm_tokens_per_image": 4,
-            "image_token_index": IMAGE,
-            "boi_token_index": IMAGE + 1,
-            "eoi_token_index": IMAGE + 2,
-        },
+        IMAGE_INDEX | {"mm_tokens_per_image": 4, "boi_token_index": IMAGE + 1, "eoi_token_index": IMAGE + 2},
         inputs=PREFIX,
     ),
     "internvl": Family(
-        "internvl",
         1,
-        {"model_type": "qwen2"},
+        QWEN2,
         {"model_type": "internvl_vision", "image_size": [16, 16], "patch_size": [8, 8]},
-        {"image_token_id": IMAGE, "downsample_ratio": 0.5},
+        IMAGE_ID | {"downsample_ratio": 0.5},
     ),
     "mistral3": Family(
-        "mistral3",
         4,
-        {"model_type": "mistral"},
+        MISTRAL,
         {"model_type": "pixtral", "head_dim": 6, "image_size": 32},
-        {"image_token_index": IMAGE, "spatial_merge_size": 2},
+        IMAGE_INDEX | {"spatial_merge_size": 2},
         (1, 3, 32, 32),
         {"image_sizes": [[32, 32]]},
     ),
-    "aya_vision": Family(
-        "aya_vision", 1, {"model_type": "cohere2"}, SIGLIP, {"image_token_index": IMAGE, "downsample_factor": 2}
-    ),
+    "aya_vision": Family(1, {"model_type": "cohere2"}, SIGLIP, IMAGE_INDEX | {"downsample_factor": 2}),
     "mllama": Family(
-        "mllama",
         0,
         {"model_type": "mllama_text_model", "cross_attention_layers": [1], "rope_scaling": {"rope_type": "default"}},
         {
@@ -148,94 +109,30 @@ FAMILIES: dict[str, Family] = {
             "vision_output_dim": 24,
             "supported_aspect_ratios": [[1, 1]],
         },
-        {"image_token_index": IMAGE},
+        IMAGE_INDEX,
         None,
     ),
     "idefics2": Family(
-        "idefics2",
         2,
-        {"model_type": "mistral"},
+        MISTRAL,
         {"model_type": "idefics2"},
-        {
-            "image_token_id": IMAGE,
-            "perceiver_config": {
-                "resampler_n_latents": 2,
-                "resampler_depth": 1,
-                "resampler_n_heads": 2,
-                "resampler_head_dim": 8,
-                "num_key_value_heads": 1,
-            },
-        },
-        (1, 1, 3, 16, 16),
-        {},
-        "model.text_model.layers.",
-        "connector",
+        IMAGE_ID | {"perceiver_config": RESAMPLER | {"num_key_value_heads": 1}},
+        **LISTS,
     ),
-    "idefics3": Family(
-        "idefics3",
-        1,
-        {"model_type": "llama"},
-        {"model_type": "idefics3_vision"},
-        {"image_token_id": IMAGE, "scale_factor": 2},
-        (1, 1, 3, 16, 16),
-        {},
-        "model.text_model.layers.",
-        "connector",
-    ),
-    "smolvlm": Family(
-        "smolvlm",
-        1,
-        {"model_type": "llama"},
-        {"model_type": "smolvlm_vision"},
-        {"image_token_id": IMAGE, "scale_factor": 2},
-        (1, 1, 3, 16, 16),
-        {},
-        "model.text_model.layers.",
-        "connector",
-    ),
-    "qwen2_vl": Family(
-        "qwen2_vl",
-        1,
-        {"rope_scaling": {"type": "mrope", "rope_type": "default", "mrope_section": [1, 1, 2]}},
-        {**QWEN_VISION, "embed_dim": 16, "hidden_size": 16, "mlp_ratio": 2},
-        QWEN_IDS,
-        **grid(384),
-        projector="merger",
-    ),
+    "idefics3": Family(1, LLAMA, {"model_type": "idefics3_vision"}, IMAGE_ID | {"scale_factor": 2}, **LISTS),
+    "smolvlm": Family(1, LLAMA, {"model_type": "smolvlm_vision"}, IMAGE_ID | {"scale_factor": 2}, **LISTS),
+    "qwen2_vl": Family(1, MROPE, QWEN_VISION | {"embed_dim": 16, "hidden_size": 16, "mlp_ratio": 2}, QWEN_IDS, **GRID),
     "qwen2_5_vl": Family(
-        "qwen2_5_vl",
-        1,
-        {"rope_scaling": {"type": "mrope", "rope_type": "default", "mrope_section": [1, 1, 2]}},
-        {
-            **QWEN_VISION,
-            "hidden_size": 16,
-            "intermediate_size": 24,
-            "out_hidden_size": 16,
-            "fullatt_block_indexes": [1],
-            "window_size": 32,
-        },
-        QWEN_IDS,
-        **grid(384),
-        projector="merger",
+        1, MROPE, QWEN_VISION | SIZES | {"fullatt_block_indexes": [1], "window_size": 32}, QWEN_IDS, **GRID
     ),
     "qwen3_vl": Family(
-        "qwen3_vl",
         1,
         {"rope_scaling": {"rope_type": "default", "mrope_section": [1, 1, 2]}},
-        {
-            **QWEN_VISION,
-            "hidden_size": 16,
-            "intermediate_size": 24,
-            "out_hidden_size": 16,
-            "deepstack_visual_indexes": [0],
-            "num_position_embeddings": 16,
-        },
+        QWEN_VISION | SIZES | POSITIONS | {"deepstack_visual_indexes": [0]},
         QWEN_IDS,
-        **grid(384),
-        projector="merger",
+        **GRID,
     ),
     "qwen3_5": Family(
-        "qwen3_5",
         1,
         {
             "layer_types": ["linear_attention", "full_attention"],
@@ -251,19 +148,11 @@ FAMILIES: dict[str, Family] = {
                 "mrope_section": [2, 1, 1],
             },
         },
-        {
-            **QWEN_VISION,
-            "hidden_size": 16,
-            "intermediate_size": 24,
-            "out_hidden_size": 16,
-            "num_position_embeddings": 16,
-        },
+        QWEN_VISION | SIZES | POSITIONS,
         QWEN_IDS,
-        **grid(384),
-        projector="merger",
+        **GRID,
     ),
     "gemma4": Family(
-        "gemma4",
         1,
         {
             "model_type": "gemma4_text",
@@ -279,52 +168,25 @@ FAMILIES: dict[str, Family] = {
             "pooling_kernel_size": 2,
             "position_embedding_size": 64,
         },
-        {"image_token_id": IMAGE, "video_token_id": IMAGE + 1, "boi_token_id": IMAGE + 2, "eoi_token_id": IMAGE + 3},
+        IMAGE_ID | VIDEO_ID | {"boi_token_id": IMAGE + 2, "eoi_token_id": IMAGE + 3},
         (1, 4, 192),
-        {
-            "image_position_ids": [[[0, 0], [0, 1], [1, 0], [1, 1]]],
-            "mm_token_type_ids": [[int(position == 2) for position in range(20)]],
-        },
+        KINDS | {"image_position_ids": [[[0, 0], [0, 1], [1, 0], [1, 1]]]},
         projector="embed_vision",
     ),
     "blip-2": Family(
-        "blip-2",
         3,
         {"model_type": "opt", "ffn_dim": 24, "word_embed_proj_dim": 16},
         {},
-        {
-            "qformer_config": QFORMER,
-            "num_query_tokens": 3,
-            "image_token_index": IMAGE,
-            "image_text_hidden_size": 8,
-        },
+        IMAGE_INDEX | {"qformer_config": QFORMER, "num_query_tokens": 3, "image_text_hidden_size": 8},
         language="language_model.model.decoder.layers.",
         projector="language_projection",
     ),
     "glm4v": Family(
-        "glm4v",
         1,
-        {
-            "rope_scaling": {"rope_type": "default", "mrope_section": [1, 1, 0]},
-            "partial_rotary_factor": 0.5,
-        },
-        {
-            "depth": 2,
-            "num_heads": 2,
-            "hidden_size": 16,
-            "intermediate_size": 24,
-            "out_hidden_size": 16,
-            "patch_size": 8,
-            "image_size": 16,
-        },
-        {
-            "image_token_id": IMAGE,
-            "video_token_id": IMAGE + 1,
-            "image_start_token_id": IMAGE + 2,
-            "image_end_token_id": IMAGE + 3,
-        },
-        **grid(384),
-        projector="merger",
+        {"rope_scaling": {"rope_type": "default", "mrope_section": [1, 1, 0]}, "partial_rotary_factor": 0.5},
+        SIZES | {"depth": 2, "num_heads": 2, "patch_size": 8, "image_size": 16},
+        IMAGE_ID | VIDEO_ID | {"image_start_token_id": IMAGE + 2, "image_end_token_id": IMAGE + 3},
+        **GRID,
     ),
 }
 TEXT_ONLY: dict[str, dict[str, Any]] = {
@@ -345,7 +207,7 @@ def build(name: str) -> nn.Module:
         return AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **{**TEXT, **TEXT_ONLY[name]})).eval()
     family = FAMILIES[name]
     config = AutoConfig.for_model(
-        family.model_type,
+        name,
         text_config={**TEXT, **family.text},
         vision_config={**VISION, **(family.vision or {})},
         tie_word_embeddings=False,

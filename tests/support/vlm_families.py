@@ -164,7 +164,7 @@ def model_of(name: str, processor: Any) -> Any:
         **family.text,
     }
     config = AutoConfig.for_model(
-        shape.model_type,
+        family.config_of or name,
         text_config=text,
         vision_config={**VISION, **(shape.vision or {}), **family.vision},
         tie_word_embeddings=False,

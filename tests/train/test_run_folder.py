@@ -13,10 +13,13 @@ from pathlib import Path
 import pytest
 
 from milora_eval.__main__ import main as evaluate
-from milora_vl import apply_milora, chat, export, forgetting, load_model, save_adapter
+from milora_vl import apply_milora, load_model, save_adapter
 from milora_vl.analyze import __main__ as analyze
+from milora_vl.chat import __main__ as chat
 from milora_vl.common.errors import UserError
 from milora_vl.core.adapter.checkpoints import is_finished
+from milora_vl.export import __main__ as export
+from milora_vl.forgetting import job
 from milora_vl.forgetting.__main__ import main as forget
 from milora_vl.models.projector import projector_file, save_projector
 from milora_vl.train import folder
@@ -188,7 +191,7 @@ def test_the_checkpoint_works_in_its_place(run: Path, capsys: pytest.CaptureFixt
     assert chat.main(["--model", "tiny", "--adapter", checkpoint, "--max_new_tokens", "2", "hi"]) == 0
     assert chat.main(["--model", checkpoint, "--compare", "--max_new_tokens", "2", "hi"]) == 0
     assert forget(["--model", "tiny", "--adapter", checkpoint, "--on", "text", "--num_tokens", "64"]) == 0
-    assert (run / "checkpoint-10" / forgetting.job.FILE).is_file()
+    assert (run / "checkpoint-10" / job.FILE).is_file()
     assert export.main([checkpoint, "--to", "rank-2"]) == 0
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from milora_eval.answers.target import eval_target
-from milora_vl import export
-from milora_vl.chat import command as chat
+from milora_vl.chat import __main__ as chat
 from milora_vl.core.adapter.folders import base_of
+from milora_vl.export import __main__ as export
 from milora_vl.forgetting import __main__ as forgetting
 from support.problems import raises_code
 

@@ -13,8 +13,10 @@ from milora_data import load_records
 from milora_data.__main__ import main as data
 from milora_data.pictures.load import ImageError, load_image
 from milora_eval.__main__ import main as evaluate
-from milora_vl import chat, export, train
+from milora_vl import train
+from milora_vl.chat import __main__ as chat
 from milora_vl.common.cli.web import url_problem
+from milora_vl.export import __main__ as export
 from milora_vl.forgetting.__main__ import main as forget
 from support.problems import raises_code
 
