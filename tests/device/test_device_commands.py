@@ -16,7 +16,7 @@ from milora_eval.__main__ import main as evaluate
 from milora_vl import Policy, apply_milora, load_model, save_adapter
 from milora_vl.analyze.__main__ import main as analyze
 from milora_vl.chat.__main__ import main as chat
-from milora_vl.export import main as export
+from milora_vl.export.__main__ import main as export
 from milora_vl.forgetting.__main__ import main as forgetting
 from milora_vl.models.generate import Prompt, generate
 from support.adapter_cases import move
