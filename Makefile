@@ -46,8 +46,8 @@ test-lowest: $(INSTALLED)  ## Run the tests with the oldest versions that pyproj
 
 # Packages that no extra names: TRL, transformers' server, SmolVLM's numbers.
 EXTRAS_PACKAGES := trl liger-kernel "transformers[serving]" num2words
-EXTRAS_TESTS := tests/core/adapter/test_quantized.py tests/core/adapter/test_earlier.py tests/chat/test_chat_web.py \
-    tests/chat/test_vlm_chat.py tests/interop/test_trl.py tests/interop/test_trl_collator.py \
+EXTRAS_TESTS := tests/core/adapter/test_quantized.py tests/core/adapter/test_earlier.py tests/chat/test_chat.py \
+    tests/chat/test_vlm_chat.py tests/interop/test_trl.py \
     tests/train/recipe/test_llava_scripts.py tests/export/test_serving.py \
     tests/train/test_vlm_train.py tests/data/test_videos.py tests/train/test_gpu_options.py
 
