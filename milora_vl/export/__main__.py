@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -74,16 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.to,
         options.output_dir or _beside(options.folder, options.to, options.scale),
         Options(
-            scale=options.scale,
-            base=options.base,
+            **{field.name: getattr(options, field.name) for field in fields(Options) if field.name != "dtype"},
             dtype=None if options.dtype is None else getattr(torch, options.dtype),
-            with_base=options.with_base,
-            initial=options.initial,
-            vision_tower=options.vision_tower,
-            allow_base_mismatch=options.allow_base_mismatch,
-            remote_code=options.remote_code,
-            llama_cpp=options.llama_cpp,
-            outtype=options.outtype,
         ),
     )
     _show(done, options.format)

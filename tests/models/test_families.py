@@ -15,33 +15,13 @@ from milora_vl.core.policy.towers import find_towers
 from milora_vl.core.weights.matrices import is_linear
 from support.adapter_cases import anchors
 from support.family_configs import FAMILIES, TEXT_ONLY, batch, build
+from support.programs import STOCK_PEFT
 from support.programs import run as run_program
 from support.versions import CALLS_BY_KEYWORD
 
 LACKS = {"idefics2": not CALLS_BY_KEYWORD}
 ALL = [name for name in (*FAMILIES, *TEXT_ONLY) if not LACKS.get(name)]
 pytestmark = pytest.mark.filterwarnings("ignore:.*experts as 3-D")
-STOCK = """
-import sys
-
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "milora_vl":
-            raise ModuleNotFoundError(name)
-
-sys.meta_path.insert(0, Blocker())
-import json, pathlib, torch, transformers
-from peft import PeftModel
-from safetensors.torch import load_file, save_file
-
-for folder in map(pathlib.Path, sys.argv[1:]):
-    config = transformers.AutoConfig.from_pretrained(folder / "base")
-    model = getattr(transformers, config.architectures[0]).from_pretrained(folder / "base", dtype=torch.float32)
-    model = PeftModel.from_pretrained(model, folder / "adapter").eval()
-    inputs = load_file(folder / "inputs.safetensors")
-    out = {"adapted": model(**inputs).logits, "merged": model.merge_and_unload()(**inputs).logits}
-    save_file({name: t.detach().contiguous() for name, t in out.items()}, folder / "stock.safetensors")
-"""
 
 
 def rules(name: str) -> list[dict[str, object]]:
@@ -84,7 +64,7 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     names = [item.callspec.params["name"] for item in wanted]
     for name in names:
         _train(name, root / name)
-    done = run_program(["-c", STOCK, *(str(root / name) for name in names)])
+    done = run_program(["-c", STOCK_PEFT, *(str(root / name) for name in names)])
     assert done.returncode == 0, done.stderr
     return root
 

@@ -317,8 +317,8 @@ def _ids(processor: Any, names: Iterable[str]) -> dict[str, int]:
     return ids
 
 
-def tiny_tokenizer(tokens: Mapping[str, str], others: Iterable[str]) -> Any:
-    """Return a byte-level tokenizer with these special tokens, by the names of its attributes, and others."""
+def byte_tokenizer(basic: Mapping[str, str], tokens: Mapping[str, str], others: Iterable[str]) -> Any:
+    """Return a byte-level tokenizer: `basic` and `tokens` name attributes; `others` are special tokens too."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -326,9 +326,9 @@ def tiny_tokenizer(tokens: Mapping[str, str], others: Iterable[str]) -> Any:
     tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    added = dict.fromkeys((*BASIC.values(), TURN, *tokens.values(), *others))
+    added = dict.fromkeys((*basic.values(), *others, *tokens.values()))
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in added])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **BASIC, extra_special_tokens=dict(tokens))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **basic, extra_special_tokens=dict(tokens))
 
 
 def tiny_processor(config: Any, row: Row, others: set[str]) -> Any:
@@ -342,7 +342,8 @@ def tiny_processor(config: Any, row: Row, others: set[str]) -> Any:
     tokens = {f"{name}_token": f"<{name}>" for name in row.names}
     for _ in range(20):
         parts = {
-            name: _part(name, config, registered, row, tiny_tokenizer(tokens, others)) for name in kind.get_attributes()
+            name: _part(name, config, registered, row, byte_tokenizer(BASIC, tokens, (TURN, *others)))
+            for name in kind.get_attributes()
         }
         options = _arguments(kind.__init__, config) | row.processor
         try:

@@ -176,3 +176,27 @@ def run(
         for file in (out, err):
             file.seek(0)
         return subprocess.CompletedProcess(list(words), code, out.read(), err.read())
+
+
+# Loads base, adapter and inputs of each folder without this package, and writes the logits, also of the merged model.
+STOCK_PEFT = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "milora_vl":
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Blocker())
+import json, pathlib, torch, transformers
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+for folder in map(pathlib.Path, sys.argv[1:]):
+    config = transformers.AutoConfig.from_pretrained(folder / "base")
+    model = getattr(transformers, config.architectures[0]).from_pretrained(folder / "base", dtype=torch.float32)
+    model = PeftModel.from_pretrained(model, folder / "adapter").eval()
+    inputs = load_file(folder / "inputs.safetensors")
+    out = {"adapted": model(**inputs).logits, "merged": model.merge_and_unload()(**inputs).logits}
+    save_file({name: t.detach().contiguous() for name, t in out.items()}, folder / "stock.safetensors")
+"""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedTokenizerFast
 
+from support.any_family import byte_tokenizer
 from support.family_configs import FAMILIES, TEXT, VISION
 
 CHATML = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -117,22 +118,8 @@ class VlmFamily:
 
 
 def tokenizer_of(family: VlmFamily) -> PreTrainedTokenizerFast:
-    """Return a byte-level tokenizer with the special tokens of a family."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    names = dict.fromkeys(("<pad>", family.bos, family.eos, *family.special, *family.names.values()))
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in names])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=family.bos,
-        eos_token=family.eos,
-        pad_token="<pad>",
-        extra_special_tokens=family.names,
-    )
+    basic = {"pad_token": "<pad>", "bos_token": family.bos, "eos_token": family.eos}
+    return byte_tokenizer(basic, family.names, family.special)  # type: ignore[no-any-return]
 
 
 def marked_template(name: str) -> str:

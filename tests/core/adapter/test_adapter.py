@@ -28,6 +28,7 @@ from support.adapter_cases import (
     token_batch,
 )
 from support.problems import raises_code, raises_problem
+from support.programs import STOCK_PEFT
 from support.programs import run as run_program
 
 
@@ -180,29 +181,6 @@ def test_convolutions_and_embeddings_are_unchanged(dtype: torch.dtype) -> None:
     assert torch.equal(model(pixels.to(dtype), words), Pictures().to(dtype)(pixels.to(dtype), words))
 
 
-STOCK = """
-import sys
-
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "milora_vl":
-            raise ModuleNotFoundError(name)
-
-sys.meta_path.insert(0, Blocker())
-import torch
-from peft import PeftModel
-from safetensors.torch import load_file, save_file
-from transformers import LlavaForConditionalGeneration
-
-folder = sys.argv[1]
-model = LlavaForConditionalGeneration.from_pretrained(folder + "/base", dtype=torch.float32)
-model = PeftModel.from_pretrained(model, folder + "/adapter").eval()
-inputs = load_file(folder + "/inputs.safetensors")
-out = {"adapted": model(**inputs).logits, "merged": model.merge_and_unload()(**inputs).logits}
-save_file({name: t.detach().contiguous() for name, t in out.items()}, folder + "/logits.safetensors")
-"""
-
-
 def test_stock_peft_gives_the_same_logits_projector_included(tiny_llava, tmp_path: Path) -> None:
     base, _ = tiny_llava()
     base.save_pretrained(tmp_path / "base")
@@ -212,10 +190,10 @@ def test_stock_peft_gives_the_same_logits_projector_included(tiny_llava, tmp_pat
     move(model, 0.1)
     save_adapter(model, tmp_path / "adapter")
     save_file(batch, tmp_path / "inputs.safetensors")
-    done = run_program(["-c", STOCK, str(tmp_path)])
+    done = run_program(["-c", STOCK_PEFT, str(tmp_path)])
     assert done.returncode == 0, done.stderr
     expected = model.eval()(**batch).logits
-    for name, logits in load_file(tmp_path / "logits.safetensors").items():
+    for name, logits in load_file(tmp_path / "stock.safetensors").items():
         assert torch.allclose(logits, expected, atol=2e-5), name
         assert not torch.allclose(logits, untouched, atol=1e-2), name
 
