@@ -33,7 +33,7 @@ class Encoded(ImageTextCollator):
 
 
 class Row(dict[str, Any]):
-    place = ""
+    place, turns, images, videos = "", (), (), ()
 
 
 def row(seed: int, supervised: int) -> Row:

@@ -40,7 +40,9 @@ def holds_llava_adapter(folder: Path) -> bool:
 
 def are_sizes(numbers: Iterable[object]) -> bool:
     """Return whether all are ranks and alphas that a LoRA can have: JSON knows NaN, and 1e12 would fill the memory."""
-    return all(isinstance(number, int | float) and 0 < number <= 2**20 for number in numbers)
+    return all(
+        isinstance(number, int | float) and 0 <= number <= 2**20 for number in numbers
+    )  # `--scale 0` has alpha 0
 
 
 def holds_adapter(folder: Path) -> bool:
