@@ -22,7 +22,6 @@ THOROUGH: dict[str, tuple[str, ...]] = {
         r"test_distributed\.py::test_(zero3|a_projector_loads)",
         r"test_processes\.py::test_each_layer",
         r"test_processes\.py::test_(a_broken_weight|ranks_share)",
-        r"test_processes\.py::test_all_train_with_the_a.*False",
     ),
     "one training where several say as much": (
         r"test_interrupted\.py::test_(a_run_with_loader_processes_that_was_killed_in|sigterm_to_all_processes)",
