@@ -233,7 +233,7 @@ class KeepDigits(TrainerCallback):
         self.buffers = {name: model.get_buffer(name).cpu() for name in fixed_names(model)}
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **objects: Any
     ) -> None:
         for name, kept in self.buffers.items():
             path, _, key = name.rpartition(".")

@@ -255,7 +255,7 @@ def fitted(model: nn.Module, sidecar: Sidecar, *, allow_base_mismatch: bool, is_
         _require_base(base, located)
         paths = {"": "", **{name: path for path, name in names.items()}}
         here = {name: saved for name, saved in located.frozen.items() if name.rpartition(".")[0] in paths}
-        differ = [name for name, saved in here.items() if _differs(saved, base, *name.rsplit(".", 1), paths)]
+        differ = [name for name, saved in here.items() if _differs(saved, base, name, paths)]
         message = "this frozen parameter is not that of the base model that the adapter was made for"
         message += f" ({len(differ):,} of {len(here):,} differ)"
         hint = "load the base model that adapter_config.json names"
@@ -280,8 +280,9 @@ def frozen_fingerprints(model: nn.Module, targets: Sequence[Target]) -> dict[str
     return found
 
 
-def _differs(saved: Fingerprint, base: nn.Module, name: str, leaf: str, paths: Mapping[str, str]) -> bool:
+def _differs(saved: Fingerprint, base: nn.Module, parameter: str, paths: Mapping[str, str]) -> bool:
     """Return whether a parameter is not that of `saved`; `paths` maps names of modules to paths."""
+    name, _, leaf = parameter.rpartition(".")
     layer = base_layer(base, paths[name])
     if leaf not in dict(layer.named_parameters(recurse=False)):
         return True
