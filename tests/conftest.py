@@ -129,12 +129,11 @@ def _copied(make: Callable[[int], Made], seed: int = 0) -> Made:
 @pytest.fixture
 def forked_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Programs that our code starts (an evaluation, a step of the demo, a cell of a sweep) start without imports."""
-    from milora_eval import evaluator
     from milora_vl import demo
     from milora_vl.sweep import runner
     from milora_vl.train import finish
 
-    for module in (demo, evaluator, finish, runner):
+    for module in (demo, finish, runner):
         monkeypatch.setattr(module, "subprocess", programs.ForkedSubprocess)
 
 
