@@ -7,12 +7,12 @@ keeps them for the run itself, a cache by a hash of the weights for other runs.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from hashlib import sha256
 from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import Any
@@ -362,7 +362,8 @@ def _cached(
     job and what to call with the work that is done.
     """
     rank, processes = rank_and_world_size()
-    files = [_cache_file(sources, f"{what} {job.settings}") for job in jobs]
+    keys = [sha256(f"{_VERSION} {sources.weights} {what} {job.settings}".encode()).hexdigest()[:32] for job in jobs]
+    files = [cache_folder(sources.recipe) / f"calibration-{key}.json" for key in keys]
     found = gather([_read(file, job.count) for file, job in zip(files, jobs, strict=True)] if rank == 0 else None)[0]
     if used := sum(map(len, filter(None, found))):
         sources.screen.say(f"{used} calibration {what} of an earlier start are used")
@@ -376,18 +377,16 @@ def _cached(
             written = {number: write(number, bar.update) for number in mine}
     for number, one in chain(*(part.items() for part in reversed(gather(written)))):
         found[number] = one
-    for number in missing if rank == 0 else ():
-        _store(files[number], found[number])
+    try:
+        for number in missing if rank == 0 else ():
+            write_json(files[number], found[number])
+    except OSError as error:
+        warnings.warn(f"calibration texts are not cached in {files[0].parent}: {error.strerror}", stacklevel=2)
     return list(chain(*found))
 
 
 def cache_folder(recipe: Recipe) -> Path:
     return Path(recipe.factor_cache or cache_dir() / "calibration")
-
-
-def _cache_file(sources: _Sources, settings: str) -> Path:
-    key = hashlib.sha256(f"{_VERSION} {sources.weights} {settings}".encode()).hexdigest()[:32]
-    return cache_folder(sources.recipe) / f"calibration-{key}.json"
 
 
 def _read(file: Path, count: int) -> list[Any] | None:
@@ -397,10 +396,3 @@ def _read(file: Path, count: int) -> list[Any] | None:
     except (OSError, ValueError):
         return None
     return found if isinstance(found, list) and len(found) == count else None
-
-
-def _store(file: Path, written: list[Any]) -> None:
-    try:
-        write_json(file, written)
-    except OSError as error:  # Python shows equal warnings once
-        warnings.warn(f"calibration texts are not cached in {file.parent}: {error.strerror}", stacklevel=2)

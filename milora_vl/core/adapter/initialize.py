@@ -17,21 +17,20 @@ from __future__ import annotations
 import time
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations import is_deepspeed_zero3_enabled
 
-from milora_vl.common.errors import Problem, UserError
+from milora_vl.common.errors import UserError
 from milora_vl.common.progress import progress_bar
 from milora_vl.core.calibration import FACTORS
 from milora_vl.core.policy.rules import FloorSigma, Sigma, Target
 from milora_vl.core.svd import Factors
 from milora_vl.core.weights.distributed import broadcast, gather, rank_and_world_size
-from milora_vl.core.weights.matrices import Fingerprint, factor_dtype, fingerprint, read_matrix
+from milora_vl.core.weights.matrices import Fingerprint, factor_dtype, fingerprint, for_each_weight
 from milora_vl.core.weights.tensor_files import cached_factors, cached_singular_values
 
 
@@ -98,54 +97,31 @@ def initialize(
     wanted = [t for t in targets if t.has_anchor]
     cache = None if cache_dir is None else Path(cache_dir)
     rank, processes = rank_and_world_size()
-    is_first, order = rank == 0, wanted
-    if processes > 1:  # a batch takes as long as its most expensive piece, so pieces of similar cost belong together
+    order = wanted
+    if processes > 1:  # processes go in step, so pieces of similar cost belong together
         order = sorted(wanted, key=lambda t: -t.shape[0] * t.shape[1] * min(t.shape))
-    by_path: dict[str, Initial] = {}
-    with progress_bar(FACTORS, len(wanted), "matrices", is_shown=bool(progress and wanted) and is_first) as bar:
-        for start in range(0, len(order), processes):
-            batch = order[start : start + processes]
-            for initial in _decompose_batch(model, batch, cache):
-                by_path[initial.report.path] = initial
-            bar.update(len(batch))
-    _warn_of_zeros(by_path, wanted)
-    return {target.path: by_path[target.path] for target in wanted}
+    shares = [order[first::processes] for first in range(processes)]
+    by_path = {target.path: target for target in wanted}
+    with progress_bar(FACTORS, len(shares[rank]), "matrices", is_shown=bool(progress and wanted) and rank == 0) as bar:
 
+        def make(path: str, W: Tensor) -> Initial:
+            initial = _initial(W, factor_dtype(model.get_submodule(path)), by_path[path], cache)
+            bar.update()
+            return initial
 
-def _decompose_batch(model: nn.Module, batch: Sequence[Target], cache: Path | None) -> Iterator[Initial]:
-    """Yield the initial factors of a batch of targets, at most one per process.
-
-    Each process decomposes one weight; the results are then broadcast.
-    """
-    rank, processes = rank_and_world_size()
-    mine: Initial | None = None
-    problems: Sequence[Problem] = ()
-    W = None
-    for owner, target in enumerate(batch):
-        # Under ZeRO-3 reading a weight gathers it, a collective operation that every process must take part in.
-        if owner == rank or is_deepspeed_zero3_enabled():
-            gathered = read_matrix(model.get_submodule(target.path))
-            W = gathered if owner == rank else W
-    if W is not None:
-        target = batch[rank]
-        try:
-            mine = _initial(W, factor_dtype(model.get_submodule(target.path)), target, cache)
-        except WeightError as error:
-            problems = error.problems
-        except Exception as error:  # any error: the other processes wait for this one in `gather`
-            if processes == 1:
-                raise
-            problems = [Problem(f"{type(error).__name__}: {error}", where=target.path)]
-    results = gather((problems, mine and (mine.fingerprint, mine.report, mine.A0.dtype, mine.A0.shape, mine.B0.shape)))
-    for rank_problems, _ in results:
-        if rank_problems:
-            raise WeightError(problems=rank_problems)
-    for owner, target in enumerate(batch):
-        of_base, report, dtype, *shapes = results[owner][1]
-        device = next(model.get_submodule(target.path).parameters()).device
-        factors = (mine.A0, mine.B0) if mine is not None and owner == rank else (None, None)
-        A0, B0 = (broadcast(factor, shape, dtype, device, owner) for factor, shape in zip(factors, shapes, strict=True))
-        yield Initial(A0, B0, of_base, report)
+        mine = for_each_weight(model, [[target.path for target in share] for share in shares], make)
+    about = {path: (one.fingerprint, one.report, one.A0.dtype) for path, one in mine.items()}
+    found = {path: (owner, *one) for owner, part in enumerate(gather(about)) for path, one in part.items()}
+    initial: dict[str, Initial] = {}
+    for t in wanted:
+        owner, of_base, report, dtype = found[t.path]
+        device, (out, inn) = next(model.get_submodule(t.path).parameters()).device, report.shape
+        own = mine.get(t.path)
+        A0 = broadcast(own and own.A0, (report.rank, inn), dtype, device, owner)
+        B0 = broadcast(own and own.B0, (out, report.rank), dtype, device, owner)
+        initial[t.path] = Initial(A0, B0, of_base, report)
+    _warn_of_zeros(initial, wanted)
+    return initial
 
 
 def _initial(W: Tensor, dtype: torch.dtype, target: Target, cache: Path | None) -> Initial:

@@ -12,14 +12,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from milora_vl.common.errors import Problem, UserError
 from milora_vl.common.progress import progress_bar
 from milora_vl.core.calibration import INPUTS
 from milora_vl.core.calibration.bases import (
@@ -35,7 +34,7 @@ from milora_vl.core.policy.rules import Target
 from milora_vl.core.policy.towers import image_token_of, is_encoder_decoder, keep_weights_readable
 from milora_vl.core.svd.gram import add_to_lower, full_precision, mirror
 from milora_vl.core.weights.distributed import free_memory, gather, rank_and_world_size
-from milora_vl.core.weights.matrices import gathered, gathered_in_forward, is_linear, read_matrix
+from milora_vl.core.weights.matrices import Made, for_each_weight, gathered, gathered_in_forward, is_linear
 
 Batch = Mapping[str, Any]
 Hook = Callable[[Tensor], None]
@@ -145,7 +144,6 @@ class _Input:
 
 
 Source = Sequence[tuple[Batch, Tensor | None]]
-Made = TypeVar("Made")
 
 
 @torch.no_grad()
@@ -171,8 +169,17 @@ def for_each_input(
     sources = [(_with_positions(model, fit), _with_positions(model, held) if held else []) for fit, held in parted]
     rank = rank_and_world_size()[0]
     made: dict[str, Made] = {}
+
+    def decomposed(path: str, W: Tensor) -> Made:
+        one, target = readers[path], wanted[path]
+        basis = one.basis or _basis(one)
+        one.basis = None if path == one.paths[-1] else basis
+        kept = basis.first(basis.size - (target.rank or 0))
+        return make(target, W, basis if kept.num_directions == basis.num_directions else kept)
+
     with gathered(model), evaluated(model), without_caches(model):
         inputs = _inputs_in_order(model, wanted, [batch for fit, _ in sources for batch, _ in fit])
+        readers = {path: one for one in inputs for path in one.paths}
         room = ROOM * min(gather(free_memory(next(model.parameters()).device)))
         room /= 4 if len(sources) > 1 else 2  # sums of two kinds; of a source and in all
         passes = list(zip_longest(*(_passes(share, room) for share in _shares(inputs)), fillvalue=[]))
@@ -182,7 +189,8 @@ def for_each_input(
                 for fit, held in sources:
                     _add(model, fit, {one: one.fit for one in parts[rank]}, bar.update)
                     _add(model, held, {one: one.held for one in parts[rank]}, bar.update)
-                made |= _decomposed(model, parts, wanted, make)
+                queues = [[path for one in part for path in one.paths] for part in parts]
+                made |= for_each_weight(model, queues, decomposed)
     return made
 
 
@@ -200,44 +208,6 @@ def _add(model: nn.Module, batches: Source, sums: Mapping[_Input, _Sum], on_batc
         on_batch()
     for one, one_sum in sums.items():
         one_sum.end_source((_count(batches) if one.has_positions else 0) or one_sum.num_now)
-
-
-def _decomposed(
-    model: nn.Module,
-    parts: Sequence[Sequence[_Input]],
-    targets: Mapping[str, Target],
-    make: Callable[[Target, Tensor, InputBasis], Made],
-) -> dict[str, Made]:
-    """Decompose the sums of a pass and return what `make` returns; `parts` has the inputs of each process."""
-    rank, processes = rank_and_world_size()
-    made: dict[str, Made] = {}
-    failure: tuple[type[UserError], Sequence[Problem]] | None = None
-    for items in zip_longest(*([(one, path) for one in part for path in one.paths] for part in parts)):
-        W = None
-        for owner, item in enumerate(items):
-            # Under ZeRO-3 reading a weight gathers it, a collective operation that every process takes part in.
-            if item is not None and (owner == rank or is_deepspeed_zero3_enabled()):
-                gathered = read_matrix(model.get_submodule(item[1]))
-                W = gathered if owner == rank else W
-        if W is None or failure is not None:
-            continue
-        one, path = items[rank]
-        try:
-            basis = one.basis = one.basis or _basis(one)
-            kept = basis.first(basis.size - (targets[path].rank or 0))
-            made[path] = make(targets[path], W, basis if kept.num_directions == basis.num_directions else kept)
-        except UserError as error:
-            failure = type(error), error.problems
-        except Exception as error:  # any error: the other processes wait for this one in `gather`
-            if processes == 1:
-                raise
-            failure = CalibrationError, [Problem(f"{type(error).__name__}: {error}", where=path)]
-        if path == one.paths[-1]:
-            one.basis = None
-    for failed in gather(failure):
-        if failed is not None:
-            raise failed[0](problems=failed[1])
-    return made
 
 
 def _shares(inputs: Sequence[_Input]) -> list[list[_Input]]:

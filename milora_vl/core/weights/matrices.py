@@ -10,11 +10,12 @@ the coarser dtype; two different weights do not.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from itertools import zip_longest
+from typing import Any, TypeVar
 
 import torch
 from peft.utils.integrations import dequantize_module_weight, gather_params_ctx
@@ -23,10 +24,13 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.pytorch_utils import Conv1D
 
 from milora_vl.common.compat.transformers import whole_weights
+from milora_vl.common.errors import Problem, UserError
 from milora_vl.core.svd import frobenius
 from milora_vl.core.svd.gram import full_precision
 from milora_vl.core.weights import distributed
-from milora_vl.core.weights.distributed import gather
+from milora_vl.core.weights.distributed import gather, rank_and_world_size
+
+Made = TypeVar("Made")
 
 
 def is_adaptable(module: nn.Module) -> bool:
@@ -89,6 +93,39 @@ def read_parameter(module: nn.Module, name: str) -> Tensor:
     with gather_params_ctx([parameter], modifier_rank=None):
         matrix = parameter.detach().reshape(-1, parameter.shape[-1] if parameter.ndim else 1).clone()
     return matrix if matrix.is_floating_point() else matrix.float()
+
+
+def for_each_weight(
+    model: nn.Module, queues: Sequence[Sequence[str]], make: Callable[[str, Tensor], Made]
+) -> dict[str, Made]:
+    """Return `make(path, W)` by path for the modules of this process; `queues` has the paths of each process.
+
+    Under ZeRO-3 reading a weight gathers it, a collective operation: all processes go through the queues in step.
+    An error of one process is raised in all of them, with its class if it is a UserError.
+    """
+    rank, processes = rank_and_world_size()
+    made: dict[str, Made] = {}
+    failure: tuple[type[UserError], Sequence[Problem]] | None = None
+    for paths in zip_longest(*queues):
+        W = None
+        for owner, path in enumerate(paths):
+            if path is not None and (owner == rank or is_deepspeed_zero3_enabled()):
+                whole = read_matrix(model.get_submodule(path))
+                W = whole if owner == rank else W
+        if W is None or failure is not None:
+            continue
+        try:
+            made[paths[rank]] = make(paths[rank], W)
+        except UserError as error:
+            failure = type(error), error.problems
+        except Exception as error:  # any error: the other processes wait for this one in `gather`
+            if processes == 1:
+                raise
+            failure = UserError, [Problem(f"{type(error).__name__}: {error}", where=paths[rank])]
+    for failed in gather(failure):
+        if failed is not None:
+            raise failed[0](problems=failed[1])
+    return made
 
 
 @contextmanager
