@@ -7,6 +7,7 @@ import importlib
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -155,7 +156,9 @@ def test_vlmevalkit_runs_a_local_table_on_base_and_adapter(adapter: Path, tmp_pa
     pictures = sorted((tmp_path / "images" / "Colours").iterdir())  # it has written the table's as JPEG
     assert len(pictures) == len(colors)
     asked = [Prompt((turn,), (picture,), "exact") for picture in pictures]
-    assert found == generate(*loaded, asked, max_new_tokens=LONGEST)
+    said = generate(*loaded, asked, max_new_tokens=LONGEST)
+    # VLMEvalKit's Excel file has control characters as _x0005_, which is no part of an answer.
+    assert [re.sub("_x00[01][0-9A-F]_", "", text) for text in found] == [re.sub("[\0-\x1f]", "", text) for text in said]
 
 
 def test_a_harness_that_is_not_installed_is_said() -> None:
