@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from milora_data.keys import KeyOf, file_key, question_key, shown_keys
 from milora_data.records.record import Turn, Video
 from milora_eval.stats import clustered_stderr, mean, stratified_mean, stratified_stderr
 from milora_vl.common.atomic_write import write_text
@@ -268,3 +269,18 @@ def grouped(
     for answer in answers:
         groups.setdefault(key(answer), []).append(answer)
     return groups
+
+
+def content_of(item: Item, read: KeyOf = file_key) -> list[Any]:
+    """Return what identifies the pictures and videos of an item; `read` returns the key of each file."""
+    return shown_keys(item.images, item.videos, read)
+
+
+def key_of_question(benchmark: Benchmark, item: Item, content: Sequence[Any]) -> str:
+    """Return the key of a question: its prompt, answers, type and metric, and the content of pictures and videos.
+
+    Only where the file of a picture or video is missing, the id of the question is part of it.
+    """
+    has_all = all(each is not None and (isinstance(each, str) or each[0] is not None) for each in content)
+    rest = [item.kind, item.meta.get("metric"), None if has_all else item.id]
+    return question_key(benchmark.prompt(item), content, item.answers, rest)

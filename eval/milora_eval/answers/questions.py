@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from milora_data.keys import data_key, file_key
-from milora_eval.answers.identity import answer_key, content_of, key_of_question
-from milora_eval.benchmark import Benchmark, Item, MissingData
+from milora_eval.answers.identity import answer_key
+from milora_eval.benchmark import Benchmark, Item, MissingData, content_of, key_of_question
 from milora_eval.benchmarks.own_data import OwnData
 from milora_eval.data_files import load_items, other_questions
 from milora_eval.suites import SEE, Chosen, choose, data_folder, folder_of, has_files

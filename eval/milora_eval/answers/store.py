@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from milora_data.records.record import Reply, Turn, Video
-from milora_eval.answers.identity import content_of, key_of_question
-from milora_eval.benchmark import Answer, Benchmark, Item
+from milora_eval.benchmark import Answer, Benchmark, Item, content_of, key_of_question
 from milora_eval.suites import reference
 from milora_vl.common.atomic_write import atomic_file, json_lines
 from milora_vl.common.errors import UserError, expected_format

@@ -17,8 +17,18 @@ from typing import Any
 from milora_data.keys import KeyOf, data_key, digest, file_key
 from milora_data.pictures.load import is_embedded, place_of, refusal
 from milora_data.records.record import IMAGE, VIDEO, identifier_of, parse_record, renamed_video
-from milora_eval.answers.identity import content_of, key_of_question
-from milora_eval.benchmark import Answer, Benchmark, Form, Item, Metric, MissingData, mean_of_items, means
+from milora_eval.benchmark import (
+    Answer,
+    Benchmark,
+    Form,
+    Item,
+    Metric,
+    MissingData,
+    content_of,
+    key_of_question,
+    mean_of_items,
+    means,
+)
 from milora_eval.benchmarks.short_answers import FIRST_LINE, anls, chartqa_correct, exact_match, in_first_line
 from milora_eval.benchmarks.vqa import clean, leave_one_out, m4c_normalise, normalise
 from milora_eval.data_files import json_values
