@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from milora_data.keys import digest, file_key
-from milora_eval.answers.identity import content_of
 from milora_eval.answers.questions import select
 from milora_eval.answers.store import PREDICTIONS, to_line, write_lines
-from milora_eval.benchmark import Benchmark
+from milora_eval.benchmark import Benchmark, content_of
 from milora_eval.commands.flags import PLUGIN, PROTOCOL
 from milora_eval.data_files import load_items
 from milora_eval.scores.exports import export, join, read_llava_answers, read_predictions
