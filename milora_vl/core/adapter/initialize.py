@@ -117,8 +117,8 @@ def initialize(
         owner, of_base, report, dtype = found[t.path]
         device, (out, inn) = next(model.get_submodule(t.path).parameters()).device, report.shape
         own = mine.get(t.path)
-        A0 = broadcast(own and own.A0, (report.rank, inn), dtype, device, owner)
-        B0 = broadcast(own and own.B0, (out, report.rank), dtype, device, owner)
+        A0 = broadcast(None if own is None else own.A0, (report.rank, inn), dtype, device, owner)
+        B0 = broadcast(None if own is None else own.B0, (out, report.rank), dtype, device, owner)
         initial[t.path] = Initial(A0, B0, of_base, report)
     _warn_of_zeros(initial, wanted)
     return initial
