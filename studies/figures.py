@@ -21,7 +21,7 @@ from milora_vl.common.atomic_write import write_text
 from milora_vl.common.cli.table import Table
 from milora_vl.report.plots import METHOD_COLOURS, page_figure, png
 from milora_vl.sweep.cells import Cell
-from milora_vl.sweep.curves import Ratio, about_pictures, at_common_loss, curves_of
+from milora_vl.sweep.curves import Ratio, at_common_loss, curves_of
 from milora_vl.sweep.results import Mean, mean_of
 from studies.page import read_cells
 from studies.study import read_study
@@ -71,25 +71,12 @@ class Task:
 
 
 SMOLLM2 = Task("SmolLM2: topics of names", 40, 16, ("fixed-a.smollm2", "curves.smollm2", "pictures.smollm2"))
-SMOLLM2_300 = Task("SmolLM2: topics of names", 300, 16, ("fixed-a.smollm2-300",))
 MINILM = Task("MiniLM-L6: topics of names", 60, 32, ("fixed-a.minilm", "curves.minilm"))
-EASY_VQA = Task("smol-llava: easy-VQA", 160, 4, ("pictures.easy-vqa", "fixed-a.easy-vqa"))
-EMOJI = Task("smol-llava: emoji", 30, 8, ("pictures.smol-llava", "fixed-a.smol-llava"), "lora-same-projector")
-EMOJI_300 = Task("smol-llava: emoji", 300, 8, ("pictures.smol-llava-300", "fixed-a.smol-llava-300"))
-# What the earlier default kept: task, its rows in the files, and what a reader has to know about them. On pictures
-# it had base_kl in every fourth step; on MiniLM-L6 only its first form ran.
-GRADIENT, WITH_KL, FIRST = "gradient", "kl-4", "short-gradient"
-KEPT = (
-    (SMOLLM2, GRADIENT, ""),
-    (SMOLLM2_300, GRADIENT, ""),
-    (MINILM, FIRST, " (A’s rows half as long)"),
-    (EASY_VQA, WITH_KL, ""),
-    (EMOJI, WITH_KL, ""),
-    (EMOJI_300, WITH_KL, ""),
-)
+# On MiniLM-L6 only the first form of the rows along the gradient ran.
+GRADIENT, FIRST = "gradient", "short-gradient"
 # Setting -> its rows of SmolLM2 and MiniLM-L6.
 OTHERS = {
-    "the earlier default (MiniLM-L6: A’s rows half as long)": (GRADIENT, FIRST),
+    "A’s rows along the task’s gradient (MiniLM-L6: half as long)": (GRADIENT, FIRST),
     "`protect: 0.98`, A’s rows half as long": (f"{FIRST}-0.98", ""),
     "`protect: 0.9`, A’s rows half as long": (f"{FIRST}-0.9", f"{FIRST}-0.9"),
     "minor directions, A’s rows half as long": ("", "short-minor"),
@@ -110,7 +97,7 @@ OTHERS = {
 # How to train one task after the other -> its rows. The first three are those of docs/next-task.md.
 WAYS = {
     "`--method lora`, then `--adapter`": "lora",
-    "the earlier default, then `--after`": "after",
+    "rows along the task’s gradient, then `--after`": "after",
     "the same with `--base_kl_weight 1`": "after-kl",
     "earlier records and texts as one source": "after-sum",
     "an own share for each source": "after-each",
@@ -298,24 +285,6 @@ def chart() -> Figure:
     return figure
 
 
-def kept() -> str:
-    """Return what the earlier default forgot, where LoRA forgets 1, and the losses that both reach."""
-    rows = []
-    for task, method, note in KEPT:
-        cells = task.cells()
-        curves = curves_of(cells)
-        ends = [(front[0].loss, curves[task.lora][seed][0].loss) for seed, front in curves[method].items()]
-        of_method, of_lora = (mean_of(losses).value for losses in zip(*ends, strict=True))
-        reached = sum(loss <= other for loss, other in ends)
-        rows.append((
-            task.name + note, str(task.steps), _text(_ratio(cells, method, task.lora)),
-            _text(_ratio(about_pictures(cells), method, task.lora)),
-            f"{of_method:.2f} ({of_lora:.2f})", f"{reached} of {len(ends)}",
-        ))  # fmt: skip
-    header = ("task", "steps", "forgets text", "about pictures", "lowest loss (LoRA’s)", "seeds that reach LoRA’s")
-    return Table(header, tuple(rows)).markdown()
-
-
 def others() -> str:
     """Return what each setting forgets over LoRA on two tasks."""
     tasks = (SMOLLM2, MINILM)
@@ -358,7 +327,6 @@ FIGURES: dict[str, Callable[[], str]] = {
     "inside": inside,
     "inside ratios": inside_ratios,
     "inside left": inside_left,
-    "kept": kept,
     "others": others,
     "rates": rates,
     "sequence": sequence,

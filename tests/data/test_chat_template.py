@@ -95,6 +95,6 @@ def test_answers_of_another_chat_template_are_not_taken_for_the_same(tmp_path: P
 
     model, tokenizer = load_model(write_text_model(tmp_path))
     other = with_template(tokenizer, TINY.replace("[assistant]", "[you]"))
-    found = [settings(model, each, None, "chat_template", "pad") for each in (tokenizer, other)]
+    found = [settings(model, each, "chat_template", "pad") for each in (tokenizer, other)]
     assert found[0] != found[1]
-    assert settings(model, tokenizer, None, "vicuna_v1", "pad") == settings(model, other, None, "vicuna_v1", "pad")
+    assert settings(model, tokenizer, "vicuna_v1", "pad") == settings(model, other, "vicuna_v1", "pad")

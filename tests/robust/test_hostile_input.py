@@ -50,7 +50,7 @@ def test_stored_answers_run_no_code_that_nobody_named(tmp_path: Path, capsys: py
     answer = {
         "id": "1", "benchmark": f"{own}:Mine", "type": "query", "question": "What colour?", "image": "0.png",
         "image_file": "0.png", "prediction": "red", "answers": ["red"], "correct": 1.0, "baseline": None, "group": "0",
-        "key": "k1", "meta": {"question_id": "1"}, "context": [["user", "a"], ["assistant", "b"]],
+        "key": "k1", "question_key": "q1", "meta": {"question_id": "1"}, "context": [["user", "a"], ["assistant", "b"]],
     }  # fmt: skip
     (run / "predictions.jsonl").write_text(json.dumps(answer) + "\n")
     with pytest.raises(UserError) as raised:

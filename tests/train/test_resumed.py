@@ -183,6 +183,7 @@ def test_a_checkpoint_without_its_recipe_is_refused(whole: Path, data: Path, tmp
         main(training(data, tmp_path / "run", "--rank", "8", *resume))
     assert [problem.code for problem in caught.value.problems] == ["resume-no-recipe"]
     shutil.copy(whole / "recipe.yaml", alone.parent)
+    shutil.copytree(whole / "start", alone.parent / "start")
     assert main(training(data, tmp_path / "run", "--rank", "8", *resume)) == 0
     assert same_weights(tmp_path / "run", whole)
 
