@@ -6,9 +6,9 @@ records pass that it keeps.
 
 from __future__ import annotations
 
-import hashlib
 import re
 import stat
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -16,8 +16,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias
 
+import xxhash
+
 from milora_data.encode.templates import place_images, split_turns
 from milora_data.formats.jsonfile import require_json
+from milora_data.keys import FileKeys, digest, file_key, record_key
 from milora_data.pictures.load import (
     ImageError,
     ImagePolicy,
@@ -28,7 +31,7 @@ from milora_data.pictures.load import (
     place_of,
 )
 from milora_data.pictures.videos import require_pyav, require_whole_video
-from milora_data.records.record import IMAGE, Record, content_digest, identity
+from milora_data.records.record import IMAGE, Record
 from milora_data.stream import is_json, load_records, record_items
 from milora_vl.common.cli import console as cli
 from milora_vl.common.cli.console import amount
@@ -64,6 +67,7 @@ KINDS: Mapping[str, FindingKind] = {
     "unanswered": FindingKind("warning", "ends with a question, which has no effect on training"),
     "special_token": FindingKind("warning", "text contains a special token, which is encoded as such"),
     "several_placeholders": FindingKind("warning", f"more {IMAGE} in a turn than the record has pictures: one is kept"),
+    "unread_key": FindingKind("warning", "key of a turn that is not read"),
     "control_character": FindingKind("warning", "text with control characters"),
 }
 # Special tokens of Llama, Vicuna, Qwen, SmolLM and GPT-2; a tokenizer has only some of them.
@@ -76,6 +80,7 @@ _PATTERNS = {"broken_text": re.compile("[\ud800-\udfff]"), "control_character": 
 # Kinds whose messages are complete without the title.
 _SENTENCES = ("broken_json", "not_a_record", "turn_order", "placeholders")
 _STORED_AT_ONCE = 256  # pictures of shards and tables that are kept until they are decoded together
+COMPARED = 2**30  # bytes of picture files that a resumed run compares by content, evenly spread
 _Records: TypeAlias = dict[str, list[tuple[str, str]]]  # picture or video -> place and id of each record with it
 
 
@@ -148,8 +153,10 @@ def examine(record: Record) -> Iterator[Finding]:
         if sum(turn.text.count(IMAGE) for turn in record.turns) > len(record.images):
             number = next(n for n, turn in enumerate(record.turns, start=1) if turn.text.count(IMAGE) > 1)
             yield finding("several_placeholders", f"turn {number}")
-    if len(exchange) < 2:
-        yield finding("no_answer", amount(len(record.turns), "turn"))
+    if record.unread:
+        yield finding("unread_key", ", ".join(sorted(set(record.unread))))
+    if not any(turn.weight for turn in exchange if turn.role == "assistant"):
+        yield finding("no_answer", f"{amount(len(record.turns), 'turn')}, no answer to train")
     elif exchange[-1].role != "assistant":
         yield finding("unanswered", exchange[-1].text)
     if len(exchange) < sum(turn.role != "system" for turn in record.turns):
@@ -178,7 +185,8 @@ def scan(path: Path, folder: Path, *, pictures: Literal["decode", "exist"] = "de
     used: _Records = {}
     stored: _Records = {}
     videos: set[str] = set()
-    contents: dict[str, dict[str, bytes]] = {}  # file -> id -> the digest of its first record
+    contents: dict[str, dict[str, str]] = {}  # file -> id -> the key of its first record
+    key_of = FileKeys(folder)
     for record in readable(path, report):
         report.records += 1
         report.with_pictures += bool(record.images)
@@ -189,7 +197,7 @@ def scan(path: Path, folder: Path, *, pictures: Literal["decode", "exist"] = "de
             size = f"{len(first.content):,} bytes"
             report.findings.append(Finding("embedded_picture", record.source, size, record.id))
         of_file = contents.setdefault(record.source.rpartition(":")[0], {})
-        if record.id and of_file.setdefault(record.id, digest := content_digest(record)) != digest:
+        if record.id and of_file.setdefault(record.id, key := record_key(record, key_of)) != key:
             report.findings.append(Finding("repeated_id", record.source, "an earlier record has this id", record.id))
         for name in record.files:
             of_kind = stored if isinstance(name, StoredPicture) else used
@@ -334,10 +342,12 @@ class TrainingCheck:
     def __init__(self) -> None:
         self.with_images = bytearray()  # 1 for each record with an image, 0 for each other
         self.num_with_videos = 0
+        self.unread = Counter[str]()  # keys of turns that are not read
         self.unlearnable: list[int] = []  # the places of records without an answer; the collator skips them
-        self._digest = hashlib.blake2b(digest_size=16)
+        self._digest = xxhash.xxh3_128()
         self._errors: list[Finding] = []
-        self._used: dict[str, str] = {}  # picture or video -> the first record with it
+        self._used: dict[str, str] = {}  # picture or video in a file -> the first record with it
+        self._sizes: dict[str, int | None] = {}
         self._reads_video_files = False
 
     def passing(self, records: Iterable[Record]) -> Iterator[Record]:
@@ -352,13 +362,32 @@ class TrainingCheck:
         self._errors += [finding for finding in errors if finding.kind != "no_answer"]
         self.with_images.append(bool(record.images))
         self.num_with_videos += bool(record.videos)
+        self.unread.update(record.unread)
         self._reads_video_files = self._reads_video_files or bool(record.video_files)
-        self._digest.update(identity(record))
+        key = record_key(record, lambda name: file_key(name) if isinstance(name, StoredPicture) else "")
+        self._digest.update(key.encode())
         for name in record.files:
-            self._used.setdefault(name, record.source)
+            if not (isinstance(name, StoredPicture) and name.content):
+                self._used.setdefault(name, record.source)
+
+    def without(self, kept: Iterable[Record]) -> TrainingCheck:
+        """Return the check of some of the records, after `finish`."""
+        check = TrainingCheck()
+        for record in kept:
+            check.add(record)
+        check._sizes = self._sizes
+        return check
 
     def fingerprint(self) -> str:
+        """Return the key of the records in their order: of their texts and their stored pictures."""
         return self._digest.hexdigest()
+
+    def pictures(self, image_folder: str | Path | None) -> str:
+        """Return the key of the picture files, after `finish`: all of their sizes, and the contents of a GB of them."""
+        sizes = [self._sizes[name] for name in self._used]
+        step = -(-sum(size or 0 for size in sizes) // COMPARED) or 1
+        read = (place_of(Path(image_folder or ""), name) for name in list(self._used)[::step])
+        return digest([sizes, *map(file_key, read)]) if sizes else ""
 
     def finish(self, image_folder: str | Path | None, bad_images: ImagePolicy, path: Path | None = None) -> set[str]:
         """Return the pictures that are missing or empty.
@@ -376,7 +405,8 @@ class TrainingCheck:
             raise DataError(problems=[no_records(path or "the data")])
         if self._errors:
             raise _broken(self._errors)
-        missing = find_missing(self._used, folder)
+        self._sizes = {name: _num_bytes(place_of(folder, name)) for name in self._used}
+        missing = [name for name, size in self._sizes.items() if not size]
         if missing and bad_images == "raise":
             raise MissingImages(missing, self._used, folder, path.parent if path else None)
         return set(missing)

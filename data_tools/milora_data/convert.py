@@ -234,7 +234,14 @@ class PictureFolder:
 
 def _as_llava(record: Record, identifier: str) -> dict[str, Any]:
     images = {"image": record.images[0] if len(record.images) == 1 else list(record.images)} if record.images else {}
-    turns = [{"from": SPEAKERS[turn.role], "value": turn.text} for turn in record.turns]
+    turns = [
+        {
+            "from": SPEAKERS[turn.role],
+            "value": turn.text,
+            **({} if turn.weight or turn.role == "user" else {"weight": 0}),
+        }
+        for turn in record.turns
+    ]
     shown = [{key: part for key, part in video._asdict().items() if part} for video in record.videos]
     if any(isinstance(name, StoredPicture) for video in record.videos for name in video.files):
         raise DataError("frames of videos inside a table are not written to files", code="record-videos")
@@ -264,7 +271,7 @@ formats (--from):
              caption
   alpaca     instruction, input and output, or query and response, as in LLM-Adapters and MetaMathQA
   hub        FILE.parquet, FILE.tar (webdataset: a.jpg with a.txt or a.json), a folder of save_to_disk,
-             hub:OWNER/NAME[:SPLIT]; pictures are written to images/
+             hub:OWNER/NAME[/CONFIG][@REVISION][:SPLIT]; pictures are written to images/
   coco       captions_....json
   vqav2      the questions file and the annotations file of VQAv2, or of a data set in its form
 

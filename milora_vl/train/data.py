@@ -6,7 +6,6 @@ each is read once, and few are rendered or processed.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import signal
 import threading
@@ -14,7 +13,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
 from itertools import islice
@@ -34,7 +33,7 @@ from milora_data.encode.labels import NoSupervisedTokens
 from milora_data.encode.templates import OWN, TEMPLATES
 from milora_data.encode.tokens import own_template
 from milora_data.keys import FileKeys, record_key
-from milora_data.pictures.load import ImagePolicy, content_of, place_of
+from milora_data.pictures.load import ImagePolicy
 from milora_data.records.record import IMAGE, CompactRecords, Record
 from milora_data.stream import Source, load_records, mixed_records
 from milora_data.stream.dataset import RecordStream, record_stream
@@ -50,7 +49,6 @@ from milora_vl.train.recipe import DataConfig, Recipe, SourceConfig
 
 INSPECTED = 100  # records of a stream that are checked before training
 FIRST = 100  # records that are rendered before the model loads
-HASHED = 64  # pictures that identify a data set
 TIMEOUT = 1800.0
 """Seconds after which loader processes without a batch count as hung. A slow file system needs seconds, not this."""
 # The events that the collator counts, as text.
@@ -71,10 +69,11 @@ class RunData:
     unlearnable: int = 0  # they have no answers
     broken: tuple[Finding, ...] = ()  # invalid records, if --bad_images is not raise
     streamed: bool = False  # `train` holds the first records of a stream
-    fingerprint: str = ""  # of the contents and the order of `train`, independent of paths
-    pictures: str = ""  # hash of the contents of some pictures of `train`
+    fingerprint: str = ""  # of the texts, the stored pictures and the order of `train`
+    pictures: str = ""  # of the picture files of `train` (`TrainingCheck.pictures`)
     with_images: bytes = b""  # 1 for each record of `train` with an image, 0 for each other
     num_with_videos: int = 0  # of `train`
+    unread: Mapping[str, int] = field(default_factory=dict)  # keys of turns that are not read
 
     def describe(self) -> str:
         if self.streamed:
@@ -92,6 +91,7 @@ class RunData:
             messages.append(f"{amount(len(self.broken), 'broken record')} skipped (python -m milora_data check)")
         if self.unlearnable:
             messages.append(f"{amount(self.unlearnable, 'record')} without an answer skipped")
+        messages += [f'"{key}" of {amount(count, "turn")} is not read' for key, count in self.unread.items()]
         return messages
 
     def counts(self) -> dict[str, int]:
@@ -182,9 +182,7 @@ def _load_checked(path: str | list[SourceConfig], config: DataConfig) -> RunData
         skipped = len(records) - len(complete)
         unlearnable = set(check.unlearnable)
         kept = records.only(place for place in complete if place not in unlearnable)
-        check = TrainingCheck()
-        for record in kept:
-            check.add(record)
+        check = check.without(kept)
     if not kept:
         raise UserError(problems=[_none_left(name, report, missing_picture=skipped, no_answer=len(records) - skipped)])
     found = RunData(kept, None, skipped, len(records) - skipped - len(kept), tuple(report.findings))
@@ -192,20 +190,13 @@ def _load_checked(path: str | list[SourceConfig], config: DataConfig) -> RunData
 
 
 def _described(data: RunData, check: TrainingCheck, config: DataConfig) -> RunData:
-    """Return the data with hashes of its texts and of up to HASHED pictures, evenly spread over it, and counts."""
-    places = [number for number, has_image in enumerate(check.with_images) if has_image]
-    digest = hashlib.blake2b(digest_size=16)
-    for number in places[:: -(-len(places) // HASHED) or 1]:
-        try:
-            digest.update(content_of(place_of(Path(config.image_folder or ""), data.train[number].images[0])))
-        except OSError:  # `bad_images` decides about it
-            digest.update(b"unreadable")
     return replace(
         data,
         fingerprint=check.fingerprint(),
-        pictures=digest.hexdigest() if places else "",
+        pictures=check.pictures(config.image_folder),
         with_images=bytes(check.with_images),
         num_with_videos=check.num_with_videos,
+        unread=check.unread,
     )
 
 

@@ -182,17 +182,27 @@ def continued(earlier: Earlier, run: RunFolder, environment: dict[str, Any]) -> 
     return {**environment, **kept, **times, "resumed": [*legs, entry]}
 
 
-def require_same_records(earlier: Earlier, data: RunData) -> None:
-    """Raise UserError if the records, or their order, differ from the ones that the run was trained on."""
+def require_same_records(earlier: Earlier, data: RunData) -> list[str]:
+    """Return a warning about what a stream leaves unchecked.
+
+    Raises UserError if the records, their order or their pictures differ from those that the run was trained on.
+    """
     count, path = data.counts().get("train"), earlier.recipe.data.path
     before = earlier.environment.get("data", {}).get("train", count)
-    if before == count and earlier.environment.get("records", data.fingerprint) == data.fingerprint:
-        return
-    where = f" ({path})" if isinstance(path, str) else ""
-    numbers = f": it had {before:,}, now there are {count:,}" if before != count else ""
+    where, what, numbers = (f" ({path})" if isinstance(path, str) else ""), "records", ""
+    if before != count:
+        numbers = f": it had {before:,}, now there are {count:,}"
+    elif earlier.environment.get("records", data.fingerprint) == data.fingerprint:
+        if earlier.environment.get("pictures", data.pictures) == data.pictures:
+            unread = (
+                f"of the stream, only the first {len(data.train):,} records and pictures were compared with the run's"
+            )
+            return [unread] if data.streamed else []
+        what, where = "pictures", f" ({earlier.recipe.data.image_folder})"
     raise UserError(
-        f"these are not the records that {earlier.checkpoint or earlier.folder} was trained on{numbers}",
-        hint=f"to resume:           restore the old records{where}\n{NEW_RUN}",
+        f"these are not the {what} that {earlier.checkpoint or earlier.folder} was trained on{numbers}",
+        code="resume-other-data",
+        hint=f"to resume:           restore the old {what}{where}\n{NEW_RUN}",
     )
 
 

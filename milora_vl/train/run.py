@@ -112,8 +112,9 @@ def read_records(run: Run, screen: Screen) -> RunData:
     if other is not None:
         message = f"rank {other} reads other records or pictures than rank 0"
         raise UserError(message, where=str(recipe.data.path), hint="all machines must see the same data")
+    warnings = records.warnings()
     if run.earlier is not None:
-        resume.require_same_records(run.earlier, records)
+        warnings += resume.require_same_records(run.earlier, records)
     elif recipe.adapter and inherit.has_other_records(Path(recipe.adapter), records.fingerprint):
         screen.say(
             f"note: {recipe.adapter} was trained on other records, and this run overwrites what it has learned; "
@@ -121,7 +122,6 @@ def read_records(run: Run, screen: Screen) -> RunData:
         )
     elif any(task["fingerprint"] == records.fingerprint for task in run.tasks):
         screen.say("note: an earlier run was trained on these records; for more steps on them use --adapter")
-    warnings = records.warnings()
     if folder.checkpoint is not None:
         stage = arguments.zero_stage(run.args)
         warnings += resume.warnings(folder.checkpoint, processes=run.args.world_size, stage=stage)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,13 @@ import pytest
 
 from milora_data.batches.lengths import lengths_of
 from milora_data.batches.record_collator import RecordCollator
+from milora_data.encode.labels import NoSupervisedTokens
 from milora_data.encode.tokens import IGNORE
+from milora_data.pictures.load import StoredPicture
 from milora_data.records.record import parse_record
 from milora_vl.models.collator_for import collator_for
 from milora_vl.models.tiny import tiny_llama, tiny_llava
+from support.drawn import encoded
 from support.tiny_next import tiny_next
 from support.versions import needs_places
 from support.vlm_families import model_of, processor_of
@@ -22,6 +26,7 @@ from support.vlm_runs import write_pictures
 pytestmark = pytest.mark.filterwarnings("ignore")
 SEEN = {"conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A dog."}]}
 TEXT = {"conversations": [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "It is a long answer."}]}
+SIZES = ((48, 32), (640, 224))
 KINDS = ["llava", "next", "text", pytest.param("qwen2_5_vl", marks=needs_places)]
 Make = Callable[..., tuple[RecordCollator[Any], Any, list[Any]]]
 
@@ -88,6 +93,27 @@ def test_lengths_follow_an_image_of_another_size(kind: str, make: Make, tmp_path
     after = lengths_of(records, collate, beside=tmp_path / "data.json")
     assert after[1] == collate.num_tokens(records[1]) != before[1]
     assert after[2] == before[2]
+    stored = [replace(records[1], images=(StoredPicture("same.png", encoded("red", size)),)) for size in SIZES]
+    counted = [lengths_of([record], collate, beside=tmp_path / "data.json") for record in stored]
+    assert counted == [[collate.num_tokens(record)] for record in stored]
+    assert counted[0] != counted[1]
+
+
+@pytest.mark.parametrize("excluded", [{"weight": 0}, {"loss": False}])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_excluded_answer_is_read_and_not_trained(kind: str, excluded: dict[str, Any], make: Make) -> None:
+    collate, tokenizer, _ = make(kind)
+    said = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "A wrong one."}]
+    more = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "A good one.", "weight": 1}]
+    whole, part = (parse_record({"messages": [said[0], said[1] | keys, *more]}) for keys in ({}, excluded))
+    batch = collate([part])
+    assert batch["input_ids"].tolist() == collate([whole])["input_ids"].tolist()
+    trained = tokenizer.decode(batch["labels"][batch["labels"] != IGNORE])
+    assert "A good one." in trained
+    assert "wrong" not in trained
+    assert "wrong" in tokenizer.decode(batch["input_ids"][0])
+    with pytest.raises(NoSupervisedTokens):
+        collate.require_usable(parse_record({"messages": [said[0], said[1] | excluded]}))
 
 
 @pytest.mark.parametrize("kind", KINDS)

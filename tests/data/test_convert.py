@@ -15,7 +15,7 @@ from PIL import Image
 
 from milora_data.__main__ import main
 from milora_data.pictures.load import StoredPicture, load_image
-from milora_data.stream import Source, load_records, mixed_records
+from milora_data.stream import Source, load_records, mixed_records, record_items
 from milora_vl.common.errors import DataError, UserError
 from support.drawn import made
 from support.problems import raises_code
@@ -228,11 +228,15 @@ def test_pictures_can_be_named_by_a_pattern(tmp_path: Path) -> None:
 
 
 def test_what_an_evaluation_reads_is_kept(tmp_path: Path) -> None:
-    row = {"question": "Colour?", "answers": ["red", "dark red"], "type": "colour"}
+    row = {"question": "Colour?", "answers": ["dark red", "red", "red"], "type": "colour"}
     first, second = convert("table", {"t.json": [row, {"question": "2?", "answer": "2"}]}, tmp_path)
     assert (first["type"], first["answers"]) == (row["type"], row["answers"])
     assert first["conversations"][1]["value"] == "red"
     assert not second.keys() & {"type", "answers"}
+    votes = [{"answer": text, "answer_id": n} for n, text in enumerate(row["answers"])]
+    (third,) = convert("table", {"t.json": [row | {"answers": votes}]}, made(tmp_path / "votes"))
+    assert third["conversations"][1]["value"] == "red"
+    assert third["answers"] == row["answers"]
 
 
 def test_sources_are_mixed_by_weight_from_a_yaml(tiny_data: Path, tmp_path: Path) -> None:
@@ -308,6 +312,46 @@ def test_parquet_is_read_as_a_table_or_as_messages_too(kind: str, parquet: Path,
         said = [{"role": "user", "content": "Colour?"}, {"role": "assistant", "content": "red"}]
         datasets.Dataset.from_list([{"messages": said}]).to_parquet(parquet)
     assert convert_file(parquet, kind, tmp_path / "out")[0].turns[1].text == "red"
+
+
+def test_a_configuration_of_a_set_is_named_and_its_classes_have_names(tmp_path: Path) -> None:
+    import datasets
+
+    features = datasets.Features(
+        {
+            "image": datasets.Image(),
+            "label": datasets.ClassLabel(names=["dog", "cat"]),
+            "prompt": datasets.Value("string"),
+        }
+    )
+    for name, labels in {"pets": [1, 0, -1], "more": [1]}.items():
+        rows = [{"image": {"bytes": png("red"), "path": "a.png"}, "label": n, "prompt": "What is it?"} for n in labels]
+        datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "set" / f"{name}.parquet")
+    configs = "".join(f"- config_name: {name}\n  data_files: {name}.parquet\n" for name in ("pets", "more"))
+    (tmp_path / "set" / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    found = [next(load_records(f"hub:{tmp_path}/set/{name}")) for name in ("pets", "more")]
+    assert [[turn.text for turn in record.turns] for record in found] == [["<image>\nWhat is it?", "cat"]] * 2
+    items = list(record_items(f"hub:{tmp_path}/set/pets"))
+    assert [isinstance(item, DataError) for item in items] == [False, False, True]  # a row without a class
+    with raises_code("hub-unreadable", hint=f"name one:  hub:{tmp_path}/set/CONFIG", kind=UserError):
+        next(load_records(f"hub:{tmp_path}/set"))
+
+
+def test_a_revision_of_a_set_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    asked: list[Any] = []
+
+    def load(*names: Any, **settings: Any) -> Any:
+        asked.append((*names, settings["revision"], settings["split"]))
+        raise ValueError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_OFFLINE", True)
+    for name in ("a/b", "a/b/en@main:test", "a/b@1f2:val"):
+        with raises_code("hub-unreadable", kind=UserError):
+            next(load_records(f"hub:{name}"))
+    assert asked == [("a/b", None, None, "train"), ("a/b", "en", "main", "test"), ("a/b", None, "1f2", "val")]
 
 
 def test_records_of_the_hub_keep_their_other_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -66,6 +66,25 @@ def test_messages_under_conversations_and_ms_swifts_form_are_read() -> None:
         parse_record(swift | {"history": ["A?"]}, source="m.json:2")
 
 
+@pytest.mark.parametrize(
+    ("keys", "code"),
+    [
+        ({"weight": 0.5}, "record-weight"),
+        ({"weight": True}, "record-weight"),
+        ({"loss": 0}, "record-weight"),
+        ({"reasoning_content": "Hm."}, "record-reasoning"),
+    ],
+)
+def test_what_a_message_says_about_its_training_is_never_dropped(keys: dict[str, Any], code: str) -> None:
+    said = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes."}]
+    with raises_code(code, kind=DataError):
+        parse_record({"messages": [said[0], said[1] | keys]})
+    with raises_code(code, kind=DataError):
+        parse_record({"conversations": [{"from": "human", "value": "Hi?"}, {"from": "gpt", "value": "Yes."} | keys]})
+    others: dict[str, Any] = {"name": "Ann", "weight": None, "loss": None, "reasoning_content": "", "tool_calls": []}
+    assert parse_record({"messages": [said[0] | others, said[1]]}).unread == ("name",)
+
+
 @pytest.mark.parametrize("indent", [None, 2])
 def test_a_list_gives_each_record_with_its_number(tmp_path: Path, indent: int | None) -> None:
     path = tmp_path / "a.json"

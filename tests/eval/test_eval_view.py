@@ -54,7 +54,7 @@ def test_a_page_hides_secrets_and_shows_no_picture_that_an_answer_merely_names(t
     """Whoever wrote the answers can name any file, but only knows the content of the pictures that were asked about."""
     folder = write_answers(tmp_path, "base", ["red", "no", "hf_" + "a" * 34, "no", "blue", "no"])
     private = tmp_path / "private.png"
-    (tmp_path / "private.png").write_bytes(encoded("red", "BMP"))
+    (tmp_path / "private.png").write_bytes(encoded("red", kind="BMP"))
     lines = list(map(json.loads, (folder / "predictions.jsonl").read_text().splitlines()))
     lines = [line | {"image_file": str(private)} for line in lines]
     (folder / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

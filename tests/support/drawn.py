@@ -26,9 +26,9 @@ def draw(path: Path, colour: str) -> None:
     picture(colour).save(path)
 
 
-def encoded(colour: str, kind: str = "PNG") -> bytes:
+def encoded(colour: str, size: tuple[int, int] = (48, 32), kind: str = "PNG") -> bytes:
     buffer = io.BytesIO()
-    picture(colour).save(buffer, kind)
+    picture(colour, size).save(buffer, kind)
     return buffer.getvalue()
 
 

@@ -18,7 +18,7 @@ from support.train_runs import losses, training
 
 
 def url(colour: str, kind: str = "PNG", named: str = "png") -> str:
-    return f"data:image/{named};base64,{base64.b64encode(encoded(colour, kind)).decode()}"
+    return f"data:image/{named};base64,{base64.b64encode(encoded(colour, kind=kind)).decode()}"
 
 
 def asked(picture: str, answer: str = "Red.") -> dict[str, Any]:
@@ -46,7 +46,7 @@ def test_they_are_written_once_each_with_the_suffix_of_their_format(tmp_path: Pa
     assert [Path(name).suffix for name in names] == [".png", ".jpg", ".png", ".webp", ".ppm"]
     assert names[0] == names[2]
     assert sorted(path.name for path in (out / "images").iterdir()) == sorted(set(names))
-    assert (out / "images" / names[1]).read_bytes() == encoded("blue", "JPEG")
+    assert (out / "images" / names[1]).read_bytes() == encoded("blue", kind="JPEG")
     said = capsys.readouterr().err
     assert f"next: python -m milora_data check {out / 'data.json'} --image_folder {out / 'images'}" in said
     assert main(["check", str(out / "data.json"), "--image_folder", str(out / "images")]) == 0

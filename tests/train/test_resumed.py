@@ -172,7 +172,20 @@ def test_records_are_told_by_their_contents(whole: Path, data: Path, tmp_path: P
     other.write_text(json.dumps([*records[1:], records[0]]))
     resume = ["--rank", "8", "--resume_from_checkpoint", "auto", "--data_path"]
     assert "not the records" in refusal(*training(data, run, *resume, str(other)))[0]
-    assert main(training(data, run, *resume, str(moved))) == 0
+    # Renamed pictures are the same. A picture of another content with the size of the old file is not.
+    images, more = shutil.copytree(data / "images", tmp_path / "images"), ["--image_folder", str(tmp_path / "images")]
+    named = {path.name: path.rename(images / f"new-{path.name}") for path in sorted(images.iterdir())}
+    renamed = [record | {"image": named[record["image"]].name} if "image" in record else record for record in records]
+    moved.write_text(json.dumps(renamed, indent=2))
+    seen = [named[record["image"]] for record in records if "image" in record]
+    kept, before = seen[-1].read_bytes(), (run / "environment.json").read_bytes()
+    changed = bytearray(kept)
+    changed[-20] ^= 1
+    seen[-1].write_bytes(changed)
+    assert "not the pictures" in refusal(*training(data, run, *resume, str(moved), *more))[0]
+    assert (run / "environment.json").read_bytes() == before
+    seen[-1].write_bytes(kept)
+    assert main(training(data, run, *resume, str(moved), *more)) == 0
     assert same_weights(run, whole)
 
 

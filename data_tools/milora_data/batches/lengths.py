@@ -5,7 +5,6 @@ LLaVA's group_by_modality_length sorts by the number of words and ignores pictur
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,8 +17,9 @@ from torch.utils.data import Sampler
 
 from milora_data.batches.record_collator import RecordCollator
 from milora_data.encode.labels import NoSupervisedTokens
+from milora_data.keys import digest, file_key, record_key
 from milora_data.pictures.load import place_of
-from milora_data.records.record import Record, identity
+from milora_data.records.record import Record
 from milora_vl.common.atomic_write import atomic_file
 
 log = logging.getLogger(__name__)
@@ -58,23 +58,26 @@ def _counted(records: Sequence[Record], collate: RecordCollator[Any]) -> np.ndar
 
 
 def _key(records: Sequence[Record], collate: RecordCollator[Any]) -> str:
-    """Return a hash of all that lengths depend on: settings, texts, and size and time of image files if they matter."""
-    key = hashlib.blake2b(collate.length_settings().encode("utf-8", "surrogatepass"), digest_size=6)
-    for record in records:
-        key.update(identity(record))
-        if collate.length_by_size:
-            for name in record.files:
-                key.update(_state(place_of(collate.image_folder, name)).encode())
-    return key.hexdigest()
+    """Return a hash of all that lengths depend on: settings, texts, and pictures where their size matters.
+
+    A stored picture counts by its content. A file counts by its size and its last change, which any other content is.
+    """
+
+    def key_of(name: str) -> str | None:
+        place = place_of(collate.image_folder, name)
+        if not collate.length_by_size:
+            return None
+        return _state(place) if isinstance(place, Path) else file_key(place)
+
+    return digest([collate.length_settings(), *(record_key(record, key_of) for record in records)])[:12]
 
 
-def _state(file: str | Path) -> str:
-    """Return size and modification time of a file; a stored image is identified by its name alone."""
+def _state(file: Path) -> str:
     try:
-        status = file.stat() if isinstance(file, Path) else None
+        status = file.stat()
     except (OSError, ValueError):
         return "missing"
-    return f"{status.st_size} {status.st_mtime_ns}" if status else ""
+    return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
 
 
 def _save(path: Path, lengths: np.ndarray) -> None:

@@ -182,7 +182,7 @@ class PlainPrompt:
             )
         question = "".join(part.get("text", "") for part in parts)
         text = IMAGE * sum(part["type"] == "image" for part in parts) + question
-        return Rendered(text, (), None if prompt else turns[1].text)
+        return Rendered(text, (), turns[1].text if not prompt and turns[1].weight else None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,15 +230,15 @@ class ImageTemplate:
         ranges, first = [], 0
         for number in masked:
             last = first + len(_texts(contents[number])) - 1
-            if kept[number].role == "assistant":
+            if kept[number].role == "assistant" and kept[number].weight:
                 start = places[first][0] - self._written_by_model(gaps[first])
                 ends = re.match(self.frame.end, gaps[last + 1])
                 ranges.append((start, places[last][1] + (ends.end() if ends else 0)))
             first = last + 1
         if not self.frame.closes and kept[-1].role == "assistant":
-            start = ranges[-1][0]
             text += eos_text(self.tokenizer)
-            ranges[-1] = (start, len(text))
+            if kept[-1].weight:
+                ranges[-1] = (ranges[-1][0], len(text))
         return Rendered(text, tuple(ranges))
 
     def _located(

@@ -206,13 +206,16 @@ def render(
             # must learn to stop.
             before, after = template.answer
             segments.append(Segment(template.assistant, supervised=False))
-            segments.append(Segment(before + turn.text + after.replace(EOS, eos), supervised=True))
+            segments.append(Segment(before + turn.text + after.replace(EOS, eos), supervised=turn.weight == 1))
             segments.append(Segment(template.closing, supervised=False))
     if template.captions:
         _require_caption(exchange, prompt)
     if prompt:
         segments.append(Segment(template.assistant, supervised=False))
     elif template.supervised == "all" and any(segment.supervised for segment in segments):
+        if any(turn.weight == 0 for turn in exchange if turn.role == "assistant"):
+            message = "this template trains on all of the text, so no answer can be excluded (weight 0, loss false)"
+            raise DataError(message, code="record-weight", hint="use another --template, or remove the answer")
         # Without an answer the segments stay unsupervised, so that the record counts as one without supervised tokens.
         return [Segment("".join(segment.text for segment in segments), supervised=True)]
     return [segment for segment in segments if segment.text]

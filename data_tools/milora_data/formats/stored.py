@@ -115,17 +115,27 @@ def files_of(source: str) -> list[str]:
 
 
 def open_hub(source: str) -> Any:
-    """Return hub:OWNER/NAME[:SPLIT] as a `datasets.IterableDataset`, pictures not decoded. Raises `UserError`."""
+    """Return hub:OWNER/NAME[/CONFIG][@REVISION][:SPLIT] as a `datasets.IterableDataset`, pictures not decoded.
+
+    Raises `UserError`.
+    """
     import datasets
 
     name, _, split = source.removeprefix(HUB).partition(":")
+    name, _, revision = name.partition("@")
+    config = None
+    if not Path(name).is_dir() and (name.count("/") == 2 or Path(name).parent.is_dir()):
+        name, _, config = name.rpartition("/")
     is_here = Path(name).is_dir() or datasets.config.HF_DATASETS_OFFLINE
     try:
         if not is_here and not hub_is_known():  # the client would retry for half a minute
             raise ConnectionError("the hub does not answer: its host is not known here")
-        return _undecoded(datasets.load_dataset(name, split=split or "train", streaming=True))
+        opened = datasets.load_dataset(name, config, split=split or "train", revision=revision or None, streaming=True)
+        return _undecoded(opened)
     except Exception as error:  # hub, network and readers of file formats raise exceptions of any type
         hint = "check the name and the network; for a private data set:  hf auth login"
+        if "onfig" in str(error):
+            hint = f"name one:  {HUB}{name}/CONFIG"
         message = f"cannot be read: {first_line(error)}"
         raise UserError(message, code="hub-unreadable", where=source, hint=hint) from None
 
@@ -139,14 +149,28 @@ def _open_file(file: str) -> Any:
 
 
 def _undecoded(data_set: Any) -> Any:
+    """Return a data set with the bytes of its pictures, and with the names of its classes in place of numbers."""
     import datasets
 
+    classes = {}
     for column, feature in (data_set.features or {}).items():
         if isinstance(feature, datasets.Image):
             data_set = data_set.cast_column(column, datasets.Image(decode=False))
         elif isinstance(_inner(feature), datasets.Image):
             data_set = data_set.cast_column(column, datasets.Sequence(datasets.Image(decode=False)))
-    return data_set
+        elif isinstance(feature, datasets.ClassLabel):
+            classes[column] = feature.names
+    if not classes:
+        return data_set
+    features = data_set.features.copy()
+    features.update({column: datasets.Value("string") for column in classes})
+    return data_set.map(_named, fn_kwargs={"classes": classes}, features=features)
+
+
+def _named(row: Mapping[str, Any], classes: Mapping[str, list[str]]) -> dict[str, str | None]:
+    """Return the names of the classes of a row; -1 means none, as in `datasets`."""
+    numbers = {column: row[column] for column in classes}
+    return {column: None if n in (None, -1) else classes[column][n] for column, n in numbers.items()}
 
 
 def _inner(feature: Any) -> Any:

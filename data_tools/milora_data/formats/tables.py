@@ -127,7 +127,7 @@ def row_record(row: Mapping[str, Any], options: Options, *, place: str, identifi
     }
     answer = cells["answer"] if cells["question"] else cells["caption"] or cells["answer"]
     if isinstance(answer, list | tuple):
-        answer = answer[0] if answer else None
+        answer = most_frequent(answer)
     if isinstance(answer, int | float):
         answer = str(answer)
     asks_nothing = cells["caption"] or not any(name in row for name in columns["question"])  # a picture to describe
@@ -140,7 +140,7 @@ def row_record(row: Mapping[str, Any], options: Options, *, place: str, identifi
         question = (question or options.prompt or DEFAULT_PROMPT).replace(IMAGE, "").strip()
         answer = answer.strip()
         kept = {"type": row["type"]} if row.get("type") else {}
-        kept |= {"answers": row["answers"]} if isinstance(row.get("answers"), list) else {}
+        kept |= {"answers": list(map(_text_of, row["answers"]))} if isinstance(row.get("answers"), list) else {}
     exchanges = [*earlier(row, place), (question, answer)]
     converted = record(identifier_of(row, ("id", "question_id"), identifier), cells["image"], exchanges)
     if cells["system"]:
@@ -210,7 +210,18 @@ def vqa(sources: Sequence[Path], options: Options) -> Records:
 
 
 def _answer(row: Mapping[str, Any]) -> str:
-    """Return the answer of an annotation: the one it names, else the most frequent one, of equal ones the first."""
-    if "multiple_choice_answer" in row:
-        return str(row["multiple_choice_answer"])
-    return Counter(answer["answer"] for answer in row["answers"]).most_common(1)[0][0]
+    return str(row.get("multiple_choice_answer") or most_frequent(row["answers"]))
+
+
+def most_frequent(answers: Sequence[Any]) -> Any:
+    """Return the most frequent of several answers, texts or VQAv2's objects; of equal ones the first, None of none.
+
+    >>> most_frequent(["a dog", "dog", {"answer": "dog"}])
+    'dog'
+    """
+    counted = Counter(map(_text_of, answers)).most_common(1)
+    return counted[0][0] if counted else None
+
+
+def _text_of(answer: Any) -> Any:
+    return answer["answer"] if isinstance(answer, Mapping) else answer

@@ -7,7 +7,6 @@ LLaVA's `train.py` defines the format: {"id", "image"?, "conversations": [{"from
 
 from __future__ import annotations
 
-import hashlib
 import math
 import pickle
 from array import array
@@ -33,6 +32,8 @@ IMAGE = "<image>"
 VIDEO = "<video>"  # marks a video in a record that has videos, and is a text like any other elsewhere
 # Characters without a width that are no white space to Python: zero-width space and joiners, word joiner, BOM.
 _ZERO_WIDTH = dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff"))
+KEYS_OF_TURN = ("from", "value", "weight", "loss")
+EMPTY: tuple[object, ...] = (None, "", [], {})
 KNOWN_KEYS = ("id", "image", "images", "video", "videos", "conversations")
 
 
@@ -50,10 +51,11 @@ class Reply(str):
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One turn of a conversation; `text` has `<image>` at the position of each picture."""
+    """One turn; `text` has `<image>` at the position of each picture. An answer of weight 0 is not trained."""
 
     role: Role
     text: str
+    weight: Literal[0, 1] = 1
 
     @property
     def is_blank(self) -> bool:
@@ -84,7 +86,10 @@ class Video(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One conversation with its pictures. `source` is "file:line"; `extra` holds the keys outside LLaVA's format."""
+    """One conversation with its pictures. `source` is "file:line"; `extra` holds the keys outside LLaVA's format.
+
+    `unread` has the keys of turns outside the formats, once for each turn.
+    """
 
     id: str
     images: tuple[str, ...]
@@ -92,6 +97,7 @@ class Record:
     source: str = ""
     extra: Mapping[str, object] = field(default_factory=dict)
     videos: tuple[Video, ...] = ()
+    unread: tuple[str, ...] = ()
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -106,28 +112,6 @@ class Record:
     def place(self) -> str:
         """File and line of the record, else its id, for error messages."""
         return self.source or f"record {self.id!r}"
-
-
-def identity(record: Record) -> bytes:
-    """Return the turns and the file names of a record, without its place.
-
-    >>> identity(Record("a", (), (), "train.json:1")) == identity(Record("a", (), (), "moved.json:1"))
-    True
-    """
-    parts = [*record.files, ""]
-    parts += [f"{video.fps} {video.num_frames}" for video in record.videos if video.file is not None]
-    for turn in record.turns:
-        parts += (turn.role, turn.text)
-    return "\0".join([*parts, ""]).encode("utf-8", "surrogatepass")
-
-
-def content_digest(record: Record) -> bytes:
-    """Return 16 bytes of `identity` and the contents of stored pictures; a million records need 100 MB."""
-    digest = hashlib.blake2b(identity(record), digest_size=16)
-    for picture in record.files:
-        if isinstance(picture, StoredPicture):
-            digest.update(picture.content)
-    return digest.digest()
 
 
 class CompactRecords(Sequence[Record]):
@@ -213,9 +197,12 @@ def parse_record(value: object, *, source: str = "", embedded: Literal["read", "
         images, turns, videos = _images(value), _turns(value), _videos(value)
         text = "".join(turn.text for turn in turns)
         if videos and not images and VIDEO not in text and text.count(IMAGE) == len(videos):  # LLaVA-Video's marks
-            turns = tuple(Turn(turn.role, turn.text.replace(IMAGE, VIDEO)) for turn in turns)
+            turns = tuple(replace(turn, text=turn.text.replace(IMAGE, VIDEO)) for turn in turns)
         extra = {key: item for key, item in value.items() if key not in KNOWN_KEYS}
-        record = Record(identifier_of(value, ("id",), ""), images, turns, source, extra, videos)
+        unread = tuple(
+            key for turn in value["conversations"] for key in turn if key not in KEYS_OF_TURN and turn[key] not in EMPTY
+        )
+        record = Record(identifier_of(value, ("id",), ""), images, turns, source, extra, videos, unread)
         if embedded == "read" and any(map(is_embedded, record.files)):
             return with_names(record, lambda name: decoded(name) if is_embedded(name) else name)
         return record
@@ -291,8 +278,24 @@ def _turns(value: Mapping[str, Any]) -> tuple[Turn, ...]:
         if role is None:
             expected = ", ".join(ROLES)
             raise DataError(f'turn {number}: unknown "from": {turn.get("from")!r}; expected {expected}')
-        turns.append(Turn(role, turn["value"]))
+        turns.append(Turn(role, turn["value"], _weight(turn, role, number)))
     return tuple(turns)
+
+
+def _weight(turn: Mapping[str, Any], role: Role, number: int) -> Literal[0, 1]:
+    """Return the weight of a turn: `weight` of OpenAI's messages, or `loss` of ms-swift's. An answer has 1 without."""
+    if turn.get("reasoning_content"):
+        hint = "write it into the text of the answer, as the model does, for example  <think>...</think>"
+        raise DataError(f"turn {number}: reasoning_content is not read", code="record-reasoning", hint=hint)
+    for key, allowed in (("weight", (0, 1)), ("loss", (False, True))):
+        if (value := turn.get(key)) is None:
+            continue
+        if isinstance(value, bool) != (key == "loss") or value not in allowed or (value and role != "assistant"):
+            expected = "0 or 1" if key == "weight" else "true or false"
+            message = f'turn {number}: "{key}" must be {expected}, and excludes an answer or not; got {_short(value)}'
+            raise DataError(message, code="record-weight", hint="repeat a record to give it more weight")
+        return 1 if value else 0
+    return 1
 
 
 def _refuse_tools(value: Mapping[str, Any], turns: Sequence[Any]) -> None:
@@ -409,7 +412,9 @@ def _message_turn(message: object, place: int, named: list[str], videos: list[An
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
         raise DataError(f'message {place}: "content" must be a text or a list of parts, which are objects')
-    return {"from": SPEAKERS[ROLES[role]], "value": "".join(_part(part, place, named, videos) for part in parts)}
+    others = {key: value for key, value in message.items() if key not in ("role", "content")}
+    value = "".join(_part(part, place, named, videos) for part in parts)
+    return {"from": SPEAKERS[ROLES[role]], "value": value, **others}
 
 
 def _part(part: dict[str, Any], place: int, named: list[str], videos: list[Any]) -> str:

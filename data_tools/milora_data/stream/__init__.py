@@ -31,7 +31,7 @@ def load_records(path: str | Path) -> Iterator[Record]:
     """Yield the records of a data set in order, one at a time; the data set is not held in memory.
 
     Supported: a JSON list or JSON lines of LLaVA's records or of `messages`; .parquet, .arrow, .tar (webdataset), a
-    folder of `save_to_disk` and hub:OWNER/NAME[:SPLIT], which `datasets` reads; .yaml, a mixture of such sources.
+    folder of `save_to_disk` and hub:OWNER/NAME[/CONFIG][@REVISION][:SPLIT], which `datasets` reads; .yaml, a mixture.
     Raises `DataError` with file and line if the file is missing, its JSON is broken, or a value is not a record.
     """
     for item in record_items(path):
