@@ -290,7 +290,7 @@ def started(way: str, base: Any, batch: dict[str, Any], figures: dict[str, Any])
 def planned_gb(base: Any, way: str, tokens: int, chosen: argparse.Namespace) -> float:
     """Return what a dry run plans for such a step, without the memory of CUDA itself and of Qwen's vision tower."""
     from benchmarks.plan import planned
-    from milora_vl.train.memory import Shape
+    from milora_vl.train.counts import Shape
 
     shape = Shape(
         records=RECORDS, tokens=tokens, supervised=RECORDS * SUPERVISED, image_tokens=tokens - TEXT,

@@ -31,9 +31,18 @@ from milora_vl.core.policy import Policy
 from milora_vl.models.base import find_base
 from milora_vl.models.loading import config_of, load_weights, meta_model
 from milora_vl.models.losses import add_chunked_loss, summed_loss
-from milora_vl.train.arguments import Launch
-from milora_vl.train.memory import MIX665K, Resident, Shape, activations, needed, shape_of, simulate, workload_of
-from milora_vl.train.setup import Batching
+from milora_vl.train.counts import (
+    MIX665K,
+    Batching,
+    Resident,
+    Shape,
+    activations,
+    needed,
+    shape_of,
+    simulate,
+    workload_of,
+)
+from milora_vl.train.launch import Launch
 
 RULES: list[dict[str, Any]] = [
     {"modules": "language", "method": "milora", "protect": 0, "rank": 16, "dropout": 0.05},

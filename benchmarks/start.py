@@ -45,11 +45,11 @@ from milora_vl.forgetting.text import general_text, text_batches
 from milora_vl.models.base import find_base
 from milora_vl.models.loading import split_processor
 from milora_vl.models.losses import add_chunked_loss, summed_loss
-from milora_vl.train import calibration
-from milora_vl.train import model as models
 from milora_vl.train.base_kl import add_base_kl
 from milora_vl.train.data import collator, read_records
+from milora_vl.train.launch import load_base_model
 from milora_vl.train.recipe import BaseKLConfig, Recipe
+from milora_vl.train.start import make_texts
 
 NAMES = ("tiny", "smollm2", "smol-llava")
 
@@ -93,14 +93,14 @@ def start(name: str, data: Path) -> dict[str, Any]:
         recipe = recipe_of(name, data, cache)
         with part("loading"):
             base = find_base(name)
-            model, processor = models.load_base(recipe, base, torch.float32, torch.device("cpu"))
+            model, processor = load_base_model(recipe, base, torch.float32, torch.device("cpu"))
             records = read_records(recipe.data).train
         targets = Policy.parse(recipe.policy).resolve(model)
         without = recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update={"pictures": 0})})
         with part(TEXTS):
-            calibration.make_texts(without, base, model, processor, records, Screen())
+            make_texts(without, base, model, processor, records, Screen())
         with part(CAPTIONS):
-            texts = calibration.make_texts(recipe, base, model, processor, records, Screen())
+            texts = make_texts(recipe, base, model, processor, records, Screen())
         with part(INPUTS):
             inputs = find_inputs(model, targets, texts.batches())
         with part(FACTORS):
@@ -153,10 +153,10 @@ def base_kl(data: Path, records: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as cache:
         recipe = recipe_of("smol-llava", data, cache, calibration={"samples": 0, "pictures": term.texts})
         base = find_base("smol-llava")
-        model, processor = models.load_base(recipe, base, torch.float32, torch.device("cpu"))
+        model, processor = load_base_model(recipe, base, torch.float32, torch.device("cpu"))
         found = [record for record in read_records(recipe.data).train if record.images][:records]
         batch = collator(recipe, base, processor)(found)
-        (captions,) = calibration.make_texts(recipe, base, model, processor, found, Screen(), 100).batches()
+        (captions,) = make_texts(recipe, base, model, processor, found, Screen(), 100).batches()
     ids = torch.randint(1000, 40_000, (term.texts, LENGTH), generator=torch.Generator().manual_seed(0))
     texts = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     # A LoRA costs what the default does (docs/performance.md) and needs no calibration.

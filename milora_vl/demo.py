@@ -97,7 +97,7 @@ def seconds_of_full_demo() -> float:
     import torch
 
     from milora_vl.models.devices import fastest_dtype
-    from milora_vl.train.memory import measured_flops
+    from milora_vl.train.counts import measured_flops
 
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     return FULL_WORK / measured_flops(768, device, fastest_dtype(device))

@@ -20,7 +20,7 @@ from support.thorough import is_thorough
 
 if TYPE_CHECKING:
     from milora_vl.core.policy import Target
-    from milora_vl.train.memory import Resident, Shape
+    from milora_vl.train.counts import Resident, Shape
 
 Made = tuple[Any, Any]
 
@@ -87,9 +87,9 @@ def known_costs() -> Iterator[None]:
     if "transformers" not in sys.modules:
         yield
         return
-    from milora_vl.train import memory
+    from milora_vl.train import counts
 
-    simulate, known = memory.simulate, {}
+    simulate, known = counts.simulate, {}
 
     def remembered(config: Any, targets: Sequence[Target], shape: Shape) -> Resident:
         key = config.to_json_string(use_diff=False), tuple(targets), shape
@@ -98,8 +98,8 @@ def known_costs() -> Iterator[None]:
         return known[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory, "simulate", remembered)
-        patch.setattr(memory, "measured_flops", functools.cache(memory.measured_flops))
+        patch.setattr(counts, "simulate", remembered)
+        patch.setattr(counts, "measured_flops", functools.cache(counts.measured_flops))
         yield
 
 
@@ -131,9 +131,9 @@ def forked_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Programs that our code starts (an evaluation, a step of the demo, a cell of a sweep) start without imports."""
     from milora_vl import demo
     from milora_vl.sweep import runner
-    from milora_vl.train import finish
+    from milora_vl.train import output
 
-    for module in (demo, finish, runner):
+    for module in (demo, output, runner):
         monkeypatch.setattr(module, "subprocess", programs.ForkedSubprocess)
 
 

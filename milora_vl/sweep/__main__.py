@@ -25,9 +25,9 @@ from milora_vl.sweep import page
 from milora_vl.sweep.cells import Cell, make_cells, recipe_of
 from milora_vl.sweep.runner import Sweep, alone, run_cells, usable_cores
 from milora_vl.train.data import read_records
-from milora_vl.train.flags import ADAPTERS
+from milora_vl.train.plan import data_of
 from milora_vl.train.recipe import Recipe, read_recipe
-from milora_vl.train.setup import data_of
+from milora_vl.train.settings import ADAPTERS
 
 
 def _words(text: str) -> list[str]:

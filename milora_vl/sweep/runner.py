@@ -30,7 +30,7 @@ from milora_vl.common.atomic_write import read_json, write_json, write_text
 from milora_vl.common.errors import UserError
 from milora_vl.common.evaluator import EvaluationRequest, QuestionSet
 from milora_vl.sweep.cells import Cell, CellNumbers, recipe_of
-from milora_vl.train.folder import locked
+from milora_vl.train.output import locked
 from milora_vl.train.recipe import Recipe
 
 

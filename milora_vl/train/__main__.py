@@ -1,5 +1,7 @@
 """`python -m milora_vl.train`."""
 
+from __future__ import annotations
+
 from milora_vl.common.cli.console import run
 from milora_vl.train.command import main
 

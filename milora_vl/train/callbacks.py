@@ -38,12 +38,13 @@ from milora_vl.core.weights.matrices import gathered_in_forward
 from milora_vl.forgetting.measure import logits_of, summary, token_sums
 from milora_vl.forgetting.text import general_text, text_batches
 from milora_vl.models.loading import split_processor
-from milora_vl.train.memory import duration_text
+from milora_vl.train.counts import duration_text
+from milora_vl.train.plan import suites_of
 from milora_vl.train.recipe import Recipe
-from milora_vl.train.setup import suites_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
 
 # Tokens of general text. The base model's predictions stay in memory: vocabulary x 2 or 4 bytes per token.
 NUM_TOKENS, BLOCK_LENGTH, BATCH_SIZE = 1536, 128, 4

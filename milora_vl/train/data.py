@@ -1,7 +1,14 @@
-"""The records of a run: read, checked with the processor of the base, collated, packed; the loaders' processes.
+"""The records of a run, and those of the runs that it comes after: read, checked, collated, packed; the loaders.
 
 Everything in the files that would fail later is an error before the weights load. There may be millions of records:
-each is read once, and few are rendered or processed.
+each is read once, and few are rendered or processed. milora.json of a run lists all tasks in order, the run's own last.
+An entry holds what is needed to read its records:
+
+    {"run": "runs/a", "template": "vicuna_v1", "records": 1200, "fingerprint": "4f0c...", "pictures": "77a1...",
+     "data": {"path": "a.json", "image_folder": "pictures", "eval_path": "held_out.json"},   # keys that are set
+     "eval": {"suites": ["emoji"], "data": "questions"},                                     # the same
+     "rules": [{"tower": "language", "method": "milora", "rank": 64, "protect": 0.95, "modules": 224}],
+     "directions": {"language": 0.268}}   # share of the input directions that the run protected, mean over the layers
 """
 
 from __future__ import annotations
@@ -38,14 +45,19 @@ from milora_data.records.record import IMAGE, CompactRecords, Record
 from milora_data.stream import Source, load_records, mixed_records
 from milora_data.stream.dataset import RecordStream, record_stream
 from milora_vl.common.cli.console import amount, command_line
+from milora_vl.common.cli.screen import Screen
 from milora_vl.common.errors import DataError, Key, Problem, UserError, no_records, with_context, with_problems
+from milora_vl.core.adapter.checkpoints import read_environment
+from milora_vl.core.adapter.fixed_a import Protection
+from milora_vl.core.calibration.texts import SEED
+from milora_vl.core.policy import Target
 from milora_vl.core.weights.tensor_files import read_weights
 from milora_vl.models.base import Base
 from milora_vl.models.collator_for import collator_for
 from milora_vl.models.loading import split_processor
 from milora_vl.models.losses import supervised_positions
-from milora_vl.train.arguments import value_of
-from milora_vl.train.recipe import DataConfig, Recipe, SourceConfig
+from milora_vl.train.counts import protected_directions
+from milora_vl.train.recipe import DataConfig, Recipe, SourceConfig, value_of
 
 INSPECTED = 100  # records of a stream that are checked before training
 FIRST = 100  # records that are rendered before the model loads
@@ -464,3 +476,148 @@ def save_position(loader: Any, folder: Path, args: TrainingArguments) -> None:
 
 def _position_file(args: TrainingArguments) -> str:
     return f"stream_state_{args.process_index}.pth"
+
+
+NAME_OTHERS = "name similar records in the recipe:  calibration: {earlier: FILE, image_folder: FOLDER}"
+Task = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class EarlierRecords:
+    """The entries of earlier tasks, with the places where their records are now; and these, in random order."""
+
+    tasks: tuple[Task, ...]
+    found: tuple[tuple[Recipe, Sequence[Record], Sequence[int]], ...]  # the recipe to collate by, records, their order
+
+
+def read_earlier_records(tasks: Sequence[Task], recipe: Recipe, screen: Screen, *, are_used: bool) -> EarlierRecords:
+    """Read the records of earlier tasks if the run uses them, those in one place once.
+
+    Those of `calibration.earlier` replace records that are missing, unreadable or changed. Raises UserError where there
+    are none.
+    """
+    if not tasks or not are_used:
+        return EarlierRecords(tuple(tasks), ())
+    read = [_read_task(task, recipe, screen) for task in tasks]
+    if recipe.calibration.earlier is not None and all(task == now for task, (now, *_) in zip(tasks, read, strict=True)):
+        screen.warn("calibration.earlier has no effect: the records of all earlier runs are in place")
+    places = {str(data): (task, data, records) for task, data, records in read}
+    found = []
+    for task, data, records in places.values():
+        order = torch.randperm(len(records), generator=torch.Generator().manual_seed(SEED)).tolist()
+        found.append((recipe.model_copy(update={"template": task["template"], "data": data}), records, order))
+    return EarlierRecords(tuple(task for task, *_ in read), tuple(found))
+
+
+def _read_task(task: Task, recipe: Recipe, screen: Screen) -> tuple[Task, DataConfig, Sequence[Record]]:
+    """Return a task, where its records are, and the records; a task whose records are others has their place."""
+    run, calibration = task["run"], recipe.calibration
+    try:
+        data, read = _records_of(task, recipe, screen)
+    except UserError as error:
+        if calibration.earlier is None:
+            raise
+        screen.say(f"note: {calibration.earlier} is used for the records of {run}: {error.first.message}")
+        folder = {} if calibration.image_folder is None else {"image_folder": calibration.image_folder}
+        task = {**task, "data": {**task["data"], "path": calibration.earlier, **folder}}
+        data = _data_of(task, recipe)
+        read = read_records(data)
+        task = {**task, "fingerprint": read.fingerprint, "pictures": read.pictures}
+    return task, data, read.train
+
+
+def _records_of(task: Task, recipe: Recipe, screen: Screen) -> tuple[DataConfig, RunData]:
+    """Find and read the records of a task: those with its fingerprint, in its text and in its pictures.
+
+    A relative path begins in this folder or in one above a run: the training ran in one of them. Raises UserError with
+    the places that were looked at.
+    """
+    run, stored = str(task["run"]), _data_of(task, recipe)
+    if stored.path is None:
+        raise _records_missing(run, "its folder names no records")
+    reasons: dict[str, str] = {}
+    for place in (Path(), *Path(run).resolve().parents, *Path(recipe.after or run).resolve().parents):
+        data = _placed(stored, place)
+        name = source_text(data)
+        missing = [file for file in _files_of(data) if not (file.startswith("hub:") or Path(file).exists())]
+        if name in reasons or len(missing) == len(_files_of(data)):
+            continue
+        if missing:
+            reasons[name] = f"{missing[0]} is missing"
+            continue
+        try:
+            with screen.step(f"reading the records of {run} in {name}"):
+                read = read_records(data)
+        except UserError as error:
+            reasons[name] = str(error.first).splitlines()[0]
+            continue
+        if task["fingerprint"] not in ("", read.fingerprint):
+            reasons[name] = f"{name} has other records"
+        elif task.get("pictures", "") not in ("", read.pictures):
+            reasons[name] = f"{name} fits, but the pictures in {data.image_folder} are others"
+        else:
+            return data, read
+    if reasons:
+        raise _records_missing(run, "none of the files found has them:\n" + "\n".join(reasons.values()))
+    raise _records_missing(run, f"{source_text(stored)} is neither in {Path.cwd()} nor in a folder above {run}")
+
+
+def _data_of(task: Task, recipe: Recipe) -> DataConfig:
+    data = DataConfig.model_validate({**task["data"], "eval_path": None})
+    return data if recipe.data.bad_images == "raise" else data.model_copy(update={"bad_images": recipe.data.bad_images})
+
+
+def _placed(data: DataConfig, place: Path) -> DataConfig:
+
+    def inside(name: str | None) -> Any:
+        return name if name is None or name.startswith("hub:") else str(place / name)
+
+    path: Any = data.path
+    if isinstance(path, list):
+        path = [s.model_copy(update={"path": inside(s.path), "image_folder": inside(s.image_folder)}) for s in path]
+    else:
+        path = inside(path)
+    return data.model_copy(update={"path": path, "image_folder": inside(data.image_folder)})
+
+
+def _files_of(data: DataConfig) -> list[str]:
+    sources = data.path if isinstance(data.path, list) else [SourceConfig(path=str(data.path))]
+    names = [data.image_folder, *(name for source in sources for name in (source.path, source.image_folder))]
+    return [name for name in names if name is not None]
+
+
+def task_entry(
+    run: Path,
+    recipe: Recipe,
+    targets: Sequence[Target],
+    protection: Mapping[str, Protection],
+    records: RunData | Mapping[str, Any],
+) -> Task:
+    """Return the entry of a task, on records or on what environment.json of its run says about them."""
+    if isinstance(records, RunData):
+        records = {"data": records.counts(), "records": records.fingerprint, "pictures": records.pictures}
+    rules = Counter((target.tower, target.method, target.rank, target.protect) for target in targets)
+    return {
+        "run": str(run),
+        "template": recipe.template,
+        "records": records.get("data", {}).get("train"),
+        "fingerprint": records.get("records", ""),
+        "pictures": records.get("pictures", ""),
+        "data": recipe.data.model_dump(exclude_defaults=True),
+        "eval": recipe.eval.model_dump(exclude_defaults=True),
+        "rules": [
+            {"tower": tower, "method": method, "rank": rank, "protect": protect, "modules": count}
+            for (tower, method, rank, protect), count in rules.items()
+        ],
+        "directions": protected_directions(targets, protection),
+    }
+
+
+def _records_missing(run: str, why: str) -> UserError:
+    message = f"the records of {run} are needed to protect what it has learned, and {why}"
+    return UserError(message, where=Key.of("after"), hint=NAME_OTHERS)
+
+
+def has_other_records(adapter: Path, fingerprint: str) -> bool:
+    before = (read_environment(adapter) or read_environment(adapter.parent)).get("records")
+    return before is not None and before != fingerprint

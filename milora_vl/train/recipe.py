@@ -1,38 +1,49 @@
-"""The recipe of a run: its keys with their flags, reading one by name or file, and merging it with flags.
+"""The keys of a recipe with their flags, and the names and values of Hugging Face's TrainingArguments.
 
-The layers are plain mappings: an adapter or earlier run, the recipe file, LLaVA's flags, flags. Later ones win, and the
-result is validated once. No model, data or device is looked at.
+A new key is a field of a class below; its flag stands beside it.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Iterator, Mapping
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
+from enum import Enum
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from types import NoneType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
 
 import yaml
 from pydantic import (
+    ConfigDict,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    TypeAdapter,
     ValidationError,
     field_validator,
     model_validator,
 )
+from transformers import TrainingArguments
 
 import llava_recipes
 from milora_data.encode.templates import template_name
-from milora_vl.common.cli.console import suggest
+from milora_vl.common.cli.console import did_you_mean, suggest
 from milora_vl.common.cli.parser import RECORDS
 from milora_vl.common.errors import Key, Problem, UserError
-from milora_vl.common.strict_models import Strict, problems_of, unknown_key
+from milora_vl.common.strict_models import EXPECTED, Strict, problems_of, unknown_key
 from milora_vl.common.yaml_text import read_file, read_mapping
 from milora_vl.core.policy import Policy, PolicyError
+from milora_vl.core.policy.rules import DEFAULT_RULES
 from milora_vl.models.processors import ProcessorSettings
-from milora_vl.train import arguments
+
+if TYPE_CHECKING:
+    pass
+
 
 SAMPLES, PICTURES = 48, 32  # of a calibration
 TRAIN_DEFAULTS: dict[str, Any] = {"logging_steps": 10, "logging_first_step": True, "report_to": ["none"]}
@@ -298,18 +309,18 @@ def train_section(section: Any) -> tuple[dict[str, Any], list[Problem]]:
         return train, [Problem(message, "recipe-value", Key.of("train"), hint)]
     for name, value in (section or {}).items():
         path = Key(("train", str(name)))
-        if name not in arguments.known():
-            problems.append(unknown_key(path, arguments.known(), "recipe-unknown-key"))
+        if name not in known_arguments():
+            problems.append(unknown_key(path, known_arguments(), "recipe-unknown-key"))
             continue
         try:
-            pair = arguments.canonical(name, arguments.coerce(name, value))
+            pair = canonical_argument(name, coerced(name, value))
         except ValueError as error:
             problems.append(Problem(str(error), "recipe-value", path))
             continue
         if pair is None:
             continue
-        if pair[0] in arguments.REFUSED:
-            problems.append(Problem(str(arguments.REFUSED[pair[0]]), "recipe-refused", path))
+        if pair[0] in REFUSED:
+            problems.append(Problem(str(REFUSED[pair[0]]), "recipe-refused", path))
         elif train.get(pair[0], pair[1]) != pair[1]:
             contradiction = f"contradicts {pair[0]}: {train[pair[0]]!r}, which is the same setting"
             problems.append(Problem(contradiction, "recipe-contradiction", path, "remove one of the two"))
@@ -331,7 +342,7 @@ def conflicts(recipe: Recipe) -> list[Problem]:
         key = "train.fp16" if train.get("fp16") else "train.bf16"
         hint = "remove one: bf16 needs no loss scaling, fp16 suits older GPUs"
         found.append((key, f"a run computes in bfloat16 or in float16, got both (dtype {dtype})", hint))
-    if data.streaming and arguments.value_of(train, "max_steps") < 1:
+    if data.streaming and value_of(train, "max_steps") < 1:
         found.append(("data.streaming", "a stream has no known end", "set train.max_steps or --max_steps"))
     if data.streaming and data.packing:
         found.append(("data.packing", "needs the lengths of all records, which data.streaming does not read", ""))
@@ -343,7 +354,7 @@ def conflicts(recipe: Recipe) -> list[Problem]:
     return [Problem(message, "recipe-conflict", Key.of(key), hint) for key, message, hint in found]
 
 
-def load(path: Path) -> Recipe:
+def load_recipe(path: Path) -> Recipe:
     return Recipe.parse(read_file(path), str(path))
 
 
@@ -359,3 +370,222 @@ def read_recipe(name: str, flag: str = "--recipe") -> tuple[dict[str, Any], str]
     found = "a folder without a recipe.yaml" if Path(name).is_dir() else "no packaged recipe and no file has this name"
     hint += "\nsee: python -m milora_vl.train --list-recipes"
     raise UserError(f"unknown recipe {name!r}: {found}", code="recipe-unknown", where=flag, hint=hint)
+
+
+# Older name -> newest name. A recipe holds the newest; `keywords` gives an older transformers the older.
+RENAMED = {
+    "evaluation_strategy": "eval_strategy",
+    "no_cuda": "use_cpu",
+    "per_gpu_train_batch_size": "per_device_train_batch_size",
+    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+    "warmup_ratio": "warmup_steps",
+    "group_by_length": "train_sampling_strategy",
+    "push_to_hub_model_id": "hub_model_id",
+    "push_to_hub_token": "hub_token",
+    "torchdynamo": "torch_compile_backend",
+}
+SWITCHES = ("group_by_length", "overwrite_output_dir", "save_safetensors")  # of transformers 4
+NOT_FLAGS = ("_n_gpu", "parallelism_config")  # an internal counter; a Python object
+REFUSED = {
+    "overwrite_output_dir": "a run never overwrites files: use another --output_dir, or --resume_from_checkpoint",
+    "local_rank": None,  # old launchers pass it; torch reads the environment
+    "save_safetensors": None,  # always on
+    "resume_from_checkpoint": "is a flag of the command, not of the recipe",
+    "output_dir": "is a flag of the command, not of the recipe",
+    "label_smoothing_factor": "is not supported: the loss is the plain cross-entropy of the supervised tokens",
+}
+# Where Hugging Face's help does not describe what this command does.
+HELP = {
+    "label_smoothing_factor": "refused: the loss is the plain cross-entropy of the supervised tokens",
+    "overwrite_output_dir": f"refused: {REFUSED['overwrite_output_dir']}",
+    "save_safetensors": "no effect: always on",
+    "learning_rate": "learning rate of adapter rules and of rules without one [2e-4; 2e-5 for modules in full]",
+    "gradient_checkpointing": "save memory for about half more time [False]",
+    "deepspeed": "zero2, zero3, zero3_offload, or a JSON file",
+    "fsdp": "shard the model with FSDP2: full_shard [default of the bare flag] or shard_grad_op",
+    "fsdp_config": "settings of FSDP2: a JSON object or file with reshard_after_forward, transformer_layer_cls_to_wrap",
+    "logging_steps": "log the loss every N steps [10]",
+    "report_to": "tensorboard, wandb, trackio, ... [none]",
+}
+# The Trainer accepts other values, then fails during training or ignores them.
+LIMITS: dict[str, Any] = {
+    **dict.fromkeys(
+        ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), Field(ge=1)
+    ),
+    **dict.fromkeys(
+        (
+            "dataloader_num_workers",
+            "warmup_steps",
+            "eval_steps",
+            "weight_decay",
+            "max_grad_norm",
+            "adam_epsilon",
+            "seed",
+            "data_seed",
+        ),
+        Field(ge=0),
+    ),
+    **dict.fromkeys(("num_train_epochs", "logging_steps", "save_steps"), Field(gt=0)),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), Field(ge=0, lt=1)),
+}
+KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a word", list: "a list"}
+
+
+@dataclass(frozen=True, slots=True)
+class Argument:
+    hint: Any
+    default: Any
+    choices: tuple[str, ...]
+    help: str
+
+    @property
+    def members(self) -> set[Any]:
+        return {getattr(kind, "__origin__", kind) for kind in get_args(self.hint) or (self.hint,)} - {NoneType}
+
+    @property
+    def is_switch(self) -> bool:
+        return self.members == {bool}
+
+    @property
+    def is_list(self) -> bool:
+        return list in self.members
+
+
+@cache
+def known_arguments() -> Mapping[str, Argument]:
+    """Return all arguments of the installed transformers by name, also by the names of older and newer versions."""
+    hints, found = get_type_hints(TrainingArguments), dict[str, Argument]()
+    for field in dataclasses.fields(TrainingArguments):
+        if not field.init or field.name in NOT_FLAGS:
+            continue
+        hint = hints[field.name]
+        kinds = [kind for kind in get_args(hint) or (hint,) if isinstance(kind, type) and issubclass(kind, Enum)]
+        choices = [member.value for kind in kinds for member in kind] or field.metadata.get("choices") or ()
+        default = None if field.default is dataclasses.MISSING else field.default
+        default = default.value if isinstance(default, Enum) else default
+        text = " ".join(str(field.metadata.get("help", field.name)).replace("%%", "%").split())
+        text = text if len(text) <= 160 else text[:160].rsplit(" ", 1)[0] + " ..."
+        found[field.name] = Argument(hint, default, tuple(choices), HELP.get(field.name, f"{text} [{default}]"))
+    for old, new in RENAMED.items():
+        other = found.get(new) or found[old]
+        found.setdefault(old, replace(other, help=f"older name of {new}"))
+        found.setdefault(new, other)
+    for name in SWITCHES:
+        found[name] = Argument(bool, None, (), HELP.get(name, f"older name of {RENAMED.get(name)}"))
+    return found
+
+
+def value_of(train: Mapping[str, Any], name: str) -> Any:
+    """Return a training argument, or Hugging Face's default.
+
+    >>> value_of({"seed": 7}, "seed"), value_of({}, "per_device_train_batch_size")
+    (7, 8)
+    """
+    value = train.get(name)
+    return known_arguments()[name].default if value is None else value
+
+
+def boolean(text: str) -> bool:
+    return TypeAdapter(bool).validate_python(text)
+
+
+def coerced(name: str, value: Any) -> Any:
+    """Return the value of an argument, from YAML or the command line, in its type.
+
+    Raises ValueError with what is expected. Hugging Face checks the rest.
+    """
+    argument = known_arguments()[name]
+    members = argument.members
+    if value is None or value == "None":
+        return None
+    if value in ("", [""]) and name in ("debug", "report_to", "lr_scheduler_kwargs"):  # a variable that is not set
+        return argument.default
+    if name == "fsdp" and str(value).lower() in ("", "false", "no", "0", "off"):
+        return None
+    if name == "debug" and isinstance(value, list):  # Hugging Face takes several names in one text
+        value = " ".join(value)
+    if name in ("log_level", "log_level_replica") and isinstance(value, str):
+        value = value.lower()
+    if isinstance(value, bool) and bool not in members and str in members:  # YAML 1.1 reads a bare `no` as false
+        value = "yes" if value else "no"
+    if dict in members and isinstance(value, str) and value.lstrip().startswith("{"):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise ValueError(f"expected JSON text, got {value!r}") from None
+    expected = " or ".join(KINDS.get(kind, "a mapping or JSON text") for kind in KINDS | {dict: ""} if kind in members)
+    if (isinstance(value, bool) and bool not in members) or (
+        isinstance(value, list | dict) and type(value) not in members
+    ):
+        raise ValueError(f"expected {expected}, got {value!r}")
+    hint: Any = Annotated[argument.hint, LIMITS[name]] if name in LIMITS else argument.hint
+    try:
+        valid = TypeAdapter(hint, config=ConfigDict(allow_inf_nan=False)).validate_python(value)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        limit = EXPECTED[fault["type"]] if fault["type"].startswith(("greater", "less")) else expected
+        raise ValueError(f"expected {limit.format(**fault.get('ctx', {}))}, got {value!r}") from None
+    value = value if isinstance(value, int) and members == {float} else valid  # a recipe keeps its 500
+    if name == "max_steps" and value < 1 and value != -1:
+        raise ValueError(f"expected a number of at least 1, or -1 to train by epochs, got {value!r}")
+    if argument.choices and isinstance(value, str) and value not in argument.choices:
+        near = did_you_mean(suggest(value, argument.choices)[:1])
+        raise ValueError(
+            "\n".join(filter(None, (f"got {value!r}, expected one of {', '.join(argument.choices)}", near)))
+        )
+    return value
+
+
+def canonical_argument(name: str, value: Any) -> tuple[str, Any] | None:
+    """Return the newest name and value of an argument; None if it has no effect any more.
+
+    >>> canonical("warmup_ratio", 0.03), canonical("group_by_length", True)
+    (('warmup_steps', 0.03), ('train_sampling_strategy', 'group_by_length'))
+    """
+    if name == "group_by_length":
+        return "train_sampling_strategy", "group_by_length" if value else "random"
+    if name in REFUSED and (REFUSED[name] is None or not value):
+        return None
+    return RENAMED.get(name, name), value
+
+
+Changes = dict[str, tuple[Any, Any]]
+
+
+def differences(before: Recipe, now: Recipe) -> Changes:
+    """Return the keys whose values differ, with both values, in the order of a recipe."""
+    old, new = dict(_flat(before)), dict(_flat(now))
+    return {key: (old.get(key), new.get(key)) for key in {**old, **new} if old.get(key) != new.get(key)}
+
+
+def _flat(recipe: Recipe) -> Iterator[tuple[str, Any]]:
+    """Yield all keys of a recipe with their values; training arguments include defaults, rules the rates of the run."""
+    autocast = AUTOCAST.get(recipe.dtype)
+    train = {name: True for name in (autocast,) if name} | {k: v for k, v in recipe.train.items() if v is not None}
+    for number, rule in enumerate(Policy.parse(list(recipe.policy)).rules if recipe.policy else ()):
+        in_force = {"weight_decay": value_of(train, "weight_decay")} | rule.in_force()
+        in_force.setdefault("learning_rate", default_rate(train, rule.method))
+        yield from ((f"policy[{number}].{name}", value) for name, value in in_force.items())
+    for name in type(recipe).model_fields:
+        value = getattr(recipe, name)
+        if isinstance(value, Strict):
+            yield from ((f"{name}.{inner}", entry) for inner, entry in value.model_dump().items())
+        elif name not in ("train", "policy", "dtype"):  # the dtype that `auto` means is compared
+            yield name, value
+    for name in known_arguments():
+        if name not in RENAMED and name not in REFUSED:
+            yield f"train.{name}", value_of(train, name)
+
+
+LLAVA_FULL_RATE = 2e-5
+# Autocast that belongs to the dtype of the frozen weights.
+AUTOCAST = {"bfloat16": "bf16", "float16": "fp16"}
+
+
+def default_rate(train: Mapping[str, Any], method: str | None) -> float:
+    """Return the learning rate of a rule that sets none: the run's, else that of the default policy or of LLaVA."""
+    rate = train.get("learning_rate")
+    default = LLAVA_FULL_RATE if method == "full" else DEFAULT_RULES[0]["learning_rate"]
+    return float(default if rate is None else rate)

@@ -30,16 +30,45 @@ from milora_vl.core.adapter import checkpoints
 from milora_vl.core.adapter.earlier import joined_rank, read_earlier
 from milora_vl.core.weights.distributed import gather, rank_and_world_size
 from milora_vl.models import loading
-from milora_vl.train import arguments, calibration, data, finish, inherit, model, resume
+from milora_vl.train import data
 from milora_vl.train.base_kl import BaseKL
 from milora_vl.train.callbacks import ForgettingCallback, Probe, SuiteCallback, calls_on_sigterm, training_questions
-from milora_vl.train.data import RunData
-from milora_vl.train.folder import ENVIRONMENT, FirstFiles, created, git_state, versions
-from milora_vl.train.inherit import EarlierRecords
-from milora_vl.train.merge import Settings
-from milora_vl.train.model import Built
-from milora_vl.train.screen import policy_rows, protection_lines, show_policy, trainable_line
-from milora_vl.train.setup import Batching, Run, make_run, require_evaluation, require_usable
+from milora_vl.train.counts import Batching
+from milora_vl.train.data import EarlierRecords, RunData, has_other_records, read_earlier_records, task_entry
+from milora_vl.train.launch import base_dtype, dtype_name, load_base_model, refused_arguments, stage_of, trained_dtype
+from milora_vl.train.output import (
+    FirstFiles,
+    created,
+    evaluate_run,
+    git_state,
+    open_repository,
+    protection_lines,
+    push_results,
+    room_lines,
+    run_failures,
+    versions,
+    write_held_out,
+    write_pages,
+    write_results,
+)
+from milora_vl.train.plan import (
+    ENVIRONMENT,
+    Run,
+    environment_resumed,
+    make_run,
+    policy_rows,
+    require_evaluation,
+    require_same_checkpoint,
+    require_same_records,
+    require_same_steps,
+    require_usable,
+    resume_warnings,
+    show_policy,
+    shown_value,
+    trainable_line,
+)
+from milora_vl.train.settings import Settings
+from milora_vl.train.start import START, Built, build_model, compile_blocks, make_texts, read_start, show_start
 from milora_vl.train.trainer import MiloraTrainer
 
 
@@ -69,16 +98,16 @@ def train(settings: Settings) -> int:
         trainer = make_trainer(run, records, rows, built, base_kl, processor, files)
         add_measurements(trainer, run, probe, questions, processor)
         train_and_save(run, trainer, rows.batching, files, start)
-        finish.write_held_out(run, trainer, records.evaluation, processor, screen)
+        write_held_out(run, trainer, records.evaluation, processor, screen)
     is_writer = run.args.should_save
     recipe, folder, args, repository = run.recipe, run.folder, run.args, trainer.hub_model_id or ""
     del run, loaded, probe, built, base_kl, trainer  # the evaluation needs the model's memory
     close_processes()
-    failed = finish.evaluate(recipe, folder, screen) if is_writer else []
+    failed = evaluate_run(recipe, folder, screen) if is_writer else []
     if not is_writer:
         return 0
-    code = finish.write_results(recipe, folder, screen, settings.request.format, failed)
-    pushed = not args.push_to_hub or finish.push_results(folder, repository, args.hub_revision, screen)
+    code = write_results(recipe, folder, screen, settings.request.format, failed)
+    pushed = not args.push_to_hub or push_results(folder, repository, args.hub_revision, screen)
     return code if pushed else 1
 
 
@@ -107,15 +136,15 @@ def read_records(run: Run, screen: Screen) -> RunData:
         records = data.read_records(recipe.data)
     checkpoint = None if folder.checkpoint is None else folder.checkpoint.name
     told = gather((checkpoint, records.fingerprint, records.pictures))
-    resume.require_same_checkpoint(folder.path, [name for name, *_ in told])
+    require_same_checkpoint(folder.path, [name for name, *_ in told])
     other = next((rank for rank, (_, *found) in enumerate(told) if found != list(told[0][1:])), None)
     if other is not None:
         message = f"rank {other} reads other records or pictures than rank 0"
         raise UserError(message, where=str(recipe.data.path), hint="all machines must see the same data")
     warnings = records.warnings()
     if run.earlier is not None:
-        warnings += resume.require_same_records(run.earlier, records)
-    elif recipe.adapter and inherit.has_other_records(Path(recipe.adapter), records.fingerprint):
+        warnings += require_same_records(run.earlier, records)
+    elif recipe.adapter and has_other_records(Path(recipe.adapter), records.fingerprint):
         screen.say(
             f"note: {recipe.adapter} was trained on other records, and this run overwrites what it has learned; "
             f"--after {recipe.adapter} keeps it"
@@ -123,8 +152,8 @@ def read_records(run: Run, screen: Screen) -> RunData:
     elif any(task["fingerprint"] == records.fingerprint for task in run.tasks):
         screen.say("note: an earlier run was trained on these records; for more steps on them use --adapter")
     if folder.checkpoint is not None:
-        stage = arguments.zero_stage(run.args)
-        warnings += resume.warnings(folder.checkpoint, processes=run.args.world_size, stage=stage)
+        stage = stage_of(run.args)
+        warnings += resume_warnings(folder.checkpoint, processes=run.args.world_size, stage=stage)
     for warning in warnings:
         screen.warn(warning)
     return records
@@ -139,13 +168,13 @@ def freeze_unseen_projector(run: Run, records: RunData, screen: Screen) -> Run:
 
 
 def read_earlier_tasks(run: Run, screen: Screen) -> tuple[Run, EarlierRecords]:
-    earlier = inherit.read_earlier_records(run.tasks, run.recipe, screen, are_used=run.reads_calibration)
+    earlier = read_earlier_records(run.tasks, run.recipe, screen, are_used=run.reads_calibration)
     return replace(run, tasks=earlier.tasks), earlier
 
 
 def compose_base(run: Run, screen: Screen) -> Run:
     """Return the run on a base that exists, with the repository of --push_to_hub open."""
-    finish.open_repository(run.recipe.train, run.folder.path, run.hub_token)
+    open_repository(run.recipe.train, run.folder.path, run.hub_token)
     with run.args.main_process_first(desc="composing the base"):
         run, line = run.composed()
     if line:
@@ -157,7 +186,7 @@ def load_base(run: Run, records: RunData, screen: Screen) -> tuple[nn.Module, An
     recipe, args = run.recipe, run.args
     data.check(data.strict_collator(recipe, run.base, run.base.processor), recipe, records)
     with screen.step(f"loading {recipe.model}"):
-        loaded, processor = model.load_base(recipe, run.base, arguments.base_dtype(recipe), args.device)
+        loaded, processor = load_base_model(recipe, run.base, base_dtype(recipe), args.device)
     tokenizer, pictures = loading.split_processor(processor)
     if pictures is None and recipe.template == "vicuna_v1" and tokenizer.chat_template:
         screen.warn("the template is vicuna_v1, but this model has a chat template: use --template chat_template")
@@ -196,7 +225,7 @@ def order_rows(run: Run, records: RunData, processor: Any, screen: Screen) -> Ro
         rows = data.stream_of(recipe, run.args)
     batching = Batching.of(recipe, number, run.args.world_size)
     if run.folder.checkpoint is not None:
-        resume.require_same_steps(run.folder.checkpoint, recipe, batching.steps)
+        require_same_steps(run.folder.checkpoint, recipe, batching.steps)
     return Rows(rows, lengths, batching)
 
 
@@ -211,26 +240,24 @@ def adapt(
     source = checkpoint or recipe.adapter
     held = read_earlier(loaded, Path(recipe.after), targets, run.tasks) if recipe.after and checkpoint is None else None
     batches, base_kl, files = None, None, {}
-    calibration.show_start(run, loaded, steps, screen)
+    show_start(run, loaded, steps, screen)
     if run.reads_calibration:
-        stored = None if checkpoint is None else calibration.read_start(checkpoint.parent)
-        texts = calibration.make_texts(
-            recipe, run.base, loaded, processor, records.train, screen, steps, earlier, stored
-        )
+        stored = None if checkpoint is None else read_start(checkpoint.parent)
+        texts = make_texts(recipe, run.base, loaded, processor, records.train, screen, steps, earlier, stored)
         if checkpoint is None or checkpoint.parent.resolve() != run.folder.path.resolve():
-            files[calibration.START] = texts.content
+            files[START] = texts.content
         batches = texts.sources() if run.protects else None
         if term.weight:
             base_kl = BaseKL(texts.sources(term.texts), term.weight, term.every)
     set_seed(run.args.seed)  # LoRA starts from random numbers, here as in HF's example scripts
     with screen.step("applying the policy" if source is None else f"restoring {source}"):
-        dtype = arguments.trained_dtype(run.args)
-        built = model.build(recipe, loaded, targets, checkpoint, batches, dtype, held)
+        dtype = trained_dtype(run.args)
+        built = build_model(recipe, loaded, targets, checkpoint, batches, dtype, held)
     if held is not None:
-        own = inherit.entry(run.folder.path, recipe, targets, built.model.milora_protection, records)
+        own = task_entry(run.folder.path, recipe, targets, built.model.milora_protection, records)
         built.model.earlier = replace(held, tasks=(*run.tasks, own))
     if run.derived.compiled is not None:
-        model.compile_blocks(built.model, run.derived.compiled)
+        compile_blocks(built.model, run.derived.compiled)
     if run.args.gradient_checkpointing:
         built.model.enable_input_require_grads()  # frozen embeddings would cut the graph
     return built, base_kl, files
@@ -264,7 +291,7 @@ def show_header_and_policy(
             ("data", records.describe()),
             ("batch", batching.describe()),
             ("steps", batching.describe_steps()),
-            ("dtype", f"{arguments.dtype_name(recipe)} base, {precision}, on {args.device}"),
+            ("dtype", f"{dtype_name(recipe)} base, {precision}, on {args.device}"),
             ("run", str(folder.path)),
             *resumed,
         ]
@@ -274,7 +301,7 @@ def show_header_and_policy(
     screen.say(trainable_line(get_model_param_count(built.model, True), get_model_param_count(built.model)))
     for line in protection_lines(built.targets, protection):
         screen.say(line)
-    for line in inherit.room_lines(built.targets, protection, run.tasks) if run.tasks else ():
+    for line in room_lines(built.targets, protection, run.tasks) if run.tasks else ():
         screen.say(line)
     if base_kl is not None:
         base = "the base after the earlier runs" if run.tasks else "the base"
@@ -283,9 +310,7 @@ def show_header_and_policy(
         if batching.steps < base_kl.every:
             screen.say("base_kl has no effect: the run has fewer steps than base_kl.every")
     if run.earlier is not None and run.earlier.changes:
-        changes = (
-            f"{key} {resume.shown(old)} -> {resume.shown(new)}" for key, (old, new) in run.earlier.changes.items()
-        )
+        changes = (f"{key} {shown_value(old)} -> {shown_value(new)}" for key, (old, new) in run.earlier.changes.items())
         screen.say(f"changed since {folder.checkpoint}: {'; '.join(changes)}")
 
 
@@ -299,7 +324,7 @@ def collect_first_files(
         "git": git_state(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "processes": run.args.world_size,
-        "dtype": arguments.dtype_name(recipe),
+        "dtype": dtype_name(recipe),
         "started": run.started.isoformat(timespec="seconds"),
         "finished": None,
         "seconds": 0.0,
@@ -312,7 +337,7 @@ def collect_first_files(
         "pictures": records.pictures,
     }
     if run.earlier is not None:
-        environment = resume.continued(run.earlier, run.folder, environment)
+        environment = environment_resumed(run.earlier, run.folder, environment)
     policy = {
         "targets": [target.to_dict() for target in built.targets],
         "layers": [asdict(layer) for layer in built.report],
@@ -345,7 +370,7 @@ def make_trainer(
 ) -> MiloraTrainer:
     collate = data.collator(run.recipe, run.base, processor, records.train[:100])
     collate.always_shows_videos = bool(records.num_with_videos and any(records.with_images))
-    with arguments.refused(kinds=(ValueError, ImportError)):  # what no check knows
+    with refused_arguments(kinds=(ValueError, ImportError)):  # what no check knows
         trainer = MiloraTrainer(
             built.model,
             run.args,
@@ -391,7 +416,7 @@ def run_loop(run: Run, trainer: MiloraTrainer, batching: Batching, files: FirstF
     try:
         # Autocast casts what it multiplies; PEFT would first widen every input to the adapter's float32.
         with (
-            finish.run_failures(trainer.args),
+            run_failures(trainer.args),
             pushes_without("start/*"),
             calls_on_sigterm(trainer.stop_on_signal.on_signal),
             disable_input_dtype_casting(trainer.trained(), active=trainer.accelerator.native_amp),
@@ -423,7 +448,7 @@ def described_if_unfinished(trainer: MiloraTrainer, files: FirstFiles) -> Iterat
         if trainer.args.should_save and files.has_begun:
             try:
                 write_state(trainer, files)
-                finish.write_pages(files.folder, files.recipe, files.screen)
+                write_pages(files.folder, files.recipe, files.screen)
             except OSError as error:  # the disk is full: the user has to read what ended the run, not this
                 files.screen.warn(f"no report: {error}")
         raise
@@ -436,7 +461,7 @@ def write_state(trainer: MiloraTrainer, files: FirstFiles) -> None:
 
 def save_weights(run: Run, trainer: MiloraTrainer, batching: Batching, files: FirstFiles, start: float) -> None:
     folder, args = run.folder, trainer.args
-    with finish.run_failures(args):
+    with run_failures(args):
         best = trainer.state.best_model_checkpoint if args.load_best_model_at_end else None
         if best is None and not has_all_steps(folder.checkpoint, batching):
             trainer.save_model(_internal_call=True)  # pushed when the pages are there too

@@ -34,7 +34,7 @@ from milora_vl.core.policy import Target
 from milora_vl.interop.trainer import RatesOfRules
 from milora_vl.models.losses import add_chunked_loss, row_losses, summed_loss, supervised_positions
 from milora_vl.models.projector import save_projector
-from milora_vl.train import data, fsdp
+from milora_vl.train import data
 from milora_vl.train.base_kl import BaseKL, add_base_kl
 from milora_vl.train.callbacks import (
     Bars,
@@ -48,9 +48,11 @@ from milora_vl.train.callbacks import (
     StopOnSignal,
     SuiteCallback,
 )
+from milora_vl.train.launch import RequireShards, gathered_optimizer, gathered_state, load_optimizer, prepare_fsdp
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
 
 OUR_FILES = (FILE_NAME, ANCHORS_FILE, APART_FILE, *PROJECTOR_FILES)
 CheckpointKind = Literal["adapter", "projector", "full"]
@@ -107,13 +109,13 @@ class MiloraTrainer(RatesOfRules, CheckpointTrainer):
         self.rates = rates
         self.suites: SuiteCallback | None = None  # scores during training
         if self.args.fsdp:
-            self.add_callback(fsdp.RequireShards())
+            self.add_callback(RequireShards())
         if self.args.deepspeed:
             self.add_callback(KeepDigits(model))
         if self.args.gradient_checkpointing:
             self.add_callback(FrozenTowers())
         if self.is_fsdp_enabled:
-            fsdp.prepare(self.accelerator, model)
+            prepare_fsdp(self.accelerator, model)
         self._rows: list[tuple[str, float, int]] = []  # of an evaluation: key, summed loss and tokens of a record
         self.record_losses: dict[str, float] = {}  # of the last evaluation in this process, by key; means over tokens
         self.evaluated_step = -1
@@ -297,7 +299,7 @@ class MiloraTrainer(RatesOfRules, CheckpointTrainer):
         state, model = None, self.trained()
         if self.is_fsdp_enabled:
             only_trained, is_writer = self.checkpoint_kind != "full", bool(self.args.should_save)
-            state = fsdp.gathered_state(model, only_trained=only_trained, keep=is_writer)
+            state = gathered_state(model, only_trained=only_trained, keep=is_writer)
         elif self.is_deepspeed_enabled:
             named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
             with gather_params_ctx(list(named.values()), modifier_rank=None):  # does nothing but under ZeRO-3
@@ -320,7 +322,7 @@ class MiloraTrainer(RatesOfRules, CheckpointTrainer):
         """Write optimizer and scheduler with complete tensors, as a run without FSDP does."""
         assert self.optimizer is not None
         assert self.lr_scheduler is not None
-        content = fsdp.gathered_optimizer(self.optimizer, keep=bool(self.args.should_save))
+        content = gathered_optimizer(self.optimizer, keep=bool(self.args.should_save))
         if self.args.should_save:
             torch.save(content, folder / "optimizer.pt")
             torch.save(self.lr_scheduler.state_dict(), folder / "scheduler.pt")
@@ -330,5 +332,5 @@ class MiloraTrainer(RatesOfRules, CheckpointTrainer):
         assert self.lr_scheduler is not None
         files = [folder / name for name in ("optimizer.pt", "scheduler.pt")]
         optimizer, scheduler = (torch.load(file, map_location="cpu", weights_only=True) for file in files)
-        fsdp.load_optimizer(self.optimizer, optimizer)
+        load_optimizer(self.optimizer, optimizer)
         self.lr_scheduler.load_state_dict(scheduler)

@@ -24,7 +24,7 @@ from milora_vl.core.calibration.texts import COUNT, LENGTH, SEED, sampled_rows
 from milora_vl.forgetting.measure import Forgetting, ProbeBatch, logits_of, summary, token_sums
 from milora_vl.forgetting.text import ends_of, general_text, padded_batches, text_batches
 from milora_vl.models.losses import add_chunked_loss, summed_loss
-from milora_vl.train.calibration import shares_probe_text
+from milora_vl.train.start import shares_probe_text
 from studies.task import Measured
 
 BATCH, TOKENS = 16, 1536

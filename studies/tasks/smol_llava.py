@@ -18,13 +18,14 @@ from milora_data.batches.image_text_collator import ImageTextCollator
 from milora_data.records.record import IMAGE, Record, Turn
 from milora_data.stream import load_records
 from milora_vl.core.calibration.bases import Calibration, sources_of
+from milora_vl.core.calibration.texts import ROWS
 from milora_vl.forgetting.answers import answer_batches, drawn_questions
 from milora_vl.interop.load_model import load_model
 from milora_vl.models.devices import fastest_dtype
 from milora_vl.models.generate import Prompt, generate
 from milora_vl.models.image_tokens import image_tokens
 from milora_vl.models.loading import split_processor
-from milora_vl.train.calibration import CAPTION_TOKENS, QUESTION, ROWS, with_pictures
+from milora_vl.train.start import CAPTION_TOKENS, QUESTION, with_pictures
 from studies.tasks import EASY_VQA, EMOJI
 from studies.tasks.answers import AnswerTask
 

@@ -22,8 +22,8 @@ from milora_vl.models.image_tokens import image_token_id, image_tokens
 from milora_vl.models.loading import config_of
 from milora_vl.models.projector import load_projector, projector_of, read_projector, save_projector
 from milora_vl.models.timm_tower import TimmTower, TimmTowerConfig
-from milora_vl.train.flags import parse
-from milora_vl.train.setup import make_run, with_dtype
+from milora_vl.train.command import parse
+from milora_vl.train.plan import make_run, with_dtype
 from support.fake_hub import FakeHub, running
 from support.machine import fastest
 from support.plans import plan, settings

@@ -22,7 +22,7 @@ from milora_vl.interop.llava_layout import read_llava
 from milora_vl.models import original
 from milora_vl.models.loading import config_of
 from milora_vl.models.projector import read_projector
-from milora_vl.train import finish
+from milora_vl.train.output import run_failures
 from support.adapter_cases import one_rule
 from support.problems import raises_code
 
@@ -75,7 +75,7 @@ def test_code_in_the_place_of_weights_is_named_and_never_run(write: Callable[[Pa
 def test_code_in_the_states_of_a_checkpoint_ends_a_run_in_a_line(tmp_path: Path) -> None:
     zipped(Path("optimizer.pt"))
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
-    with raises_code("checkpoint-unreadable", says="a file of the checkpoint " + SAID), finish.run_failures(arguments):
+    with raises_code("checkpoint-unreadable", says="a file of the checkpoint " + SAID), run_failures(arguments):
         torch.load("optimizer.pt", weights_only=True)
 
 

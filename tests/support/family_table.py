@@ -26,6 +26,10 @@ import transformers
 from PIL import Image
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
+from milora_vl.train.plan import _check_pictures
+from milora_vl.train.recipe import DataConfig, Recipe
+from milora_vl.train.settings import PolicyEdits, edited
+
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tests")]
 
@@ -37,9 +41,6 @@ from milora_vl.core.policy.rules import Target, without_projector  # noqa: E402
 from milora_vl.core.policy.towers import find_towers  # noqa: E402
 from milora_vl.models.base import Base  # noqa: E402
 from milora_vl.models.generate import Prompt, generate  # noqa: E402
-from milora_vl.train import setup  # noqa: E402
-from milora_vl.train.flags import PolicyEdits, edited  # noqa: E402
-from milora_vl.train.recipe import DataConfig, Recipe  # noqa: E402
 from support import any_family, official_data  # noqa: E402
 from support.vlm_runs import record, write_pictures  # noqa: E402
 
@@ -105,7 +106,7 @@ def _require_packable(config: Any) -> None:
     ratio = "pad" if base.tiling is None else "anyres"
     data = DataConfig(packing=True, image_aspect_ratio=ratio)
     recipe = Recipe(template="chat_template" if base.own_pictures else "vicuna_v1", data=data)
-    setup._check_pictures(recipe, base, [])
+    _check_pictures(recipe, base, [])
 
 
 def _tried(action: Callable[[], None]) -> str:

@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 from milora_vl.core.policy import Target
 from milora_vl.models.base import Base
-from milora_vl.train.arguments import Derived, derive, read_launch
-from milora_vl.train.flags import parse
-from milora_vl.train.merge import Settings, merge
+from milora_vl.train.command import parse
+from milora_vl.train.launch import read_launch
+from milora_vl.train.plan import Derived, Run, derived_arguments, fit, make_run
 from milora_vl.train.recipe import Recipe
-from milora_vl.train.setup import Run, fit, make_run
+from milora_vl.train.settings import Settings, join_settings
 
 
 class Fitted(NamedTuple):
@@ -33,13 +33,13 @@ def fitted(words: str | Sequence[str]) -> Fitted:
 
 def settings(words: str | Sequence[str]) -> Settings:
     """Return what recipe and flags say, without a look at the model."""
-    return merge(parse(shlex.split(words) if isinstance(words, str) else words))
+    return join_settings(parse(shlex.split(words) if isinstance(words, str) else words))
 
 
 def section(words: str | Sequence[str]) -> Derived:
     """Return the arguments of the training of a command line."""
     found = fitted(words)
-    return derive(found.recipe, found.base, found.targets, read_launch(found.recipe.train))
+    return derived_arguments(found.recipe, found.base, found.targets, read_launch(found.recipe.train))
 
 
 def plan(words: str | Sequence[str]) -> Run:

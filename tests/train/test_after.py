@@ -21,8 +21,8 @@ from milora_vl.core.adapter.sidecar import read_sidecar
 from milora_vl.models.tiny import tiny_llava
 from milora_vl.report.read_run import read_run
 from milora_vl.report.tables import tasks_table
-from milora_vl.train import inherit
 from milora_vl.train.command import main
+from milora_vl.train.data import EarlierRecords, read_earlier_records
 from support.adapter_cases import llava_batch
 from support.drawn import write_tiny_data
 from support.launched import KINDS, needs_deepspeed, train_in_two
@@ -171,9 +171,9 @@ def test_equal_names_in_the_folder_of_the_next_run_are_not_taken_for_the_earlier
         Image.new("RGB", (32, 32), "red").save(picture)
     monkeypatch.chdir(there)
 
-    def read() -> inherit.EarlierRecords:
+    def read() -> EarlierRecords:
         found = plan(second(Path(), here / "runs" / "a", Path("runs/b")))
-        return inherit.read_earlier_records(found.tasks, found.recipe, Screen(io.StringIO()), are_used=True)
+        return read_earlier_records(found.tasks, found.recipe, Screen(io.StringIO()), are_used=True)
 
     [(recipe, _, _)] = read().found
     assert (recipe.data.path, recipe.data.image_folder) == (str(here / "train.json"), str(here / "images"))

@@ -14,7 +14,7 @@ from milora_vl.core.adapter.checkpoints import (
     why_incomplete,
     zero_stage,
 )
-from milora_vl.train import resume
+from milora_vl.train.plan import resume_warnings
 from support.checkpoint_files import write_checkpoint
 from support.problems import raises_code
 
@@ -65,14 +65,14 @@ def test_a_sharded_checkpoint_needs_all_its_shards(stage: int, tmp_path: Path) -
 
 def test_other_processes_or_another_stage_are_refused_or_warned_about(tmp_path: Path) -> None:
     folder = sharded(tmp_path / "a", 3)
-    assert resume.warnings(folder, processes=2, stage=3) == []
+    assert resume_warnings(folder, processes=2, stage=3) == []
     with raises_code("", says=r"2 processes, and this run has 4\n.*--nproc_per_node 2"):
-        resume.warnings(folder, processes=4, stage=3)
+        resume_warnings(folder, processes=4, stage=3)
     for stage in (0, 1, 2):
         with raises_code("", hint="--deepspeed zero3"):
-            resume.warnings(folder, processes=2, stage=stage)
+            resume_warnings(folder, processes=2, stage=stage)
     plain = write_checkpoint(tmp_path / "b", 4)
-    assert resume.warnings(plain, processes=1, stage=0) == []
-    assert "processes, now there are 2" in resume.warnings(plain, processes=2, stage=0)[0]
+    assert resume_warnings(plain, processes=1, stage=0) == []
+    assert "processes, now there are 2" in resume_warnings(plain, processes=2, stage=0)[0]
     with raises_code("", hint="remove --deepspeed"):
-        resume.warnings(plain, processes=1, stage=2)
+        resume_warnings(plain, processes=1, stage=2)

@@ -12,9 +12,9 @@ import torch
 from milora_eval.evaluate import Suites
 from milora_vl import load_model
 from milora_vl.train.command import main
-from milora_vl.train.finish import evaluation_commands
+from milora_vl.train.output import evaluation_commands
+from milora_vl.train.plan import require_evaluation
 from milora_vl.train.recipe import Recipe
-from milora_vl.train.setup import require_evaluation
 from support.eval_questions import write_questions
 from support.problems import raises_code
 from support.train_runs import training

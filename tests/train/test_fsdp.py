@@ -16,8 +16,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from milora_vl.common.errors import UserError
 from milora_vl.models.tiny import tiny_llava, tiny_tokenizer
-from milora_vl.train import arguments, fsdp
+from milora_vl.train import launch
 from milora_vl.train.command import main
+from milora_vl.train.launch import fsdp_settings, gathered_optimizer
 from support.launched import ENVIRONMENT, FSDP, train_in_two
 from support.problems import raises_code
 from support.train_runs import losses, training
@@ -152,7 +153,7 @@ def test_accelerate_starts_the_processes(tiny_data: Path, tmp_path: Path) -> Non
 )
 def test_settings_that_are_not_tested_are_refused(strategy: str, config: object, message: str) -> None:
     with pytest.raises(UserError) as caught:
-        arguments.fsdp_settings(strategy, config)  # type: ignore[arg-type]
+        fsdp_settings(strategy, config)  # type: ignore[arg-type]
     assert message in str(caught.value)
     assert caught.value.problems[0].code == "launch-fsdp"
 
@@ -175,7 +176,7 @@ def test_only_the_process_that_writes_a_checkpoint_keeps_the_optimizer() -> None
     optimizer = torch.optim.AdamW(layer.parameters())
     layer(torch.ones(1, 2)).sum().backward()
     optimizer.step()
-    kept, empty = (fsdp.gathered_optimizer(optimizer, keep=keep) for keep in (True, False))
+    kept, empty = (gathered_optimizer(optimizer, keep=keep) for keep in (True, False))
     assert torch.equal(kept["state"][0]["exp_avg"], optimizer.state[layer.weight]["exp_avg"])
     assert (empty["state"], empty["param_groups"]) == ({}, kept["param_groups"])
 
@@ -183,7 +184,7 @@ def test_only_the_process_that_writes_a_checkpoint_keeps_the_optimizer() -> None
 def test_a_version_that_would_double_the_frozen_base_is_refused(
     tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(arguments, "is_accelerate_available", lambda minimum: minimum != "1.13.0")
+    monkeypatch.setattr(launch, "is_accelerate_available", lambda minimum: minimum != "1.13.0")
     with raises_code("launch-fsdp", where="--fsdp", hint="accelerate>=1.13"):
         main(training(tiny_data, tmp_path / "run", "--rank", "4", *FSDP, "--bf16", "True"))
 

@@ -15,11 +15,11 @@ from torch.autograd.graph import save_on_cpu
 from transformers import PreTrainedModel
 
 from milora_vl import apply_milora, load_model
-from milora_vl.train import arguments
-from milora_vl.train import model as train_model
+from milora_vl.train import launch, plan
 from milora_vl.train.command import main
-from milora_vl.train.model import compile_blocks
+from milora_vl.train.launch import _set_attention
 from milora_vl.train.recipe import Recipe
+from milora_vl.train.start import compile_blocks
 from support.adapter_cases import one_rule, token_batch
 from support.problems import raises_code
 from support.train_runs import losses, read_json, training
@@ -39,7 +39,7 @@ PLAIN = ("--rank", "4", "--dropout", "0", "--save_strategy", "no")
 def test_attention_is_refused_before_weights_load(
     name: str, code: str, says: str, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train_model, "load_weights", lambda *_, **__: pytest.fail("the weights load"))
+    monkeypatch.setattr(launch, "load_weights", lambda *_, **__: pytest.fail("the weights load"))
     with raises_code(code, where="attn_implementation", says=says):
         main(training(tiny_data, tmp_path / "run", *PLAIN, "--attn_implementation", name))
 
@@ -48,7 +48,7 @@ def test_attention_is_refused_before_weights_load(
 def test_each_tower_has_its_attention(name: str) -> None:
     model, _ = load_model(name)
     recipe = Recipe.parse({"model": name, "attn_implementation": {"language": "eager", "vision": "sdpa"}})
-    train_model._set_attention(model, recipe)
+    _set_attention(model, recipe)
     kinds = {type(m).__name__: m.config._attn_implementation for m in model.modules() if isinstance(m, PreTrainedModel)}
     assert {kind: "sdpa" if "CLIP" in kind else "eager" for kind in kinds} == kinds
 
@@ -102,7 +102,7 @@ def test_activations_go_to_the_cpu_with_checkpointing(
     # As on a GPU, but without pinned memory.
     stock, kept = save_on_cpu.__init__, []
     monkeypatch.setattr(save_on_cpu, "__init__", lambda self, *_, **__: kept.append(stock(self)))
-    monkeypatch.setattr(arguments, "train_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(plan, "train_device", lambda _: torch.device("cuda"))
     assert main(training(tiny_data, tmp_path / "offload", *offload, "--dataloader_pin_memory", "False")) == 0
     assert kept
     assert losses(tmp_path / "offload") == losses(tmp_path / "plain")

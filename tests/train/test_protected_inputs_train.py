@@ -25,10 +25,11 @@ from milora_vl.models.base import Base, find_base
 from milora_vl.models.tiny import tiny_llava
 from milora_vl.report.read_run import read_run
 from milora_vl.report.tables import protection_table
-from milora_vl.train import calibration
+from milora_vl.train import start
 from milora_vl.train.command import main
-from milora_vl.train.memory import distinct_inputs
+from milora_vl.train.counts import distinct_inputs
 from milora_vl.train.recipe import Recipe
+from milora_vl.train.start import QUESTION, START, make_texts, shares_probe_text
 from support.calibrated import directions, leaks
 from support.launched import KINDS, needs_deepspeed, train_in_two
 from support.problems import raises_code
@@ -58,9 +59,7 @@ def recipe(tiny_data: Path, **keys: Any) -> Recipe:
 
 def calibrated(settings: Recipe, records: Any = (), steps: int = 10) -> list[Any]:
     base, processor = tiny_llava()
-    return calibration.make_texts(
-        settings, Base.of("tiny", base.config), base, processor, records, Screen(), steps
-    ).batches()
+    return make_texts(settings, Base.of("tiny", base.config), base, processor, records, Screen(), steps).batches()
 
 
 def protected_by(settings: Recipe) -> dict[str, torch.Tensor]:
@@ -94,16 +93,16 @@ def test_a_run_calibrates_protects_resumes_and_shows_it(
     shutil.rmtree(part / "checkpoint-6")
     (part / "adapter_model.safetensors").unlink()
     monkeypatch.setenv("MILORA_CACHE", str(tmp_path / "empty"))
-    monkeypatch.setattr(calibration, "sampled_rows", None)
-    monkeypatch.setattr(calibration, "generate", None)
+    monkeypatch.setattr(start, "sampled_rows", None)
+    monkeypatch.setattr(start, "generate", None)
     resumed = [*training(tiny_data, part, *PROTECT, "--save_steps", "3"), "--resume_from_checkpoint"]
     elsewhere = [*training(tiny_data, tmp_path / "elsewhere", *PROTECT), "--resume_from_checkpoint"]
     assert main([*elsewhere, str(part / "checkpoint-3"), "--save_steps", "3"]) == 0
     assert losses(tmp_path / "elsewhere")[-3:] == losses(whole)[-3:]
-    start = (whole / calibration.START).read_bytes()
-    assert (tmp_path / "elsewhere" / calibration.START).read_bytes() == start
+    written_once = (whole / START).read_bytes()
+    assert (tmp_path / "elsewhere" / START).read_bytes() == written_once
     assert not list(part.glob("checkpoint-*/start"))
-    named = read_json(whole, calibration.START)["records"][0][0]
+    named = read_json(whole, START)["records"][0][0]
     picture, before = tiny_data / "images" / named, (tiny_data / "images" / named).read_bytes()
     picture.write_bytes(
         max((tiny_data / "images").iterdir(), key=lambda file: file.read_bytes() != before).read_bytes()
@@ -148,15 +147,15 @@ def test_texts_are_written_once_and_shared_with_no_probe(tiny_data: Path, monkey
     settings = recipe(tiny_data, samples=3, pictures=0)
     first = calibrated(settings)
     assert [batch["input_ids"].shape[0] for batch in first] == [8, 3]  # eight texts more than the recipe names
-    monkeypatch.setattr(calibration, "sampled_rows", None)
+    monkeypatch.setattr(start, "sampled_rows", None)
     assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(first, calibrated(settings), strict=True))
 
 
 def test_captions_are_cached_by_the_content_of_the_pictures(tiny_data: Path, tmp_path: Path, monkeypatch) -> None:
     """Two projects with data/images/0.png: the second one must not get the captions of the first."""
     written = []
-    monkeypatch.setattr(calibration, "sampled_rows", lambda *_, count, **__: [[1, 9, 9]] * count)
-    monkeypatch.setattr(calibration, "generate", lambda *_, **__: written.append(1) or ["a caption"] * len(records))
+    monkeypatch.setattr(start, "sampled_rows", lambda *_, count, **__: [[1, 9, 9]] * count)
+    monkeypatch.setattr(start, "generate", lambda *_, **__: written.append(1) or ["a caption"] * len(records))
     names = sorted(path.name for path in (tiny_data / "images").iterdir())[:2]
     for project, name, is_new in (("a", names[0], True), ("b", names[1], True), ("c", names[0], False)):
         (tmp_path / project / "images").mkdir(parents=True)
@@ -175,13 +174,13 @@ def test_captions_are_cached_by_the_content_of_the_pictures(tiny_data: Path, tmp
 
 def test_the_calibration_shares_no_text_with_the_probe_of_forgetting(tiny_data: Path, tmp_path: Path) -> None:
     for number, book in enumerate(general_text().values()):
-        assert calibration.shares_probe_text(book)
+        assert shares_probe_text(book)
         part = " ".join(book.split()[100 * number : 100 * number + 40])
         (tmp_path / "copied.txt").write_text(f"Once upon a time. {part}")
         with raises_code("", where="calibration.text", message="copied.txt"):
             calibrated(recipe(tiny_data, text=[str(tmp_path / "copied.txt")]))
     questions = {turn.text for record in drawn_questions(tmp_path / "drawn") for turn in record.turns}
-    assert not any(calibration.QUESTION in question for question in questions)
+    assert not any(QUESTION in question for question in questions)
 
 
 def test_the_probe_on_samples_measures_no_calibration_text(tiny_data: Path) -> None:
@@ -198,7 +197,7 @@ def test_the_probe_on_samples_measures_no_calibration_text(tiny_data: Path) -> N
 
 
 def test_files_and_records_calibrate_without_the_model_writing(tiny_data: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(calibration, "sampled_rows", None)
+    monkeypatch.setattr(start, "sampled_rows", None)
     (tmp_path / "a.txt").write_text("A sentence that nobody has written before. " * 20)
     (text,) = calibrated(recipe(tiny_data, text=[str(tmp_path / "a.txt")], pictures=0))
     assert text["input_ids"].shape == (4, 192)
@@ -226,7 +225,7 @@ def test_bad_calibrations_of_a_recipe_are_refused(tiny_data: Path, tmp_path: Pat
 def test_a_model_that_cannot_write_needs_text(tiny_data: Path) -> None:
     base, processor = tiny_llava()
     with raises_code("", hint="text: [FILE]"):
-        calibration.make_texts(recipe(tiny_data), find_base("tiny"), base.model, processor, (), Screen())
+        make_texts(recipe(tiny_data), find_base("tiny"), base.model, processor, (), Screen())
 
 
 def test_the_plan_shows_protected_inputs(tiny_data: Path, tmp_path: Path, capfd: Any) -> None:

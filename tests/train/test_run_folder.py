@@ -22,9 +22,9 @@ from milora_vl.export import __main__ as export
 from milora_vl.forgetting import job
 from milora_vl.forgetting.__main__ import main as forget
 from milora_vl.models.projector import projector_file, save_projector
-from milora_vl.train import folder
+from milora_vl.train import output
 from milora_vl.train.command import main
-from milora_vl.train.folder import choose, default_path
+from milora_vl.train.plan import choose_folder, default_folder
 from milora_vl.train.recipe import Recipe
 from support.adapter_cases import move
 from support.checkpoint_files import write_checkpoint
@@ -34,7 +34,7 @@ from support.train_runs import file_contents, losses, training
 
 def refused(path: Path, resume: str | None = None) -> str:
     with pytest.raises(UserError) as error:
-        choose(path, resume)
+        choose_folder(path, resume)
     return str(error.value)
 
 
@@ -66,10 +66,10 @@ def test_resume_takes_the_last_complete_checkpoint(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, 5)
     (write_checkpoint(tmp_path, 10) / "trainer_state.json").unlink()
     for word in ("true", "True", "auto"):
-        folder = choose(tmp_path, word)
+        folder = choose_folder(tmp_path, word)
         assert folder.checkpoint == tmp_path / "checkpoint-5"
         assert [path.name for path, _ in folder.incomplete] == ["checkpoint-10"]
-    assert choose(tmp_path / "other", str(tmp_path / "checkpoint-5")).checkpoint == tmp_path / "checkpoint-5"
+    assert choose_folder(tmp_path / "other", str(tmp_path / "checkpoint-5")).checkpoint == tmp_path / "checkpoint-5"
 
 
 def test_a_checkpoint_from_elsewhere_does_not_overwrite_a_finished_run(tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ def test_a_checkpoint_from_elsewhere_does_not_overwrite_a_finished_run(tmp_path:
     finish(run)
     assert "finished run" in refused(run, str(checkpoint))
     own = write_checkpoint(run, 5)
-    assert choose(run, str(own)).checkpoint == own
+    assert choose_folder(run, str(own)).checkpoint == own
 
 
 def test_resume_without_anything_to_resume(tmp_path: Path) -> None:
@@ -86,27 +86,27 @@ def test_resume_without_anything_to_resume(tmp_path: Path) -> None:
     broken = write_checkpoint(tmp_path, 3)
     (broken / "trainer_state.json").unlink()
     assert "cannot resume from" in refused(tmp_path, str(broken))
-    assert choose(tmp_path, "auto").checkpoint is None
+    assert choose_folder(tmp_path, "auto").checkpoint is None
 
 
 def test_auto_starts_again_what_was_killed_before_its_first_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "environment.json").write_text(json.dumps({"finished": None}))
     (tmp_path / "adapter_model.safetensors").write_bytes(b"cut off")
-    assert choose(tmp_path, "auto").checkpoint is None
+    assert choose_folder(tmp_path, "auto").checkpoint is None
     (tmp_path / "environment.json").unlink()
     assert "trained weights" in refused(tmp_path, "auto")
 
 
 def test_the_default_folder_names_model_method_and_time() -> None:
     recipe = Recipe.parse({"model": "org/m", "policy": [{"modules": "language", "method": "lora", "rank": 8}]})
-    path = default_path(recipe, datetime(2026, 11, 25, 4, 36, 7))
+    path = default_folder(recipe, datetime(2026, 11, 25, 4, 36, 7))
     assert path == Path("runs/m/lora-r8/2026-11-25_043607")
 
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from milora_vl.train.folder import locked
+from milora_vl.train.output import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
@@ -116,7 +116,7 @@ with locked(Path(sys.argv[1])):
 def test_a_second_training_in_the_folder_is_refused_and_changes_nothing(
     tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(folder, "WAIT", 0)
+    monkeypatch.setattr(output, "WAIT", 0)
     run = tmp_path / "run"
     words = training(tiny_data, run, "--rank", "4", "--lr_scheduler_type", "constant")
     assert main([*words, "--max_steps", "2"]) == 0

@@ -20,6 +20,7 @@ from milora_vl.common.errors import UserError
 from milora_vl.export.__main__ import main as export
 from milora_vl.forgetting.__main__ import main as forgetting
 from milora_vl.interop.load_model import load_model
+from milora_vl.train import trainer
 from milora_vl.train.command import main
 from support import official_data
 from support.launched import KINDS, needs_deepspeed, train_in_two
@@ -103,8 +104,6 @@ def test_a_run_learns_and_a_resumed_one_ends_the_same(how: list[str], qwen: Path
 def stop_after(patch: pytest.MonkeyPatch, steps: int) -> None:
     """Fail after so many steps, as if the power went off."""
     from transformers import TrainerCallback
-
-    from milora_vl.train import trainer
 
     class PowerCut(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from milora_vl import apply_milora, load_adapter, load_model, save_adapter
 from milora_vl.models.base import find_base
 from milora_vl.train.command import main
-from milora_vl.train.model import load_base
+from milora_vl.train.launch import load_base_model
 from milora_vl.train.recipe import Recipe
 from support.adapter_cases import LLAVA_POLICY, llava_batch, train_steps
 from support.calibrated import directions, leaks, llava_batches
@@ -69,12 +69,12 @@ def test_a_recipe_says_how_a_base_is_quantised(folder: Path) -> None:
     content = {"model": str(folder), "quantization": "4bit", "quant_type": "fp4", "double_quant": False}
     for train, dtype in (({"bf16": True}, torch.bfloat16), ({}, torch.float32)):
         recipe = Recipe.parse({**content, "train": train})
-        model = load_base(recipe, find_base(str(folder)), torch.float32, torch.device("cpu"))[0]
+        model = load_base_model(recipe, find_base(str(folder)), torch.float32, torch.device("cpu"))[0]
         layer = model.get_submodule(Q)
         state = layer.weight.quant_state
         assert (state.quant_type, state.nested, layer.compute_dtype) == ("fp4", False, dtype)
     recipe = Recipe.parse({"model": str(folder), "quantization": "4bit"})
-    default = load_base(recipe, find_base(str(folder)), torch.float32, torch.device("cpu"))
+    default = load_base_model(recipe, find_base(str(folder)), torch.float32, torch.device("cpu"))
     assert default[0].get_submodule(Q).weight.quant_state.nested
 
 

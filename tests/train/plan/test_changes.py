@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from milora_vl.train.recipe import Recipe
-from milora_vl.train.resume import differences, is_free, schedule_has_end
+from milora_vl.train.plan import is_free, schedule_has_end
+from milora_vl.train.recipe import Recipe, differences
 
 POLICY = [
     {"modules": "language", "method": "milora", "protect": 0, "rank": 8, "alpha": 8, "learning_rate": 1e-3},

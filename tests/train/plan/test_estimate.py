@@ -13,7 +13,7 @@ from milora_vl.core.policy import Policy
 from milora_vl.models.base import Base
 from milora_vl.models.devices import bytes_per_number
 from milora_vl.models.tiny import tiny_llama
-from milora_vl.train.memory import (
+from milora_vl.train.counts import (
     GIB,
     OVERHEAD,
     Resident,

@@ -12,7 +12,8 @@ from transformers import Trainer, TrainingArguments
 
 from milora_vl.core.policy import Target
 from milora_vl.train.command import main
-from milora_vl.train.setup import Batching, with_rates
+from milora_vl.train.counts import Batching
+from milora_vl.train.plan import with_rates
 from support.plans import fitted, plan
 
 BOTH = "[{modules: language, method: milora, protect: 0, rank: 4}, {modules: projector, method: full}]"

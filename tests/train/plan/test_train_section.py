@@ -68,7 +68,7 @@ def test_what_hugging_face_takes_is_not_refused(flags: str, records: Path) -> No
 def test_no_answer_within_max_length_is_found_before_the_model_loads(
     records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("milora_vl.train.model.load_weights", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("milora_vl.train.launch.load_weights", lambda *_, **__: pytest.fail("the model was loaded"))
     with raises_code("record-no-answer", where=str(records), hint="--max_length"):
         main([*words(records, "--max_length 20"), "--output_dir", str(tmp_path / "run")])
     held_out = tmp_path / "held_out.json"

@@ -30,7 +30,7 @@ def test_all_mistakes_are_named_at_once_with_file_and_key(tmp_path: Path) -> Non
         "train: {lerning_rate: 1, bf16: maybe}\n"
     )
     with pytest.raises(UserError) as error:
-        schema.load(path)
+        schema.load_recipe(path)
     found = {problem.where: problem for problem in error.value.problems}
     assert {where: problem.code for where, problem in found.items()} == {
         f"modle in {path}": "recipe-unknown-key",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from milora_vl.train.flags import PolicyEdits, edited
+from milora_vl.train.settings import PolicyEdits, edited
 from support.problems import raises_code
 
 PROJECTOR = {"modules": "projector", "method": "full", "learning_rate": 2e-5}

@@ -12,11 +12,10 @@ import pytest
 import llava_recipes
 from milora_vl.common.errors import UserError
 from milora_vl.models import loading, names
-from milora_vl.train import flags
 from milora_vl.train.command import main as train
-from milora_vl.train.memory import num_parameters
+from milora_vl.train.command import parse
+from milora_vl.train.counts import adapter_size, num_parameters
 from milora_vl.train.recipe import Recipe
-from milora_vl.train.screen import adapter_size
 from support.plans import fitted, settings
 
 NAMES = llava_recipes.names()
@@ -32,7 +31,7 @@ def test_its_comment_is_a_command_that_parses(name: str) -> None:
     text = " ".join(comment).replace("\\", " ")
     command = re.search(r"-m milora_vl\.train ((?:--?\w\S* \S+\s*)+)", text)
     assert command, text
-    request = flags.parse(command[1].split())
+    request = parse(command[1].split())
     assert request.recipe == name
     assert request.output_dir
 

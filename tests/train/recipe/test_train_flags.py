@@ -12,10 +12,9 @@ import llava_recipes
 from milora_vl.common.cli.parser import Command, parser, positive, shared
 from milora_vl.common.errors import UserError
 from milora_vl.common.yaml_text import read_mapping
-from milora_vl.train import arguments
-from milora_vl.train.command import main
-from milora_vl.train.flags import parse
-from milora_vl.train.recipe import Recipe
+from milora_vl.train.command import main, parse
+from milora_vl.train.launch import _keywords
+from milora_vl.train.recipe import Recipe, coerced
 from support.plans import settings
 from support.problems import raises_code
 
@@ -111,7 +110,7 @@ def test_a_device_that_is_none_or_not_here_is_refused(word: str, said: str, monk
 def test_what_a_recipe_holds_is_what_training_arguments_take(tmp_path: Path) -> None:
     given = {"warmup_ratio": 0.1, "evaluation_strategy": "no", "gradient_checkpointing": True, "group_by_length": True}
     train = Recipe.parse({"train": given}).train
-    args = TrainingArguments(output_dir=str(tmp_path), **arguments.keywords(train))
+    args = TrainingArguments(output_dir=str(tmp_path), **_keywords(train))
     assert args.get_warmup_steps(50) == 5
     assert args.gradient_checkpointing
 
@@ -135,7 +134,7 @@ def test_what_a_recipe_holds_is_what_training_arguments_take(tmp_path: Path) -> 
     ],
 )
 def test_values_are_read_as_their_types(name: str, value: object, expected: object) -> None:
-    found = arguments.coerce(name, value)
+    found = coerced(name, value)
     assert (found, type(found)) == (expected, type(expected))
 
 

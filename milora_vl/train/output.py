@@ -1,15 +1,23 @@
-"""The end of a run: its losses and pages, evaluation in a separate process, upload to the hub, the closing block."""
+"""What people see of a run: its lines on the screen, its folder, the report and card, evaluation and upload.
+
+Beside the files of HF's Trainer the folder holds recipe.yaml, environment.json, policy.json, the processor and
+README.md. A run that fails before its first step leaves no files.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import json
 import os
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, cast
@@ -25,8 +33,16 @@ from milora_vl.common.cli.screen import Screen
 from milora_vl.common.errors import DataError, UserError, first_line
 from milora_vl.common.evaluator import EvaluationRequest, QuestionSet, evaluator
 from milora_vl.common.progress import progress_bar
+from milora_vl.core.adapter import checkpoints
 from milora_vl.core.adapter.checkpoints import WEIGHTS
-from milora_vl.core.adapter.folders import has_config, holds_projector_alone, holds_text_model
+from milora_vl.core.adapter.fixed_a import Protection
+from milora_vl.core.adapter.folders import (
+    has_config,
+    holds_projector_alone,
+    holds_text_model,
+)
+from milora_vl.core.policy import Target
+from milora_vl.core.policy.towers import TOWERS
 from milora_vl.core.weights.distributed import gather
 from milora_vl.core.weights.tensor_files import unreadable
 from milora_vl.models.generate import Prompt, generate
@@ -34,10 +50,139 @@ from milora_vl.report import model_card
 from milora_vl.report.page import try_write_report
 from milora_vl.report.read_run import HELD_OUT
 from milora_vl.report.repeat import of_earlier
-from milora_vl.train.folder import CARD, RunFolder
+from milora_vl.train.counts import protected_directions
+from milora_vl.train.data import Task
+from milora_vl.train.plan import CARD, ENVIRONMENT, Run, RunFolder, refuse_to_overwrite, suites_of
 from milora_vl.train.recipe import Recipe
-from milora_vl.train.setup import Run, suites_of
 from milora_vl.train.trainer import MiloraTrainer
+
+
+def protection_lines(targets: Sequence[Target], protection: Mapping[str, Protection]) -> list[str]:
+    """Return one line per tower about its protected inputs: means over layers of their shares."""
+    lines = []
+    for tower in TOWERS:
+        members = [protection[t.path] for t in targets if t.tower == tower and t.path in protection]
+        if not members:
+            continue
+        held_out = [entry.held_out for entry in members if entry.held_out is not None]
+        line = (
+            f"protected inputs  {tower}: {_mean([entry.directions / entry.inputs for entry in members])} of the "
+            f"directions, {_mean([entry.energy for entry in members])} of the energy"
+        )
+        lines.append(line + (f", {_mean(held_out)} on held-out text" if held_out else ""))
+    return lines
+
+
+def _mean(shares: Sequence[float]) -> str:
+    return f"{sum(shares) / len(shares):.1%}"
+
+
+GIT_TIMEOUT = 10  # seconds
+WAIT = 8  # seconds for the lock: loader processes of a killed training notice its end, and leave, within five
+PACKAGES = ("milora-vl", "torch", "transformers", "peft", "accelerate", "timm", "deepspeed", "bitsandbytes")
+
+
+@dataclass(kw_only=True)
+class FirstFiles:
+    folder: RunFolder
+    recipe: Recipe
+    environment: dict[str, Any]
+    content: Mapping[str, Any]
+    screen: Screen
+    is_writer: bool  # one of several processes writes
+    has_begun: bool = False
+
+    def write(self) -> None:
+        if self.has_begun:
+            return
+        if self.is_writer and self.folder.is_new:  # loading takes minutes, and another run may have begun here
+            refuse_to_overwrite(self.folder.path)
+        self.has_begun = True
+        if not self.is_writer:
+            return
+        for checkpoint, reason in self.folder.incomplete:
+            self.screen.warn(f"{checkpoint.name} {reason}; it is kept as {checkpoints.set_aside(checkpoint).name}")
+        self.folder.write_text("recipe.yaml", self.recipe.to_yaml())
+        self.folder.write_json(ENVIRONMENT, self.environment)
+        for name, value in self.content.items():
+            self.folder.write_json(name, value)
+
+
+@contextmanager
+def created(path: Path) -> Iterator[None]:
+    """Create the folder of a run, and lock it; empty folders of a run that has not begun go again."""
+    absent = [folder for folder in (path, *path.parents) if not folder.exists()]  # innermost first
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        message = f"cannot create {path}: {error.strerror}"
+        raise UserError(message, where="--output_dir") from None
+    try:
+        with locked(path):
+            yield
+    finally:
+        for folder in absent:
+            try:
+                folder.rmdir()
+            except OSError:  # not empty
+                break
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock of a run folder. Raises UserError if another process does.
+
+    The system releases it when the process and its loader processes end, also after a kill.
+    """
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        for remaining in range(WAIT, -1, -1):
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not remaining:
+                    message = "another training runs in this folder"
+                    hint = "wait for its end, or stop it, then:  --resume_from_checkpoint auto"
+                    raise UserError(message, code="run-in-use", where=str(path), hint=hint) from None
+                time.sleep(1)
+        yield
+    finally:
+        os.close(handle)
+
+
+def versions() -> dict[str, str]:
+    found = {"python": sys.version.split()[0]}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_state() -> dict[str, Any] | None:
+    """Return the commit of our source, and whether it has changed since; None without git or a repository."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=GIT_TIMEOUT).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain", "-uno"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def room_lines(targets: Sequence[Target], protection: Mapping[str, Protection], tasks: Sequence[Task]) -> list[str]:
+    """Return a line per tower: the share of input directions that is free, and what was free in each earlier run."""
+    lines = []
+    for tower, now in protected_directions(targets, protection).items():
+        before = [f"{1 - share:.1%} in {task['run']}" for task in tasks if (share := task["directions"].get(tower))]
+        line = f"room  {tower}: {1 - now:.1%} of the input directions are free"
+        lines.append(f"{line}; {', '.join(before)}" if before else line)
+    return lines
+
 
 NUM_ANSWERED, MAX_NEW_TOKENS = 20, 32  # records that the model answers for the report
 # The last ones hold texts and paths of the data.
@@ -68,7 +213,7 @@ def hub_errors_explained(what: str, remedy: str, *, exit_code: int = 1) -> Itera
         raise UserError(first_line(error), where=what, hint=remedy, exit_code=exit_code) from None
 
 
-def push(folder: Path, repository: str, revision: str | None) -> str:
+def push_folder(folder: Path, repository: str, revision: str | None) -> str:
     """Upload the files of a finished run without checkpoints and return their address. Raises UserError on failure."""
     from huggingface_hub import HfApi
 
@@ -120,7 +265,7 @@ def evaluation_commands(recipe: Recipe, output_dir: Path) -> list[list[str]]:
     return [["-m", *evaluator().command(request)] for request in requests.values()]
 
 
-def evaluate(recipe: Recipe, folder: RunFolder, screen: Screen) -> list[str]:
+def evaluate_run(recipe: Recipe, folder: RunFolder, screen: Screen) -> list[str]:
     failed = []
     for command in evaluation_commands(recipe, folder.path):
         gc.collect()  # the trainer holds itself in a circle
@@ -141,7 +286,7 @@ def write_results(recipe: Recipe, folder: RunFolder, screen: Screen, style: str,
 def push_results(folder: RunFolder, repository: str, revision: str | None, screen: Screen) -> bool:
     try:
         with screen.step(f"pushing to {repository}"):
-            screen.say(f"pushed   {push(folder.path, repository, revision)}")
+            screen.say(f"pushed   {push_folder(folder.path, repository, revision)}")
     except UserError as error:
         screen.warn(str(error))
         return False

@@ -1,4 +1,4 @@
-"""The calibration batches of a run: texts that the base model writes, text files, pictures with captions.
+"""The stage before the first step: texts and captions of the base, protected inputs, the adapter on the base.
 
 By default no data is needed: the base model writes texts itself, and a vision-language model describes pictures of the
 training set. They are written in batches with a generator each, which the processes share. The folder START of the run
@@ -17,6 +17,7 @@ from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -28,12 +29,21 @@ from milora_data.pictures.load import ImageError, load_image, place_of
 from milora_data.records.record import IMAGE, Record, Turn
 from milora_data.stream import load_records
 from milora_vl.common.atomic_write import write_json
+from milora_vl.common.cli.console import amount
 from milora_vl.common.cli.screen import Screen
 from milora_vl.common.errors import DataError, Key, UserError, first_line
 from milora_vl.common.progress import progress_bar
+from milora_vl.core.adapter.apply import apply_targets
+from milora_vl.core.adapter.earlier import Earlier, hold
+from milora_vl.core.adapter.initialize import LayerReport
+from milora_vl.core.adapter.lora import base_model_of
+from milora_vl.core.adapter.save_load import load_checkpoint
+from milora_vl.core.adapter.sidecar import FILE_NAME
 from milora_vl.core.calibration import CAPTIONS, TEXTS
-from milora_vl.core.calibration.bases import Batches
+from milora_vl.core.calibration.bases import Batches, Calibration
 from milora_vl.core.calibration.texts import HELD_OUT_TEXTS, LENGTH, ROWS, SEED, rows_at_once, sampled_rows
+from milora_vl.core.policy import Target
+from milora_vl.core.policy.towers import find_towers
 from milora_vl.core.weights.distributed import gather, rank_and_world_size
 from milora_vl.core.weights.matrices import gathered
 from milora_vl.core.weights.tensor_files import shared_digest
@@ -41,22 +51,24 @@ from milora_vl.forgetting.text import ends_of, general_text, padded_batches, tex
 from milora_vl.models import loading
 from milora_vl.models.base import Base
 from milora_vl.models.generate import Prompt, generate
-from milora_vl.train.data import collator
-from milora_vl.train.inherit import EarlierRecords
-from milora_vl.train.memory import (
+from milora_vl.models.projector import load_projector
+from milora_vl.train.counts import (
     A100,
     CPU,
     NUM_RECORDS,
     SMOKE_STEPS,
     duration_text,
+    frozen_towers,
     measured_flops,
     part_of,
     start_notes,
     start_seconds,
+    trained_sizes,
 )
+from milora_vl.train.data import EarlierRecords, collator
+from milora_vl.train.plan import NEW_RUN, Run
 from milora_vl.train.recipe import Recipe
-from milora_vl.train.resume import NEW_RUN
-from milora_vl.train.setup import Run
+from milora_vl.train.trainer import CheckpointKind
 
 CAPTION_TOKENS = 32
 PROMPT_TOKENS = 128  # of system text, question and caption
@@ -396,3 +408,101 @@ def _read(file: Path, count: int) -> list[Any] | None:
     except (OSError, ValueError):
         return None
     return found if isinstance(found, list) and len(found) == count else None
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    model: Any
+    targets: list[Target]
+    checkpoint_kind: CheckpointKind
+    sizes: dict[str, int]  # number of trained values by target
+    report: Sequence[LayerReport]  # one per decomposed weight
+    frozen: list[str]  # towers without trained modules
+
+
+def checkpoint_kind_of(targets: Sequence[Target]) -> CheckpointKind:
+    if any(t.rank is not None for t in targets):
+        return "adapter"
+    return "projector" if all(t.tower == "projector" for t in targets) else "full"
+
+
+def build_model(
+    recipe: Recipe,
+    base: nn.Module,
+    targets: list[Target],
+    checkpoint: Path | None,
+    calibration: Calibration | None = None,
+    dtype: torch.dtype = torch.float32,
+    earlier: Earlier | None = None,
+) -> Built:
+    """Apply the resolved policy, or load the adapter of `checkpoint`, else of the recipe, with its initial factors.
+
+    `calibration` holds the batches for protected inputs. `dtype` is the data type of the trained weights. `earlier` is
+    the update that the base of a new run holds.
+    """
+    checkpoint_kind = checkpoint_kind_of(targets)
+    adapter = checkpoint or (Path(recipe.adapter) if recipe.adapter else None)
+    sizes = trained_sizes(targets, base)
+    frozen = frozen_towers(base, targets)
+    if checkpoint_kind == "adapter" and adapter is not None:
+        _require_sidecar(adapter)
+        model = load_checkpoint(base, adapter)
+        _require_same_targets(adapter, targets, model.milora_targets)
+        model.remember("default", replace(model.sidecars["default"], targets=targets))  # the rates of this run
+    else:
+        if earlier is not None:
+            hold(base, earlier)
+        model = apply_targets(
+            base,
+            targets,
+            calibration=calibration,
+            cache_dir=recipe.factor_cache,
+            calibration_cache=cache_folder(recipe),
+            progress=True,
+        )
+        if earlier is not None:
+            model.earlier = earlier
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+    if checkpoint is not None and not is_deepspeed_zero3_enabled():  # there DeepSpeed loads its own shards
+        _restore(model, checkpoint, checkpoint_kind)
+    return Built(model, targets, checkpoint_kind, sizes, model.milora_report, frozen)
+
+
+def _require_same_targets(adapter: Path, targets: Sequence[Target], stored: Sequence[Target]) -> None:
+    here, there = ({t.path: replace(t, learning_rate=None, weight_decay=None) for t in ts} for ts in (targets, stored))
+    differ = sorted(path for path in here | there if here.get(path) != there.get(path))
+    if differ:
+        raise UserError(
+            f"{FILE_NAME} and the rules of the recipe differ in {amount(len(differ), 'module')}, first {differ[0]}",
+            code="adapter-other-settings",
+            where=str(adapter),
+            hint="restore the recipe.yaml that belongs to the adapter",
+        )
+
+
+def compile_blocks(model: nn.Module, options: Mapping[str, str]) -> None:
+    """Compile each block of the language tower separately; equal blocks share their code.
+
+    The loss in chunks, the vision tower and checkpointing stay outside. `options` are arguments of torch.compile.
+    """
+    base = base_model_of(model)
+    for path in find_towers(base).stacks.get("language", ()):
+        for block in base.get_submodule(path).children():
+            block.compile(**options)
+
+
+def _restore(model: Any, checkpoint: Path, checkpoint_kind: CheckpointKind) -> None:
+    """Load the projector, or all weights by `from_pretrained`, which knows the names that transformers has changed."""
+    if checkpoint_kind == "projector":
+        load_projector(model, checkpoint)
+    elif checkpoint_kind == "full":
+        model.load_state_dict(type(model).from_pretrained(checkpoint, dtype=torch.float32).state_dict())
+
+
+def _require_sidecar(checkpoint: Path) -> None:
+    if not (checkpoint / FILE_NAME).is_file():
+        message = f"{FILE_NAME} is missing; it records which part of the adapter trains and which is the anchor"
+        hint = "restore the file, or resume from another checkpoint"
+        raise UserError(message, where=str(checkpoint), hint=hint)

@@ -1,4 +1,4 @@
-"""Memory per device and time of a run: how much is needed, whether it fits, and which flags make it fit.
+"""What a run costs, from its plan: steps and batches, trained numbers, memory per device, seconds of start and step.
 
 Weights, gradients and optimizer follow the accounting of ZeRO (arXiv:1910.02054): 16 bytes per trained parameter,
 sharded by stage. What a step adds, above all activations, is measured by running it without data (torch's fake
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import time
 import warnings
 import weakref
@@ -17,31 +18,145 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import psutil
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.trainer_pt_utils import get_model_param_count
 
 from milora_vl.common.cli.console import amount
 from milora_vl.common.compat.torch import after_operations, without_data
 from milora_vl.core.adapter.anchored import fixed_names, install_factors
-from milora_vl.core.adapter.fixed_a import fix_A
+from milora_vl.core.adapter.fixed_a import Protection, fix_A
 from milora_vl.core.adapter.lora import lora_layer, make_lora, set_dropout
 from milora_vl.core.adapter.sidecar import read_sidecar
 from milora_vl.core.calibration.activations import ROOM
 from milora_vl.core.calibration.texts import COUNT, HELD_OUT_TEXTS, LENGTH
 from milora_vl.core.policy import Target
-from milora_vl.core.policy.towers import find_towers
+from milora_vl.core.policy.towers import TOWERS, find_towers
 from milora_vl.core.weights.matrices import factor_dtype
 from milora_vl.models.base import Base
 from milora_vl.models.devices import bytes_per_number, quantized_layers
 from milora_vl.models.image_tokens import layers_of
 from milora_vl.models.losses import CHUNK, GradientsAtOnce, inner_model
-from milora_vl.train.arguments import Launch, Strategy, strategy_of
-from milora_vl.train.screen import trained_sizes
-from milora_vl.train.setup import Batching, Run, num_devices
+from milora_vl.train.launch import Launch, Strategy, strategy_of
+from milora_vl.train.recipe import Recipe, value_of
+from milora_vl.train.settings import Request
+
+if TYPE_CHECKING:
+    from milora_vl.train.plan import Run
+
+
+def num_devices(request: Request) -> int:
+    return request.devices or int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batching:
+    """What decides the number of steps, counted as HF's Trainer counts them. With `max_steps` -1 the epochs decide."""
+
+    num_records: int | None  # of what a batch consists of; None: a stream
+    per_device: int
+    accumulation: int = 1
+    num_devices: int = 1
+    epochs: float = 3.0
+    max_steps: int = -1
+    drop_last: bool = False
+    unit: Literal["record", "packed row"] = "record"
+
+    @classmethod
+    def of(cls, recipe: Recipe, num_records: int | None, num_devices: int) -> Batching:
+        train = recipe.train
+        return cls(
+            num_records=None if recipe.data.streaming else num_records,
+            per_device=value_of(train, "per_device_train_batch_size"),
+            accumulation=value_of(train, "gradient_accumulation_steps"),
+            num_devices=num_devices,
+            epochs=value_of(train, "num_train_epochs"),
+            max_steps=value_of(train, "max_steps"),
+            drop_last=value_of(train, "dataloader_drop_last"),
+            unit="packed row" if recipe.data.packing else "record",
+        )
+
+    @property
+    def total(self) -> int:
+        """Return the records, or packed rows, per optimizer step over all devices."""
+        return self.per_device * self.accumulation * self.num_devices
+
+    @property
+    def steps_per_epoch(self) -> int:
+        if self.num_records is None:
+            return self.max_steps
+        round_ = math.floor if self.drop_last else math.ceil
+        batches = round_(self.num_records / (self.per_device * self.num_devices))
+        return max(batches // self.accumulation + (batches % self.accumulation > 0), 1)
+
+    @property
+    def steps(self) -> int:
+        """Return the optimizer steps of the whole run.
+
+        >>> Batching(num_records=665_298, per_device=16, num_devices=8, epochs=1).steps
+        5198
+        """
+        return self.max_steps if self.max_steps > 0 else math.ceil(self.epochs * self.steps_per_epoch)
+
+    def describe(self) -> str:
+        devices = f"{self.num_devices} device{'s' if self.num_devices > 1 else ''}"
+        return f"{self.per_device} x {self.accumulation} accumulation x {devices} = {self.total}"
+
+    def describe_steps(self) -> str:
+        if self.num_records is None:
+            return f"{self.steps:,} ({amount(self.steps * self.total, self.unit)} of a stream)"
+        epochs = f"{self.steps / self.steps_per_epoch:.3g}"
+        return f"{self.steps:,} ({epochs} epoch{'' if epochs == '1' else 's'} of {amount(self.num_records, self.unit)})"
+
+
+def protected_directions(targets: Sequence[Target], protection: Mapping[str, Protection]) -> dict[str, float]:
+    shares: dict[str, list[float]] = {}
+    for target in targets:
+        if target.path in protection:
+            entry = protection[target.path]
+            shares.setdefault(target.tower or "other", []).append(entry.directions / entry.inputs)
+    return {tower: round(sum(values) / len(values), 4) for tower, values in shares.items()}
+
+
+def frozen_towers(base: nn.Module, targets: Sequence[Target]) -> list[str]:
+    towers, trained = find_towers(base), {target.tower for target in targets}
+    present = {"language": towers.language, "projector": towers.projector, "vision": towers.vision}
+    return [tower for tower in TOWERS if present[tower] is not None and tower not in trained]
+
+
+def trained_sizes(targets: Sequence[Target], base: nn.Module) -> dict[str, int]:
+    """Return the number of trained parameters of each target by path: those of its adapter, else all.
+
+    A tied head counts 0: it shares the weight of the embeddings.
+    """
+    sizes: dict[str, int] = {}
+    seen: set[nn.Parameter] = set()
+    for target in targets:
+        module = base.get_submodule(target.path)
+        if target.rank:
+            sizes[target.path] = adapter_size(target)
+            continue
+        weight = next(module.parameters())
+        sizes[target.path] = 0 if weight in seen else get_model_param_count(module)
+        seen.add(weight)
+    return sizes
+
+
+def adapter_size(target: Target) -> int:
+    """Return the number of trained parameters of an adapter: r (in + out), with exceptions.
+
+    A fixed A leaves B, and DoRA trains one more number for each row of the weight.
+    """
+    rows, columns = target.shape
+    assert target.rank is not None
+    if target.has_fixed_A:
+        return target.rank * rows
+    return target.rank * (rows + columns) + (rows if target.method == "dora" else 0)
+
 
 GIB = 1024**3
 OVERHEAD = 1.0  # GiB for CUDA, its libraries and fragmentation
@@ -51,7 +166,7 @@ A100_FLOPS, A100_MEMORY = 312e12 * 0.4, 79 * GIB  # bf16 peak times the utilizat
 # Of float32 products, and of memory in bytes a second: an A100 without TF32, times the share that matrix-vector
 # products reach; one thread of a CPU.
 FLOAT32_FLOPS, BANDWIDTH, CPU_BANDWIDTH = 15e12, 1.55e12 * 0.6, 1e10
-SMALL = 1e9  # parameters of a model that trains on a CPU
+SMALL_MODEL = 1e9  # parameters of a model that trains on a CPU
 SMOKE_STEPS = 10  # a run with fewer steps is a smoke test, and calibrates with a tenth
 SMOKE_NOTE = f"a run of fewer than {SMOKE_STEPS} steps is a smoke test: it calibrates with a tenth"
 DECOMPOSITION = 1.8  # products of out x in x min(out, in) that the factors of a weight cost: 1.4 to 2.0 measured
@@ -113,7 +228,7 @@ def costs_of(run: Run, counts: Counts, batching: Batching, *, has_steps: bool) -
         lines, change = verdict(work, lean, flags, request.gpu_memory)
         out += lines
     is_planned = request.devices is not None or request.gpu_memory is not None
-    on_cpu = work.total < SMALL and not torch.cuda.is_available() and not is_planned
+    on_cpu = work.total < SMALL_MODEL and not torch.cuda.is_available() and not is_planned
     flops, where = (measured_flops(), CPU) if on_cpu else (A100_FLOPS, A100)
     step = flops_per_step(work) / flops
     total = f", {duration_text(batching.steps * step)} in total" if has_steps else ""
@@ -657,7 +772,7 @@ def _loss(base: Any, shape: Shape, begin_language: Callable[[], None]) -> Tensor
     if shape.checkpointing:
         embeds.requires_grad_(True)
     if shape.pictures:
-        embeds = _with_pictures(base, embeds, shape)
+        embeds = _with_features(base, embeds, shape)
     inputs = {"inputs_embeds": embeds}
     if width:
         inputs["per_layer_inputs"] = embeds.new_zeros(*ids.shape, text["num_hidden_layers"], width)
@@ -672,7 +787,7 @@ def _loss(base: Any, shape: Shape, begin_language: Callable[[], None]) -> Tensor
     return total
 
 
-def _with_pictures(base: Any, embeds: Tensor, shape: Shape) -> Tensor:
+def _with_features(base: Any, embeds: Tensor, shape: Shape) -> Tensor:
     """Return the embeddings plus image features; their positions do not matter for memory."""
     vision = base.config.vision_config
     pixels = torch.zeros(shape.pictures, 3, vision.image_size, vision.image_size, dtype=shape.base_dtype)

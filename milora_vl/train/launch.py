@@ -1,0 +1,436 @@
+"""Processes and devices of a run: DeepSpeed, FSDP2, Hugging Face's arguments, data types, the base on its device."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
+from copy import deepcopy
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import accelerate
+import torch
+import torch.distributed as dist
+from accelerate.utils import get_mixed_precision_context_manager
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments, get_scheduler
+from transformers.utils import is_accelerate_available
+
+import llava_recipes
+from milora_vl.common.cli.console import did_you_mean, suggest
+from milora_vl.common.compat.transformers import layer_kinds, unstarted_arguments, use_one_gpu
+from milora_vl.common.errors import Key, UserError, first_line
+from milora_vl.core.adapter.lora import base_model_of
+from milora_vl.models.base import Base
+from milora_vl.models.devices import quantization_config, train_device, unquantized
+from milora_vl.models.loading import load_weights
+from milora_vl.models.projector import load_projector
+from milora_vl.train.recipe import RENAMED, Recipe, value_of
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+    from milora_vl.train.recipe import Recipe
+
+
+# What depends on the processes and the device of the run: a plan is made on any machine.
+OF_THE_MACHINE = (
+    "deepspeed", "fsdp", "fsdp_config", "use_cpu", "bf16", "fp16", "tf32", "bf16_full_eval", "fp16_full_eval",
+    "push_to_hub", "hub_token",
+)  # fmt: skip
+Strategy = Literal["full_shard", "shard_grad_op"]
+# --fsdp: whether the weights of a layer are freed between its forward and its backward.
+RESHARDS: dict[Strategy, bool] = {"full_shard": True, "shard_grad_op": False}
+# Keys of fsdp_config that may be set. FSDP1 is not supported: it gives all weights of a layer one dtype, and an adapter
+# in float32 beside a base in bfloat16 has two.
+FSDP_KEYS = ("reshard_after_forward", "transformer_layer_cls_to_wrap", "auto_wrap_policy", "min_num_params")
+ERRORS = (ValueError, TypeError, KeyError, ImportError, NotImplementedError, OSError)
+
+
+def _keywords(train: Mapping[str, Any]) -> dict[str, Any]:
+    fields = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
+    older = {new: old for old, new in RENAMED.items() if old in fields}
+    return {name if name in fields else older[name]: value for name, value in train.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    deepspeed: dict[str, Any] | None = None
+    fsdp: dict[str, Any] | None = None
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def zero_stage(self) -> int:
+        return int((self.deepspeed or {}).get("zero_optimization", {}).get("stage", 0))
+
+
+def read_launch(train: Mapping[str, Any]) -> Launch:
+    """Return the launcher settings of a `train:` section, read from files where it names them."""
+    if train.get("fsdp"):
+        _require_fsdp_alone(train)
+        return Launch(fsdp=fsdp_settings(train["fsdp"], train.get("fsdp_config")))
+    if train.get("fsdp_config"):
+        where = Key.of("train.fsdp_config")
+        raise UserError("no effect without --fsdp", code="launch-fsdp", where=where, hint="add --fsdp, or remove it")
+    for name, flag in (("FSDP", "fsdp"), ("DEEPSPEED", "deepspeed")):
+        is_on = os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("1", "true", "yes")
+        if is_on and not train.get("deepspeed"):
+            raise UserError(
+                f"accelerate has settings of {name}, which differ from those of this command",
+                code=f"launch-accelerate-{flag}",
+                hint=f"pass --{flag} to this command\n"
+                "and let accelerate only start the processes: distributed_type: MULTI_GPU",
+            )
+    if not train.get("deepspeed"):
+        return Launch()
+    return _complete_deepspeed(_read_deepspeed(train["deepspeed"]))
+
+
+def _read_deepspeed(config: Mapping[str, Any] | str) -> Mapping[str, Any]:
+    if isinstance(config, str) and config in llava_recipes.names("deepspeed"):
+        packaged: Mapping[str, Any] = json.loads(llava_recipes.read(config, "deepspeed"))
+        return packaged
+    if isinstance(config, str) and not Path(config).is_file():
+        near = suggest(Path(config).stem, llava_recipes.names("deepspeed"))
+        message = f"expected {', '.join(llava_recipes.names('deepspeed'))} or a JSON file, got {config}"
+        hint = did_you_mean(near[:1]) or "name one of these, or a file that exists"
+        raise UserError(message, where=Key.of("train.deepspeed"), hint=hint)
+    return _read_object(config, "deepspeed")
+
+
+def _read_object(config: Mapping[str, Any] | str, key: str) -> Mapping[str, Any]:
+    content: Any = config
+    if isinstance(config, str):
+        try:
+            content = json.loads(Path(config).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            content = error
+    if not isinstance(content, Mapping):
+        message = f"expected a JSON object or the name of a file with one, got {config!r}: {content}"
+        hint = "correct the file or the value"
+        raise UserError(message, where=Key(("train", key)), hint=hint)
+    return content
+
+
+def _complete_deepspeed(content: Mapping[str, Any]) -> Launch:
+    """Return the settings as a run needs them, with warnings about changes.
+
+    Rules of the policy set learning rates, so the Trainer builds optimizer and schedule; DeepSpeed's optimizer would
+    silently use one rate for all.
+    """
+    settings, warnings = deepcopy(dict(content)), []
+    for block, flags in {"optimizer": "--optim and the policy", "scheduler": "--lr_scheduler_type"}.items():
+        if settings.pop(block, None) is not None:
+            warnings.append(f"deepspeed: its {block} has no effect; use {flags}")
+    zero = settings.get("zero_optimization", {})
+    if zero.get("stage") == 3:
+        zero.setdefault("stage3_gather_16bit_weights_on_model_save", True)  # without it the saved files are unusable
+    settings.setdefault("zero_force_ds_cpu_optimizer", False)  # that optimizer would need a compiler
+    return Launch(deepspeed=settings, warnings=tuple(warnings))
+
+
+def fsdp_settings(strategy: str, config: Mapping[str, Any] | str | None) -> dict[str, Any]:
+    settings: dict[str, Any] = {"version": 2, "reshard_after_forward": RESHARDS[_strategy(strategy)]}
+    for name, value in _read_object(config or {}, "fsdp_config").items():
+        key = str(name).removeprefix("fsdp_")
+        if (key, str(value)) != ("version", "2") and key not in FSDP_KEYS:
+            raise _fsdp_error(f"unknown or unsupported setting {name}: {value}", f"known keys: {', '.join(FSDP_KEYS)}")
+        settings[key] = value
+    return settings
+
+
+def strategy_of(settings: Mapping[str, Any]) -> Strategy:
+    return "full_shard" if str(settings["reshard_after_forward"]).lower() == "true" else "shard_grad_op"
+
+
+def _strategy(value: str | bool) -> Strategy:
+    words = [word for word in str(value).replace(",", " ").split() if word != "auto_wrap"]
+    if words and words[0].lower() in ("yes", "true", "1"):
+        words[0] = "full_shard"
+    for strategy in RESHARDS:
+        if words == [strategy]:
+            return strategy
+    raise _fsdp_error(f"expected {' or '.join(RESHARDS)}, got {value!r}", "use  --fsdp full_shard")
+
+
+def _require_fsdp_alone(train: Mapping[str, Any]) -> None:
+    refused = {
+        "deepspeed": "use one of both",
+        "fp16": "use --bf16",
+        "torch_compile": "train without --torch_compile",
+    }
+    for name, hint in refused.items():
+        if train.get(name):
+            raise _fsdp_error(f"does not work together with --{name}", hint)
+    if train.get("bf16") and not is_accelerate_available("1.13.0"):
+        message = f"accelerate {accelerate.__version__} would hold the frozen base in float32 under FSDP2 with --bf16"
+        raise _fsdp_error(message, "pip install 'accelerate>=1.13', or use --deepspeed zero3")
+
+
+def _fsdp_error(message: str, hint: str) -> UserError:
+    return UserError(message, code="launch-fsdp", where=Key.of("train.fsdp"), hint=hint)
+
+
+def require_processes_for_fsdp(train: Mapping[str, Any]) -> None:
+    if train.get("fsdp") and int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        raise _fsdp_error(
+            "needs several processes, and this is one", "start it with  torchrun --nproc_per_node N -m milora_vl.train"
+        )
+
+
+def hf_arguments(train: Mapping[str, Any], output_dir: Path, *, is_started: bool) -> TrainingArguments:
+    """Return Hugging Face's arguments of this process. Raises UserError for what Hugging Face refuses.
+
+    A plan does not start processes and writes nothing: without `is_started`, no device is looked for.
+    """
+    train = deepcopy(dict(train))  # HF writes into the settings of DeepSpeed
+    if not is_started:
+        train = {name: value for name, value in train.items() if name not in OF_THE_MACHINE} | {"use_cpu": True}
+    with nullcontext() if is_started else _environment_kept(), refused_arguments():
+        if is_started:
+            _prepare_processes(train)
+        make = TrainingArguments if is_started else unstarted_arguments
+        args = make(output_dir=str(output_dir), **_keywords(train))
+        if is_started:
+            _start_deepspeed(train)
+        with nullcontext() if is_started else suppress(ImportError):  # a plan says which package is missing
+            Trainer.get_optimizer_cls_and_kwargs(args)
+        weight = torch.zeros(1, requires_grad=True)
+        get_scheduler(
+            args.lr_scheduler_type,
+            torch.optim.SGD([weight], lr=float(value_of(train, "learning_rate"))),  # `lr_end` is compared with it
+            num_warmup_steps=1,
+            num_training_steps=10,
+            scheduler_specific_kwargs=train.get("lr_scheduler_kwargs") or {},
+        )
+    if is_started and args.n_gpu > 1:
+        use_one_gpu(args)
+    return args
+
+
+@contextmanager
+def _environment_kept() -> Iterator[None]:
+    """Undo what the block changes in the environment: TrainingArguments sets variables for accelerate."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
+
+
+@contextmanager
+def refused_arguments(kinds: tuple[type[Exception], ...] = ERRORS) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except kinds as error:
+        message = f"transformers refuses these arguments: {' '.join(str(error).split())[:300]}"
+        hint = "python -m milora_vl.train --help  lists all flags"
+        raise UserError(message, code="train-arguments", where=Key.of("train"), hint=hint) from None
+
+
+def stage_of(args: TrainingArguments) -> int:
+    return int(args.hf_deepspeed_config.get_value("zero_optimization.stage", 0)) if args.deepspeed else 0
+
+
+def trained_dtype(args: TrainingArguments) -> torch.dtype:
+    """Return the dtype of trained weights: float32, because half precision loses the steps of Adam.
+
+    DeepSpeed in half precision keeps float32 copies and does not autocast, so all weights use its precision.
+    """
+    if args.deepspeed and args.hf_deepspeed_config.is_true("bf16.enabled"):
+        return torch.bfloat16
+    return torch.float16 if args.deepspeed and args.hf_deepspeed_config.is_true("fp16.enabled") else torch.float32
+
+
+def base_dtype(recipe: Recipe) -> torch.dtype:
+    """Return the dtype of the frozen weights: --dtype, else the half precision of a run on a GPU, else float32."""
+    if recipe.dtype != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[recipe.dtype]
+    if train_device(recipe.train).type in ("cpu", "mps"):
+        return torch.float32
+    if recipe.train.get("bf16"):
+        return torch.bfloat16
+    return torch.float16 if recipe.train.get("fp16") else torch.float32
+
+
+def dtype_name(recipe: Recipe) -> str:
+    return str(base_dtype(recipe)).removeprefix("torch.")
+
+
+def _prepare_processes(train: Mapping[str, Any]) -> None:
+    """Prepare what TrainingArguments initializes: the variables of DeepSpeed, and the timeout of processes on CPUs.
+
+    Without a launcher DeepSpeed would look for MPI. On CPUs Hugging Face ignores `--ddp_timeout`.
+    """
+    if train.get("use_cpu"):
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        if train.get("ddp_timeout") and int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+            timeout = timedelta(seconds=train["ddp_timeout"])
+            dist.init_process_group(train.get("ddp_backend") or "gloo", timeout=timeout)
+    if train.get("deepspeed") and "WORLD_SIZE" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+        for name, value in {**alone, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+            os.environ.setdefault(name, value)
+
+
+def _start_deepspeed(train: Mapping[str, Any]) -> None:
+    """Initialize DeepSpeed in the process group of TrainingArguments: HF skips that on CPUs, and ZeRO-3 needs it."""
+    if train.get("deepspeed"):
+        import deepspeed
+
+        if train.get("use_cpu"):
+            # DeepSpeed would compile an inference kernel. If it is killed while compiling, it leaves a stale lock file
+            # that blocks later runs.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(verbose=False)
+
+
+def load_base_model(recipe: Recipe, base: Base, dtype: torch.dtype, device: torch.device) -> tuple[nn.Module, Any]:
+    quantization = _quantization(recipe, base)
+    model: Any = load_weights(recipe.model, dtype, quantization=quantization, device=device)
+    model = (model if quantization is not None else model.to(device)).eval()
+    _set_attention(model, recipe)
+    if recipe.projector_weights:
+        load_projector(model, Path(recipe.projector_weights))
+    return model, base.processor
+
+
+def _quantization(recipe: Recipe, base: Base) -> Any:
+    """Return the settings of bitsandbytes. As in LLaVA, 4-bit products use the precision of the training."""
+    if recipe.quantization == "none":
+        return None
+    half = torch.bfloat16 if recipe.train.get("bf16") else torch.float16 if recipe.train.get("fp16") else torch.float32
+    return quantization_config(
+        recipe.quantization,
+        unquantized(base.meta),
+        quant_type=recipe.quant_type,
+        double_quant=recipe.double_quant,
+        compute_dtype=half,
+    )
+
+
+def _set_attention(model: Any, recipe: Recipe) -> None:
+    name: Any = recipe.attn_implementation
+    if not isinstance(name, str):
+        config, language = model.config, recipe.attention_of("language")
+        text = config.get_text_config()
+        name = {key: recipe.attention_of("vision") for key in config.sub_configs if key.startswith("vision")}
+        name |= {key: language for key in config.sub_configs if getattr(config, key) is text} | {"": language}
+    try:
+        model.set_attn_implementation(name)
+    except (ValueError, ImportError) as error:
+        reason = first_line(error)
+        message, hint = f"{recipe.attn_implementation} is not available here: {reason}", "use sdpa or eager"
+        raise UserError(message, where=Key.of("attn_implementation"), hint=hint) from None
+
+
+class RequireShards(TrainerCallback):
+    """Raise RuntimeError if the training starts with whole weights: it would be DDP under another name."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        from torch.distributed.tensor import DTensor
+
+        whole = [name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)]
+        if whole:
+            raise RuntimeError(f"FSDP2 has not sharded {len(whole)} parameters, such as {whole[0]}")
+
+
+def prepare_fsdp(accelerator: Accelerator, model: nn.Module) -> None:
+    """Make FSDP2 compute as DDP does: autocast chooses the dtype of products, and gradients are reduced in float32.
+
+    accelerate would cast every gathered weight to half precision, also the differences of an adapter, which lose
+    their digits then.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    os.environ.pop("ACCELERATE_USE_FSDP", None)  # accelerate sets it, and the next run of this process would read it
+    plugin = accelerator.state.fsdp_plugin
+    plugin.mixed_precision_policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    if plugin.transformer_cls_names_to_wrap is None:
+        # transformers lists kinds of layers that this model may lack, such as CLIP's text embeddings; accelerate then
+        # raises.
+        present = {type(module).__name__ for module in model.modules()}
+        plugin.transformer_cls_names_to_wrap = sorted(present & layer_kinds(base_model_of(model)))
+    if accelerator.native_amp:  # accelerate adds autocast to the forward of other wrappers, and not of this one
+        autocast = get_mixed_precision_context_manager(accelerator.native_amp, accelerator.autocast_handler)
+        model.forward = autocast(model.forward)  # type: ignore[method-assign]
+
+
+def gathered_state(model: nn.Module, *, only_trained: bool, keep: bool) -> dict[str, Tensor]:
+    """Return the complete tensors of a sharded model on the CPU: its trained parameters, or its whole state dict.
+
+    All processes must call it. The result is empty on processes that do not `keep` it.
+    """
+    reshard(model)
+    named = model.named_parameters() if only_trained else model.state_dict(keep_vars=True).items()
+    state = {}
+    for name, tensor in named:
+        if tensor.requires_grad or not only_trained:
+            whole = _whole(tensor.detach())
+            if keep:
+                state[name] = whole.cpu()
+    return state
+
+
+def gathered_optimizer(optimizer: torch.optim.Optimizer, *, keep: bool) -> dict[str, Any]:
+    """Return the state dict of an optimizer with complete tensors on the CPU.
+
+    All processes must call it. The result has no state on processes that do not `keep` it.
+    """
+    content: dict[str, Any] = optimizer.state_dict()
+    states: dict[Any, dict[str, Any]] = {}
+    for number, state in content["state"].items():
+        for key, value in state.items():
+            whole = _whole(value) if isinstance(value, Tensor) else value
+            if keep:
+                states.setdefault(number, {})[key] = whole.cpu() if isinstance(whole, Tensor) else whole
+    return {**content, "state": states}
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, content: Mapping[str, Any]) -> None:
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+    def shard(number: int, value: Any) -> Any:
+        parameter = parameters[number]
+        if not (isinstance(parameter, DTensor) and isinstance(value, Tensor) and value.shape == parameter.shape):
+            return value  # such as the number of steps
+        return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+
+    states = {
+        number: {key: shard(int(number), value) for key, value in state.items()}
+        for number, state in content["state"].items()
+    }
+    optimizer.load_state_dict({**content, "state": states})
+
+
+def reshard(model: nn.Module) -> None:
+    """Free the gathered weights that a forward without backward leaves, so that all parameters are shards again."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    from torch.distributed.tensor import DTensor
+
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,632 @@
+"""What the user asked for: an adapter or earlier run, the recipe, LLaVA's flags and flags, joined and validated once.
+
+Later layers win. The layers are plain mappings. This is the only file that edits the rules of a policy. No model, data
+or device is looked at, but for the default rules, which must fit the base.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from milora_vl.common.cli.console import beside, command_line
+from milora_vl.common.errors import Key, Problem, UserError, with_problems
+from milora_vl.common.yaml_text import TEXT, YamlTextError, parse_yaml
+from milora_vl.core.adapter import checkpoints
+from milora_vl.core.adapter.folders import (
+    base_of,
+    from_there,
+    has_config,
+    holds_llava_adapter,
+    holds_projector_alone,
+    require_adapter,
+)
+from milora_vl.core.adapter.sidecar import FILE_NAME, read_sidecar, require_trainable
+from milora_vl.core.policy import Policy, PolicyError, Rule, Target
+from milora_vl.core.policy.resolve import RankTooLarge
+from milora_vl.core.policy.rules import DEFAULT_RULES, FULL_PROJECTOR, UNALIGNED_PROJECTOR, RuleDict, without_projector
+from milora_vl.core.policy.rules import METHODS as RULE_METHODS
+from milora_vl.core.policy.towers import find_towers
+from milora_vl.models.base import Base
+from milora_vl.models.prompts import recipe_of_run
+from milora_vl.train.recipe import Recipe, checked, differences, flags_of, known_arguments, read_recipe, train_section
+
+PROG = "python -m milora_vl.train"
+ADAPTERS = tuple(name for name, method in RULE_METHODS.items() if "rank" in method.fields)
+METHODS = (*ADAPTERS, "full", "projector")
+ADAPTER_FIELDS = ("rank", "alpha", "rslora", "dropout", "sigma", "seed", "protect")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyEdits:
+    """Flags that replace a field in the rules; None keeps the field."""
+
+    method: str | None = None
+    protect: float | None = None
+    rank: int | None = None
+    alpha: float | None = None
+    dropout: float | None = None
+    learning_rate: float | None = None
+    mm_projector_lr: float | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    recipe: str | None = None
+    overrides: dict[str, Any] = field(default_factory=dict)  # nested as the recipe is
+    flags: dict[str, str] = field(default_factory=dict)  # dotted keys of `overrides` -> their flags
+    edits: PolicyEdits = field(default_factory=PolicyEdits)
+    policy: str | None = None
+    llava: dict[str, Any] = field(default_factory=dict)
+    output_dir: str | None = None
+    resume: str | None = None
+    format: str = "human"
+    action: str = "train"  # train | dry_run | print_recipe | list_models | list_recipes
+    argument: str = ""  # argument of the action
+    devices: int | None = None  # for a plan
+    gpu_memory: float | None = None  # GiB per device, for a plan
+    words: tuple[str, ...] = field(default=(), compare=False)  # the command line as typed
+
+
+def edited(rules: Sequence[RuleDict] | None, edits: PolicyEdits) -> list[RuleDict]:
+    """Return the rules after the flags; `full` and `frozen` rules keep their fields.
+
+    A method drops `protect` and `sigma` of the rules, and milora has the scale 1, so that a method is its authors'.
+
+    Raises UserError for a flag without effect.
+
+    >>> edited(None, PolicyEdits(method="lora", rank=8))[0]["alpha"]  # the scale alpha/rank stays 1
+    8.0
+    """
+    original = DEFAULT_RULES if rules is None else rules
+    out = [dict(rule) for rule in original]
+    adapters = [is_adapter(rule) for rule in out]
+    _refuse_useless(any(adapters), edits)
+    for rule, adapts in zip(out, adapters, strict=True):
+        if adapts:
+            _edit_adapter(rule, edits)
+    if edits.method == "full":
+        out = [_without_adapter(rule) if adapts else rule for rule, adapts in zip(out, adapters, strict=True)]
+    # Drop a rule that only refined the old method. A rule that was empty before stays: its error is reported later.
+    out = [rule for rule, before in zip(out, original, strict=True) if len(rule) > 1 or rule == before]
+    if edits.method == "projector":
+        in_full = {"modules": "projector", "method": "full"}
+        out = [rule for rule in out if of_projector(rule) and not is_adapter(rule)] or [in_full]
+        if edits.learning_rate is not None:
+            out[0]["learning_rate"] = edits.learning_rate
+    if edits.mm_projector_lr is not None:
+        chosen = [rule for rule in out if of_projector(rule)]
+        if not chosen:
+            hint = "remove the flag, or add a rule for modules: projector"
+            message = "no rule of the policy trains the projector"
+            raise UserError(message, code="flag-no-effect", where="--mm_projector_lr", hint=hint)
+        for rule in chosen:
+            rule["learning_rate"] = edits.mm_projector_lr
+    return out
+
+
+def is_adapter(rule: RuleDict) -> bool:
+    return rule.get("method") in ADAPTERS or ("method" not in rule and any(f in rule for f in ADAPTER_FIELDS))
+
+
+def of_projector(rule: RuleDict) -> bool:
+    return str(rule.get("modules", "")).startswith("projector")
+
+
+def _refuse_useless(has_adapters: bool, edits: PolicyEdits) -> None:
+    flags = [f"--{name}" for name in ("protect", "rank", "alpha", "dropout") if asdict(edits)[name] is not None]
+    if edits.method in ("full", "projector"):
+        if flags:
+            message = f"no effect with --method {edits.method}, which makes no adapter"
+            hint = "leave these flags out, or use a method with adapters, such as milora"
+            raise UserError(message, code="flag-no-effect", where=" ".join(flags), hint=hint)
+    elif not has_adapters and (flags or edits.method):
+        where = "--method" if edits.method else flags[0]
+        hint = f"add one with --policy, or use a recipe that has one: {PROG} --list-recipes"
+        raise UserError("no rule of the recipe makes an adapter", code="policy-no-adapter-rule", where=where, hint=hint)
+
+
+def _edit_adapter(rule: RuleDict, edits: PolicyEdits) -> None:
+    if edits.method in ADAPTERS:
+        if "method" in rule:
+            rule["method"] = edits.method
+        dropped = {"sigma"} | ({"seed"} - RULE_METHODS[edits.method].fields)  # of the initial factors of the recipe
+        for name in dropped | {"protect"}:
+            rule.pop(name, None)
+        if edits.method == "milora":  # the paper's scale is 1
+            rule.pop("rslora", None)
+            if rule.pop("alpha", None) is not None and "rank" in rule:
+                rule["alpha"] = rule["rank"]
+    is_exception = "method" not in rule and rule.get("protect") == 0  # such as {modules: language.mlp, protect: 0}
+    if edits.protect is not None and not is_exception:
+        rule.pop("protect", None)
+        if "method" in rule and (edits.protect or RULE_METHODS[rule["method"]].protect):
+            rule["protect"] = edits.protect
+    if edits.rank is not None:
+        old, alpha = rule.get("rank"), rule.get("alpha")
+        rule["rank"] = edits.rank
+        if isinstance(alpha, int | float) and isinstance(old, int) and old > 0 and edits.rank > 0:
+            rule["alpha"] = alpha * edits.rank / old
+    for name in ("alpha", "dropout", "learning_rate"):
+        value = asdict(edits)[name]
+        if value is not None and (name in rule or "method" in rule):
+            rule[name] = value
+
+
+def _without_adapter(rule: RuleDict) -> RuleDict:
+    kept = {name: value for name, value in rule.items() if name not in ADAPTER_FIELDS}
+    return kept | {"method": "full"} if "method" in kept else kept
+
+
+DECIDES_POLICY = ("lora_enable", "tune_mm_mlp_adapter", "freeze_mm_mlp_adapter", "freeze_backbone")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    request: Request
+    recipe: Recipe
+    is_set: frozenset[str]  # the top keys that an adapter, the recipe or a flag sets
+    source: str = ""  # of the recipe, as errors name it
+    notes: list[str] = field(default_factory=list)
+
+    @contextmanager
+    def places(self) -> Iterator[None]:
+        """Turn the keys in the errors of the block into the places of their values."""
+        try:
+            yield
+        except UserError as error:
+            raise with_problems(error, located(error.problems, self.request, self.source, self.recipe)) from error
+
+
+def located(problems: Sequence[Problem], request: Request, source: str, recipe: Recipe | None = None) -> list[Problem]:
+    """Return the problems with the places of their keys: the flag, or the recipe, or without one the flag that would.
+
+    A flag changes several rules, so it may have the same problem several times: one stays.
+    """
+    rules = (recipe.policy if recipe is not None else None) or []
+
+    def place(key: Key) -> str:
+        first, last = key.parts[0], str(key.parts[-1])
+        if first == "policy":
+            number = key.parts[1] if len(key.parts) > 1 else None
+            is_projector = isinstance(number, int) and number < len(rules) and of_projector(rules[number])
+            names = ["mm_projector_lr", last] if last == "learning_rate" and is_projector else [last]
+            for name in names:
+                if getattr(request.edits, name, None) is not None:
+                    return f"--{name}"
+            if request.policy is not None:
+                return f"{key} in {request.policy if _is_file(request.policy) else '--policy'}"
+        if first == "quantization" and request.llava.get("bits"):
+            return "--bits"
+        dotted = str(key)
+        if dotted in request.flags:
+            return request.flags[dotted]
+        if source:
+            return f"{dotted} in {source}"
+        flag_of = {name: flag.name for name, flag, _ in flags_of()}
+        is_argument = dotted.startswith("train.") and last in known_arguments()
+        return f"--{last}" if is_argument else f"--{flag_of[dotted]}" if dotted in flag_of else dotted
+
+    placed = [replace(p, where=place(p.where)) if isinstance(p.where, Key) else p for p in problems]
+    return list({(p.where, p.message): p for p in reversed(placed)}.values())[::-1]
+
+
+def join_settings(request: Request) -> Settings:
+    content, source = read_recipe(request.recipe) if request.recipe else ({}, "")
+    adapter, after = (str(request.overrides.get(n) or content.get(n) or "") for n in ("adapter", "after"))
+    of_adapter: dict[str, Any] = {}
+    notes: list[str] = []
+    if adapter:
+        of_adapter = settings_of_adapter(Path(adapter))
+    elif after:
+        of_adapter, notes = _of_after(after, request)
+    meaning = _meaning_of(request, adapter or after)
+    flags = dict(request.overrides)
+    if request.policy is not None:
+        flags["policy"] = _read_policy(request.policy)
+    sampled = {"fps", "num_frames"} & flags.get("data", {}).keys()
+    if len(sampled) == 1:  # the flag replaces either setting of the recipe
+        flags["data"] = dict.fromkeys({"fps", "num_frames"} - sampled) | flags["data"]
+    problems: list[Problem] = []
+    layers = [of_adapter, content, _of_llava(request, meaning, adapter or after), flags]
+    for number, layer in enumerate(layers):
+        if "train" in layer:
+            train, wrong = train_section(layer["train"])
+            layers[number] = {**layer, "train": train}
+            problems += wrong
+    below = _joined(*layers[:2])
+    notes += _give_way(below, layers[3])
+    merged = _joined(below, *layers[2:])
+    if "data" in layers[2] and "image_aspect_ratio" not in flags.get("data", {}):
+        notes.append("LLaVA flags: without --image_aspect_ratio images are cropped to a square")
+    rules = merged.get("policy")
+    if rules is None or (isinstance(rules, list) and all(isinstance(rule, Mapping) for rule in rules)):
+        is_set, merged["policy"] = frozenset(merged), edited(rules, request.edits)
+    recipe, wrong = checked(merged)
+    problems += wrong
+    if adapter and not problems:
+        problems += contradictions(adapter, of_adapter, recipe)
+    if not merged.get("model"):
+        hint = f"see: {PROG} --list-recipes"
+        message = "no model: set --model NAME, or use a --recipe that names one"
+        problems.append(Problem(message, "recipe-no-model", "--model", hint))
+    if problems:
+        raise UserError(problems=located(problems, request, source, recipe))
+    line = [meaning.line] if meaning.line else []
+    return Settings(request=request, recipe=recipe, is_set=is_set, source=source, notes=[*line, *notes])
+
+
+def _joined(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of all layers; mappings are merged key by key, and of any other value the last one stays."""
+    content: dict[str, Any] = {}
+    for layer in layers:
+        for name, value in layer.items():
+            below = content.get(name)
+            is_merged = isinstance(value, Mapping) and isinstance(below, Mapping)
+            content[name] = _joined(dict(below or {}), value) if is_merged else value
+    return content
+
+
+def _of_after(after: str, request: Request) -> tuple[dict[str, Any], list[str]]:
+    run = checkpoints.resumed_run(request.output_dir, request.resume)
+    if run is not None and checkpoints.latest(run)[0] is not None:
+        return settings_resumed(run), []
+    return settings_after(Path(after))
+
+
+def _of_llava(request: Request, meaning: Meaning, adapter: str) -> dict[str, Any]:
+    layer: dict[str, Any] = {}
+    flags = request.llava
+    if meaning.rules:
+        layer["policy"] = meaning.rules
+    if meaning.quantization:
+        layer["quantization"] = meaning.quantization
+    if flags.get("group_by_modality_length"):
+        layer["train"] = {"train_sampling_strategy": "group_by_length"}
+    if parts := llava_parts(flags):
+        layer["parts"] = parts
+    if is_script(flags) and not request.recipe and not adapter:
+        layer["data"] = {"image_aspect_ratio": "plain"}
+    return layer
+
+
+def _give_way(below: dict[str, Any], flags: Mapping[str, Any]) -> list[str]:
+    """Drop the held-out records of a recipe whose data the flags replace. Returns a note about them."""
+    data, over = below.get("data"), flags.get("data", {})
+    if not isinstance(data, dict) or not data.get("eval_path") or "eval_path" in over:
+        return []
+    if over.get("path", data.get("path")) == data.get("path"):
+        return []
+    for name in ("eval_strategy", "load_best_model_at_end"):
+        below.get("train", {}).pop(name, None)
+    note = f"--data_path replaces the data of the recipe, so {data.pop('eval_path')} is not used"
+    return [f"{note} (set --eval_data_path FILE)"]
+
+
+def _meaning_of(request: Request, adapter: str) -> Meaning:
+    flags, edits = dict(request.llava), request.edits
+    if not flags:
+        return Meaning([])
+    if request.recipe or request.policy or adapter:
+        clash = [f"--{name}" for name in DECIDES_POLICY if flags.get(name) and not (adapter and name == "lora_enable")]
+        if clash:
+            decided_by = "adapter" if adapter else "recipe" if request.recipe else "policy"
+            hint = "remove the flags" if adapter else "use --method"
+            message = f"the {decided_by} already decides what trains"
+            raise UserError(message, code="flag-conflict", where=" ".join(clash), hint=hint)
+        # --rank and the like change the rules given, not those that LLaVA's flags would mean.
+        meaning = llava_meaning(flags, rank=None, alpha=None, dropout=None)
+        return Meaning([], meaning.quantization)
+    if edits.method in ADAPTERS and (is_script(flags) or flags.get("freeze_backbone")):
+        flags["lora_enable"] = True
+    return llava_meaning(flags, rank=edits.rank, alpha=edits.alpha, dropout=edits.dropout)
+
+
+def _is_file(text: str) -> bool:
+    return os.path.isfile(text)  # noqa: PTH113 - Path.is_file raises if the text is too long
+
+
+def _read_policy(text: str) -> list[Any]:
+    is_file = _is_file(text)
+    source = text if is_file else "--policy"
+    if not is_file and text.endswith((".yaml", ".yml")):
+        raise UserError(f"no such file: {text}", code="path-missing", where="--policy", hint=beside(Path(text)))
+    try:
+        rules = parse_yaml(Path(text).read_text(encoding="utf-8") if is_file else text)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the file: {error}", code="file-unreadable", where=text, hint=TEXT) from None
+    except YamlTextError as error:
+        raise UserError(f"not valid YAML: {error}", code="yaml-syntax", where=source) from None
+    if isinstance(rules, Mapping):
+        rules = rules.get("policy", [rules])
+    if not isinstance(rules, list) or not all(isinstance(rule, Mapping) for rule in rules):
+        example = "[{modules: language, method: milora, rank: 64, learning_rate: 2.0e-4}]"
+        raise UserError("expected a list of rules", code="policy-value", where=source, hint=f"for example {example}")
+    return rules
+
+
+# The keys of a recipe that describe a model and its inputs. The keys of FIXED are parts of the adapter itself.
+FIXED = ("template", "calibration")
+TAKEN = (
+    "model", "parts", "projector_weights", "quantization", "quant_type", "double_quant", "dtype",
+    "attn_implementation", "policy", *FIXED,
+)  # fmt: skip
+OF_SECTIONS = {
+    "data": (
+        "max_length", "image_aspect_ratio", "min_pixels", "max_pixels", "video_min_pixels", "video_max_pixels", "fps",
+        "num_frames",
+    ),
+    "train": ("bf16", "fp16"),
+}  # fmt: skip
+RATES = ("learning_rate", "weight_decay")
+
+
+def settings_of_adapter(folder: Path, flag: str = "--adapter") -> dict[str, Any]:
+    """Return the settings of the adapter in `folder`, as a recipe: of its run, or what its own files say."""
+    if flag == "--after" and (folder / "config.json").is_file() and not has_config(folder):
+        message, hint = f"{folder} holds a whole model, without an adapter", f"train on it as a base:  --model {folder}"
+        raise UserError(message, code="adapter-missing", where=flag, hint=hint)
+    require_adapter(folder, flag, "milora_vl.train", flag)
+    if holds_projector_alone(folder):
+        message, hint = f"{folder} holds a projector alone", f"use  --projector_weights {folder}"
+        raise UserError(message, code="adapter-missing", where=flag, hint=hint)
+    is_other = holds_llava_adapter(folder)
+    sidecar = None if is_other else read_sidecar(folder)
+    if sidecar is None:
+        why = "is in the layout of another program" if is_other else f"has no {FILE_NAME}, which lists what trains"
+        raise UserError(f"{folder} {why}", where=flag, hint=to_merge(folder))
+    require_trainable(folder, sidecar, is_trainable=flag == "--adapter")
+    run = recipe_of_run(folder)
+    if not run.get("policy"):  # saved in Python
+        rules = [_rule_of(target) for target in sidecar.targets]
+        return {"model": base_of(folder), "policy": rules}
+    run["model"] = from_there(folder, str(run.get("model") or base_of(folder)))
+    return {**{name: value for name, value in run.items() if name in TAKEN}, **_of_sections(run)}
+
+
+def _of_sections(run: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        section: {name: value for name, value in run.get(section, {}).items() if name in names}
+        for section, names in OF_SECTIONS.items()
+    }
+
+
+def settings_after(folder: Path) -> tuple[dict[str, Any], list[str]]:
+    """Return the settings that a run takes from the run in `folder`, whose update it keeps, and notes.
+
+    A module that trained in full gets an adapter like the others. Rules without protection get the default method.
+    Raises UserError as `settings_of`.
+    """
+    settings = settings_of_adapter(folder, "--after")
+    if calibration := settings.get("calibration"):
+        kept = {name: value for name, value in calibration.items() if name != "earlier"}
+        settings["calibration"] = kept if kept.get("data") else {**kept, "image_folder": None}
+    rules = [Rule.model_validate(rule) for rule in settings["policy"]]
+    adapter = next(rule for rule in rules if rule.method not in (None, "full", "frozen"))
+    settings["policy"] = [
+        {**(adapter if rule.method == "full" else rule).model_dump(exclude_none=True), "modules": rule.modules}
+        for rule in rules
+    ]
+    if any(rule.in_force().get("protect") for rule in rules):
+        return settings, []
+    settings["policy"] = edited(settings["policy"], PolicyEdits(method="milora"))
+    note = (
+        f"note: {folder} was trained without protection, so it has moved what the base knew already; without other "
+        "rules this run trains with method milora and protects what is left"
+    )
+    return settings, [note]
+
+
+def settings_resumed(run: Path) -> dict[str, Any]:
+    recipe = recipe_of_run(run)
+    return {name: value for name, value in recipe.items() if name in TAKEN} | _of_sections(recipe)
+
+
+def _rule_of(target: Target) -> dict[str, Any]:
+    """Return a rule for the module of a target.
+
+    >>> _rule_of(Target(path="lm.q", shape=(4, 4), tower="language", method="lora", rank=2, alpha=2.0))
+    {'modules': 'lm.q', 'method': 'lora', 'rank': 2, 'alpha': 2.0}
+    """
+    share = RULE_METHODS[target.method].protect
+    defaults = Target(path="", shape=(), tower=None, method=target.method, protect=share).to_dict()
+    fields = {name: value for name, value in target.to_dict().items() if value != defaults[name]}
+    rule = {name: value for name, value in fields.items() if name not in ("path", "shape", "tower")}
+    return {"modules": target.path, "method": target.method, **rule}
+
+
+def contradictions(adapter: str, settings: Mapping[str, Any], recipe: Recipe) -> list[Problem]:
+    """Return the problem of a recipe that contradicts the adapter's `settings`; other rates do not."""
+    found: dict[tuple[str | int, ...], str] = {}
+    for key, (has, got) in differences(Recipe.parse(settings), recipe).items():
+        parts = tuple(int(part) if part.isdigit() else part for part in re.findall(r"\w+", key))
+        if parts[0] in ("policy", *FIXED) and parts[0] in settings and parts[-1] not in RATES:
+            found[parts] = f"  {key}: it has {has}, got {got}"
+    if not found:
+        return []
+    lines, hint = "\n".join(found.values()), "remove the setting, or train on the merged model:"
+    message = f"contradicts the adapter {adapter}:\n{lines}"
+    where = Key(next(iter(found)))
+    return [Problem(message, "adapter-other-settings", where, f"{hint}\n{to_merge(Path(adapter))}")]
+
+
+def to_merge(adapter: Path) -> str:
+    command = command_line("milora_vl.export", adapter, "--to", "merged", "--output_dir", "MERGED")
+    return f"{command}\nthen  --model MERGED"
+
+
+def default_rules(settings: Settings, base: Base) -> tuple[list[RuleDict], list[str]]:
+    """Return the default rules as they fit a base, after the flags, and notes about what is not as usual."""
+    recipe, edits, notes = settings.recipe, settings.request.edits, list[str]()
+    rules = list(recipe.policy or [])
+    projector = find_towers(base.meta).projector
+    rate = {} if edits.mm_projector_lr is None else {"learning_rate": edits.mm_projector_lr}
+    if projector is None:
+        if rate:
+            hint = "remove the flag"
+            raise UserError(
+                f"{base.name} has no projector", code="flag-no-effect", where="--mm_projector_lr", hint=hint
+            )
+        rules = without_projector(rules)
+    elif recipe.projector_weights:
+        rules = [*without_projector(rules), FULL_PROJECTOR | rate]
+        notes.append(
+            "the base does not hold the projector of  --projector_weights, so it trains in full and unprotected, and "
+            "the adapter holds it"
+        )
+    elif base.parts is not None:
+        rules = [*without_projector(rules), UNALIGNED_PROJECTOR | rate]
+        notes.append(
+            "the projector has never been aligned, so it trains in full and unprotected; align it first with  "
+            "--recipe pretrain-projector-llava, then pass  --projector_weights"
+        )
+    elif not _takes_adapter("projector", base):
+        rules = [*without_projector(rules), FULL_PROJECTOR | rate]
+        notes.append("the projector has no linear layers, so it trains in full and unprotected")
+    if edits.rank is None:
+        try:
+            Policy.parse(rules).resolve(base.meta)
+        except PolicyError as error:
+            largest = [problem.largest for problem in error.problems if isinstance(problem, RankTooLarge)]
+            if largest:
+                rank = max(1, min(largest) // 2)
+                rules = [{**rule, "rank": rank, "alpha": rank} if "rank" in rule else rule for rule in rules]
+                notes.append(f"the smallest matrix of this model has rank {min(largest)}: the ranks are {rank}")
+    return rules, notes
+
+
+def _takes_adapter(modules: str, base: Base) -> bool:
+    try:
+        return bool(Policy.parse([{"modules": modules, "method": "lora", "rank": 1}]).resolve(base.meta))
+    except PolicyError:
+        return False
+
+
+# name -> (type, help). Flags that are aliases of ours (--lora_r, --version, ...) are in flags.py.
+LLAVA_FLAGS: dict[str, tuple[type, str]] = {
+    "lora_enable": (
+        bool,
+        "an adapter on the language tower (milora, or --method), the projector in full",
+    ),
+    "lora_bias": (str, "only none is supported: biases stay frozen"),
+    "tune_mm_mlp_adapter": (bool, "train the projector alone (stage 1, pretrain.sh)"),
+    "freeze_mm_mlp_adapter": (bool, "keep the projector frozen"),
+    "freeze_backbone": (bool, "keep the language model frozen"),
+    "bits": (int, "16, or 8 or 4 to quantise the base"),
+    "vision_tower": (str, "vision tower to add to a text-only model: a folder, a hub id or timm/NAME"),
+    "mm_projector_type": (str, "only mlp2x_gelu is supported, as in LLaVA-1.5"),
+    "mm_vision_select_layer": (int, "layer of the tower that supplies the features [-2]"),
+    "mm_vision_select_feature": (str, "patch, or cls_patch to keep the class token"),
+    "mm_patch_merge_type": (str, "only flat is supported, as in LLaVA-1.5"),
+    "mm_use_im_start_end": (bool, "only False is supported, as in LLaVA-1.5"),
+    "mm_use_im_patch_token": (bool, "only False is supported, as in LLaVA-1.5"),
+    "is_multimodal": (bool, "no effect: records with and without images can always be mixed"),
+    "lazy_preprocess": (bool, "no effect: records are always encoded during training"),
+    "group_by_modality_length": (bool, "build batches of one modality and similar length"),
+    "mpt_attn_impl": (str, "no effect: MPT models are not supported"),
+}
+# The one value of LLaVA-1.5's scripts that is accepted, and why no other is.
+LLAVA_ONLY: dict[str, tuple[Any, str]] = {
+    "mm_use_im_start_end": (False, "LLaVA-1.5 has no start and end tokens around images"),
+    "mm_use_im_patch_token": (False, "LLaVA-1.5 has no patch token"),
+    "lora_bias": ("none", "biases stay frozen"),
+    "mm_projector_type": ("mlp2x_gelu", "Hugging Face's LLaVA has a projector of two layers"),
+    "mm_patch_merge_type": ("flat", "as in LLaVA-1.5; for the others use a llava-hf/llava-v1.6-* model"),
+}
+# LLaVA's flag -> field of the recipe's `parts`.
+LLAVA_PARTS = {
+    "vision_tower": "vision_tower",
+    "mm_vision_select_layer": "select_layer",
+    "mm_vision_select_feature": "select_feature",
+}
+_IN_FULL = "without --lora_enable the whole language tower trains in full, embeddings and head included, {}"
+
+
+@dataclass(frozen=True, slots=True)
+class Meaning:
+    rules: list[dict[str, Any]]
+    quantization: str | None = None
+    line: str = ""
+
+
+def llava_meaning(flags: Mapping[str, Any], *, rank: int | None, alpha: float | None, dropout: float | None) -> Meaning:
+    """Return rules, quantisation and a line that explains them; no rules if the flags do not choose what trains."""
+    for name, value in flags.items():
+        only, why = LLAVA_ONLY.get(name, (value, ""))
+        if value != only:
+            raise UserError(f"got {value}; only {only} is supported: {why}", code="flag-unsupported", where=f"--{name}")
+    bits = flags.get("bits", 16)
+    if bits not in (4, 8, 16):
+        raise UserError(f"expected 16, 8 or 4, got {bits}", code="flag-value", where="--bits")
+    quantization = f"{bits}bit" if bits != 16 else None
+    if not decide_what_trains(flags):
+        return Meaning([], quantization)
+    rules, explanation = _llava_rules(flags, rank, alpha, dropout)
+    if all(rule["method"] == "full" for rule in rules):
+        _refuse_adapter_flags(flags, explanation, {"rank": rank, "alpha": alpha, "dropout": dropout})
+    if quantization:
+        explanation += f", with the base quantised to {bits} bits"
+    return Meaning(rules, quantization, f"LLaVA flags: {explanation}")
+
+
+def decide_what_trains(flags: Mapping[str, Any]) -> bool:
+    """Return whether the flags decide what trains: they belong to a LLaVA script, or freeze something.
+
+    The other flags concern the data or the model and leave the policy unchanged.
+    """
+    return is_script(flags) or any(flags.get(name) for name in ("freeze_backbone", "freeze_mm_mlp_adapter"))
+
+
+def is_script(flags: Mapping[str, Any]) -> bool:
+    """Return whether the flags belong to a LLaVA script; then LLaVA's defaults apply to missing flags."""
+    named = any(flags.get(name) is not None for name in ("vision_tower", "lora_enable"))
+    return named or bool(flags.get("tune_mm_mlp_adapter"))
+
+
+def llava_parts(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the tower that a script names, as the `parts` section of a recipe."""
+    return {field: flags[flag] for flag, field in LLAVA_PARTS.items() if flags.get(flag) is not None}
+
+
+def _llava_rules(
+    flags: Mapping[str, Any], rank: int | None, alpha: float | None, dropout: float | None
+) -> tuple[list[dict[str, Any]], str]:
+    projector: list[dict[str, Any]] = [{"modules": "projector", "method": "full"}]
+    alone = [name for name in ("tune_mm_mlp_adapter", "freeze_backbone") if flags.get(name)]
+    if alone and flags.get("freeze_mm_mlp_adapter") and not flags.get("lora_enable"):
+        message = f"nothing would train with --{alone[0]} and --freeze_mm_mlp_adapter"
+        hint = "remove one of the two flags"
+        raise UserError(message, code="policy-nothing-trains", where=f"--{alone[0]}", hint=hint)
+    if flags.get("tune_mm_mlp_adapter"):
+        return projector, "--tune_mm_mlp_adapter True trains only the projector"
+    if flags.get("freeze_mm_mlp_adapter"):
+        projector = []
+    of_projector = "and the projector in full" if projector else "and the projector frozen"
+    if flags.get("lora_enable"):
+        # LLaVA's defaults for flags that the script does not set.
+        rank = 64 if rank is None else rank
+        rule = {"rank": rank, "alpha": 16 if alpha is None else alpha, "dropout": 0.05 if dropout is None else dropout}
+        language = {"modules": "language", "method": DEFAULT_RULES[0]["method"], **rule}
+        return [language, *projector], (
+            f"--lora_enable True trains an adapter of rank {rank} on the language tower {of_projector}"
+        )
+    if flags.get("freeze_backbone"):
+        return projector, "--freeze_backbone True trains only the projector"
+    if not is_script(flags):
+        without = without_projector(DEFAULT_RULES)
+        return without, "--freeze_mm_mlp_adapter True trains the default policy without the projector"
+    return [{"modules": "language.*", "method": "full"}, *projector], _IN_FULL.format(of_projector)
+
+
+def _refuse_adapter_flags(flags: Mapping[str, Any], explanation: str, adapter: Mapping[str, float | None]) -> None:
+    unused = " ".join(f"--{name}" for name, value in adapter.items() if value is not None)
+    if not unused:
+        return
+    alone = flags.get("tune_mm_mlp_adapter") or flags.get("freeze_backbone")
+    hint = f"remove {unused}" if alone else "add --lora_enable True, or --method milora"
+    raise UserError(f"no rule makes an adapter: {explanation}", code="policy-no-adapter-rule", where=unused, hint=hint)
