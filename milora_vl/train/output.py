@@ -17,7 +17,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, cast
@@ -77,9 +76,7 @@ def _mean(shares: Sequence[float]) -> str:
     return f"{sum(shares) / len(shares):.1%}"
 
 
-GIT_TIMEOUT = 10  # seconds
 WAIT = 8  # seconds for the lock: loader processes of a killed training notice its end, and leave, within five
-PACKAGES = ("milora-vl", "torch", "transformers", "peft", "accelerate", "timm", "deepspeed", "bitsandbytes")
 
 
 @dataclass(kw_only=True)
@@ -149,29 +146,6 @@ def locked(path: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
-
-
-def versions() -> dict[str, str]:
-    found = {"python": sys.version.split()[0]}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def git_state() -> dict[str, Any] | None:
-    """Return the commit of our source, and whether it has changed since; None without git or a repository."""
-
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *words]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=GIT_TIMEOUT).stdout.strip()
-
-    try:
-        return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain", "-uno"))}
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 def room_lines(targets: Sequence[Target], protection: Mapping[str, Protection], tasks: Sequence[Task]) -> list[str]:

@@ -541,7 +541,7 @@ def coerced(name: str, value: Any) -> Any:
 def canonical_argument(name: str, value: Any) -> tuple[str, Any] | None:
     """Return the newest name and value of an argument; None if it has no effect any more.
 
-    >>> canonical("warmup_ratio", 0.03), canonical("group_by_length", True)
+    >>> canonical_argument("warmup_ratio", 0.03), canonical_argument("group_by_length", True)
     (('warmup_steps', 0.03), ('train_sampling_strategy', 'group_by_length'))
     """
     if name == "group_by_length":

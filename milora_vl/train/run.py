@@ -5,11 +5,14 @@ before the first step begins.
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +43,11 @@ from milora_vl.train.output import (
     FirstFiles,
     created,
     evaluate_run,
-    git_state,
     open_repository,
     protection_lines,
     push_results,
     room_lines,
     run_failures,
-    versions,
     write_held_out,
     write_pages,
     write_results,
@@ -70,6 +71,9 @@ from milora_vl.train.plan import (
 from milora_vl.train.settings import Settings
 from milora_vl.train.start import START, Built, build_model, compile_blocks, make_texts, read_start, show_start
 from milora_vl.train.trainer import MiloraTrainer
+
+GIT_TIMEOUT = 10  # seconds
+PACKAGES = ("milora-vl", "torch", "transformers", "peft", "accelerate", "timm", "deepspeed", "bitsandbytes")
 
 
 def train(settings: Settings) -> int:
@@ -353,6 +357,29 @@ def collect_first_files(
         screen=screen,
         is_writer=bool(run.args.should_save),
     )
+
+
+def versions() -> dict[str, str]:
+    found = {"python": sys.version.split()[0]}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_state() -> dict[str, Any] | None:
+    """Return the commit of our source, and whether it has changed since; None without git or a repository."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=GIT_TIMEOUT).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain", "-uno"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 class AtFirstStep(TrainerCallback):

@@ -107,7 +107,7 @@ def test_a_run_calibrates_protects_resumes_and_shows_it(
     picture.write_bytes(
         max((tiny_data / "images").iterdir(), key=lambda file: file.read_bytes() != before).read_bytes()
     )
-    with raises_code("", where=named):
+    with raises_code("resume-other-data"):
         main([*resumed, "true"])
     picture.write_bytes(before)
     assert main([*resumed, "true"]) == 0

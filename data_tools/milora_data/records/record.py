@@ -187,8 +187,8 @@ def parse_record(value: object, *, source: str = "", embedded: Literal["read", "
 
     embedded: read base64 pictures as stored pictures, or keep them unchanged.
 
-    >>> parse_record({"id": 7, "conversations": [{"from": "human", "value": "Hi"}]}).turns
-    (Turn(role='user', text='Hi'),)
+    >>> parse_record({"id": 7, "conversations": [{"from": "human", "value": "Hi"}]}).turns[0].text
+    'Hi'
     """
     try:
         if not isinstance(value, dict):
