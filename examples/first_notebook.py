@@ -2,7 +2,7 @@
 # # Teach a model a task, and see what it still knows
 #
 # This notebook shows a small LLaVA drawn shapes with invented names. It asks before and after the training: about the
-# shapes, and about things that have nothing to do with them. On a CPU it takes half an hour or more; a GPU is far faster.
+# shapes, and about things that have nothing to do with them. On a CPU it takes half an hour or more.
 
 # %%
 # !pip install -q -e "..[demo]"    # in a clone of the repository; then remove the first "#"
