@@ -104,4 +104,4 @@ def test_an_arm_trains_A_inside_free_directions_and_losses_are_measured_on_the_w
 def test_missing_data_is_told_before_any_worker_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="train.json"):
-        command.main(["curves.smol-llava"])
+        command.main(["trained-a.smol-llava"])
