@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
 # Figures over the layers: field -> (its name, caption).
 _OVER_LAYERS = {
-    "effective_rank": ("effective rank", "exp of the entropy of σ / Σσ (Roy and Vetterli 2007)."),
-    "minor_energy": ("share of ‖W‖²", "The share of ‖W‖² in the last r components."),
     "relative_update": ("‖ΔW‖ / ‖W‖", "Size of the update, in Frobenius norms."),
     "amplification": (
         "amplification factor",
@@ -32,8 +30,6 @@ _OVER_LAYERS = {
 }  # fmt: skip
 # The columns of the table: heading -> field.
 _FIELDS = {
-    "effective rank": "effective_rank", "stable rank": "stable_rank", "decay exponent": "decay_exponent",
-    "condition number": "condition_number", "minor share of ‖W‖²": "minor_energy",
     "‖ΔW‖": "update_norm", "‖ΔW‖/‖W‖": "relative_update", "factor": "amplification", "‖UᵀΔWV‖": "update_inside",
     "‖UᵀWV‖": "base_inside", "top of W": "base_inside_top", "random": "base_inside_random",
     "like top": "similarity_top", "like bottom": "similarity_bottom", "like random": "similarity_random",
@@ -42,7 +38,7 @@ _FIELDS = {
 
 
 def write(folder: Path, of: dict[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
-    columns = [key for key in dict.fromkeys(key for row in rows for key in row) if key != "sigma"]
+    columns = list(dict.fromkeys(key for row in rows for key in row))
     write_csv(folder / "layers.csv", columns, [[row.get(key, "") for key in columns] for row in rows])
     groups: dict[str, list[Row]] = {}  # language attention, language mlp, projector, ...
     for row in sorted(rows, key=lambda row: (row["tower"], row["family"])):
@@ -75,13 +71,8 @@ def _figures(groups: dict[str, list[Row]]) -> dict[str, tuple[Figure, str]]:
     """Draw the figures that the rows allow; return figure and caption of each by name, in the order of the page."""
     rows = [row for members in groups.values() for row in members]
     deep = {name: members for name, members in groups.items() if len({row["block"] for row in members}) > 1}
-    drawn = {}
-    if "sigma" in rows[0]:
-        words = "Singular values of every layer. Darker lines are closer to the input."
-        drawn["spectra"] = _panels(groups, _draw_spectra, "position, largest first, %", "σ / σ₁"), words
-    else:
-        words = "Similarity between the left singular vectors of the update and of W, mean over the modules of a layer."
-        drawn["similarity"] = _panels(deep or groups, _draw_similarities, "layer", "subspace similarity"), words
+    words = "Similarity between the left singular vectors of the update and of W, mean over the modules of a layer."
+    drawn = {"similarity": (_panels(deep or groups, _draw_similarities, "layer", "subspace similarity"), words)}
     for field, (name, caption) in _OVER_LAYERS.items() if deep else ():
         if len(set(_values(rows, field))) > 1:  # a figure with one value shows nothing
             words = f"{caption} One line per module."
@@ -106,18 +97,6 @@ def _panels(
             if axis.get_legend_handles_labels()[0]:
                 axis.legend(fontsize=8)
     return figure
-
-
-def _draw_spectra(axis: Axes, rows: Sequence[Row]) -> None:
-    from matplotlib import colormaps
-
-    last = max([row["block"] or 0 for row in rows] + [1])
-    for row in rows:
-        count, first = len(row["sigma"]), row["sigma"][0] or 1.0
-        share = [max(value / first, 1e-7) for value in row["sigma"]]
-        colour = colormaps["viridis"](0.92 * (row["block"] or 0) / last)
-        axis.plot([100 * i / count for i in range(1, count + 1)], share, color=colour, lw=0.8, alpha=0.8)
-    axis.set(yscale="log", xlim=(0, 100), ylim=(None, 1.2))
 
 
 def _draw_similarities(axis: Axes, rows: Sequence[Row]) -> None:

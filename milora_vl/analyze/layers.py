@@ -1,4 +1,4 @@
-"""Compute one row per layer: the spectrum of a weight, or what a training changed in it. layers.jsonl keeps the rows.
+"""Compute one row per layer: what a training changed in its weight. layers.jsonl keeps the rows.
 
 Adapters of any origin are read as `load_model` reads them. An interrupted analysis resumes where it stopped.
 """
@@ -28,7 +28,7 @@ from milora_vl.core.adapter.anchored import anchors_of, factors, has_anchor
 from milora_vl.core.adapter.folders import CONFIG, base_of, holds_adapter, holds_projector_alone
 from milora_vl.core.adapter.peft_model import MiloraMixin
 from milora_vl.core.policy.towers import Towers, find_towers
-from milora_vl.core.svd import decompose, singular_values
+from milora_vl.core.svd import decompose
 from milora_vl.core.weights.matrices import is_adaptable, is_linear, read_matrix
 from milora_vl.interop.load_model import load_any
 from milora_vl.models.devices import device_named
@@ -43,13 +43,13 @@ Row = dict[str, Any]
 class Layer:
     """One layer of a base model, and what a training made of it: a LoRA layer, or a layer trained in full.
 
-    `rank` is the r of its method (half the rank of anchored factors). Without a training, `after` is None.
+    `rank` is the r of its method (half the rank of anchored factors).
     """
 
     path: str
     towers: Towers
     before: nn.Module
-    after: nn.Module | None = None
+    after: nn.Module
     method: str = "full"
     rank: int | None = None
 
@@ -60,8 +60,7 @@ class Layer:
             "path": self.path, "tower": tower, "block": block, "family": towers.family_of(self.path) or tower,
             "module": towers.inside_block(self.path) if block is not None else self.path.rpartition(".")[2],
         }  # fmt: skip
-        r = min(self.rank or rank, *W.shape)
-        numbers = measures.of_weight(singular_values(W).cpu(), r) if self.after is None else self._of_update(W, r)
+        numbers = self._of_update(W, min(self.rank or rank, *W.shape))
         return place | {name: _rounded(value) for name, value in numbers.items()}
 
     def _of_update(self, W: Tensor, r: int) -> Row:
@@ -100,7 +99,6 @@ class Layer:
             magnitude = self.after.lora_magnitude_vector["default"].weight.detach().to(W).flatten()
             tuned = (magnitude / torch.linalg.vector_norm(tuned, dim=1))[:, None] * tuned
         else:
-            assert self.after is not None
             tuned = read_matrix(self.after).to(W)
         change = tuned - W
         return Update.from_matrix(change, rank), float(torch.linalg.matrix_norm(change.double())), tuned
@@ -118,10 +116,10 @@ class Layer:
         return dict(zip(("norm_A", "norm_B"), norms, strict=True))
 
 
-def layers_of(subject: str, base: str | None, *, allow_base_mismatch: bool = False) -> tuple[str, list[Layer]]:
-    """Load the models to compare, and return the base and the layers that differ; without a training, all layers.
+def layers_of(subject: str, base: str | None = None, *, allow_base_mismatch: bool = False) -> tuple[str, list[Layer]]:
+    """Load the models to compare, and return the base and the layers that differ.
 
-    Raises UserError if subject and base model do not fit.
+    `base` may be None for an adapter, which names its own. Raises UserError if subject and base model do not fit.
     """
     folder = Path(subject)
     if holds_adapter(folder):
@@ -132,10 +130,8 @@ def layers_of(subject: str, base: str | None, *, allow_base_mismatch: bool = Fal
         others = ("bias", "lora_bias", "trainable_token_indices")
         if left_out := [name for name in others if config.get(name) not in (None, False, "none")]:
             sys.stderr.write(f"note: the adapter also trained what is no matrix: {', '.join(left_out)}\n")
-    elif base is None:
-        model = load_weights(subject)
-        return subject, [Layer(path, find_towers(model), module) for path, module in matrices(model).items()]
     else:
+        assert base is not None
         is_projector = holds_projector_alone(folder)
         tuned = load_weights(base if is_projector else subject)
         if is_projector:
@@ -233,6 +229,4 @@ def stamps(folder: Path) -> list[tuple[str, int, int]]:
 
 
 def _rounded(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_rounded(each) for each in value]
     return float(f"{float(value):.6g}") if isinstance(value, float | Tensor) else value

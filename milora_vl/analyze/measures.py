@@ -1,6 +1,4 @@
-"""Measures of the spectrum of a weight (minor energy, decay, effective rank) and of an update.
-
-The measures of an update follow the paper (arXiv:2406.09044, section 5 and appendix).
+"""Measures of an update of a weight, as in the paper (arXiv:2406.09044, section 5 and appendix).
 
 Throughout, W is the pretrained weight (out, in) and the update is fine-tuned minus pretrained.
 """
@@ -8,80 +6,11 @@ Throughout, W is the pretrained weight (out, in) and the update is fine-tuned mi
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from milora_vl.core.svd import Factors, decompose
-
-
-def minor_energy(sigma: Tensor, rank: int) -> float:
-    """Return the share of the last `rank` singular values in ||W||_F^2; `sigma` is descending.
-
-    >>> minor_energy(torch.tensor([3.0, 1.0]), 1)
-    0.1
-    """
-    squares = sigma.double().square()
-    total = float(squares.sum())
-    return float(squares[max(0, len(squares) - rank) :].sum()) / total if total else 0.0
-
-
-def effective_rank(sigma: Tensor) -> float:
-    """Return exp(H(p)), H the entropy of p = sigma / sum(sigma) (Roy and Vetterli 2007); 0 for a zero matrix.
-
-    >>> round(effective_rank(torch.tensor([2.0, 2.0, 2.0, 0.0])), 6)
-    3.0
-    """
-    values = sigma.double()
-    total = values.sum()
-    if total == 0:
-        return 0.0
-    p = values[values > 0] / total
-    return float((-(p * p.log()).sum()).exp())
-
-
-def stable_rank(sigma: Tensor) -> float:
-    """Return ||W||_F^2 / sigma_1^2; 0 for a zero matrix."""
-    values = sigma.double()
-    return float(values.square().sum() / values[0].square()) if values[0] > 0 else 0.0
-
-
-def condition_number(sigma: Tensor) -> float | None:
-    """Return sigma_1 / sigma_k; None if the last is zero within float32 rounding (1e-7 sigma_1)."""
-    first, last = float(sigma[0]), float(sigma[-1])
-    return first / last if last > 1e-7 * first else None
-
-
-def decay_exponent(sigma: Tensor) -> float | None:
-    """Return a of sigma_i ~ i^-a, by least squares of log sigma on log i over the first half of the components.
-
-    The second half is ignored, because there the spectrum of every finite matrix drops below its power law. None for
-    fewer than four components, or with zeros among them.
-
-    >>> round(decay_exponent(torch.arange(1, 101).double() ** -0.7), 6)
-    0.7
-    """
-    values = sigma.double()[: -(-len(sigma) // 2)]
-    if len(values) < 4 or float(values[-1]) <= 1e-7 * float(values[0]):
-        return None
-    x, y = torch.arange(1, len(values) + 1).double().log(), values.cpu().log()
-    x = x - x.mean()
-    return float(-(x * y).sum() / x.square().sum())
-
-
-def of_weight(sigma: Tensor, rank: int) -> dict[str, Any]:
-    """Return the measures of a spectrum by name; `minor_energy` is at `rank`, all of `sigma` is kept for the curves."""
-    return {
-        "norm": torch.linalg.vector_norm(sigma.double()),
-        "effective_rank": effective_rank(sigma),
-        "stable_rank": stable_rank(sigma),
-        "decay_exponent": decay_exponent(sigma),
-        "condition_number": condition_number(sigma),
-        "minor_energy": minor_energy(sigma, rank),
-        "sigma": sigma.tolist(),
-    }
-
 
 # Intruder dimensions (arXiv:2410.21228, algorithm 1): number of directions, and the cosine below which one is new.
 INTRUDER_K, INTRUDER_EPSILON = 10, 0.5

@@ -1,18 +1,15 @@
-"""`python -m milora_vl.analyze` on every form that a training can have; its measures; ranks from spectra."""
+"""`python -m milora_vl.analyze` on every form that a training can have; its measures."""
 
 from __future__ import annotations
 
 import csv
-import json
 import math
-from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
@@ -23,12 +20,8 @@ from milora_vl.analyze import measures
 from milora_vl.analyze.__main__ import main
 from milora_vl.analyze.layers import layers_of, rows_of
 from milora_vl.analyze.measures import Update
-from milora_vl.analyze.ranks import ranks_of
-from milora_vl.core.policy import Target
 from milora_vl.core.svd import decompose
-from milora_vl.core.weights import tensor_files
 from milora_vl.core.weights.matrices import read_matrix
-from milora_vl.models.loading import load_weights
 from support.adapter_cases import move
 from support.problems import raises_code
 
@@ -98,38 +91,32 @@ def test_a_model_tuned_in_full_and_an_adapter_of_peft(base: Path, tmp_path: Path
 
 
 @pytest.mark.usefixtures("real_plots")
-def test_a_text_only_base_and_its_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["tiny-text", "--rank", "8", "--output_dir", str(tmp_path), "--format", "json"]) == 0
-    printed = json.loads(capsys.readouterr().out)
-    model, _ = load_model("tiny-text")
-    row = printed["rows"][0]
-    sigma = torch.linalg.svdvals(model.get_submodule(row["path"]).weight.detach().double())
-    assert row["minor_energy"] == pytest.approx(float(sigma[-8:].square().sum() / sigma.square().sum()), rel=1e-4)
-    assert {row["family"] for row in printed["rows"]} == {"attention", "mlp"}
-    for name in ("spectra", "effective-rank", "minor-energy"):
-        assert (tmp_path / f"{name}.png").stat().st_size > 100
-    with (tmp_path / "layers.csv").open() as file:
-        assert len(list(csv.DictReader(file))) == len(printed["rows"])
-    assert not list(tmp_path.glob("*.html"))
-
-
 def test_what_was_interrupted_goes_on(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def run(rank: int) -> None:
-        flags = ["--rank", str(rank), "--modules", "*language*mlp*", "--output_dir", str(tmp_path)]
-        assert main([str(base), *flags]) == 0
-        with (tmp_path / "layers.csv").open() as table:
+    rules = "[{modules: language.mlp, method: milora, rank: 2, protect: 0}]"
+    disturbed(apply_milora(load_model(base)[0], Policy.parse(rules))).save_pretrained(str(tmp_path / "run"))
+    folder = tmp_path / "analysis"
+
+    def run(modules: str = "*language*mlp*") -> None:
+        flags = ["--base", str(base), "--modules", modules, "--output_dir", str(folder)]
+        assert main([str(tmp_path / "run"), *flags]) == 0
+        with (folder / "layers.csv").open() as table:
             assert len(list(csv.DictReader(table))) == 6
 
-    run(4)
-    file = tmp_path / "layers.jsonl"
+    run()
+    printed = capsys.readouterr().out
+    assert "Means over the layers of each part." in printed
+    assert all(words in printed for words in ("language mlp", "like bottom", "A moved"))
+    for name in ("similarity", "amplification"):
+        assert (folder / f"{name}.png").stat().st_size > 100
+    file = folder / "layers.jsonl"
     capsys.readouterr()
     whole = file.read_text().splitlines(keepends=True)
     file.write_text("".join(whole[:3]) + whole[3][:20])
-    run(4)
+    run()
     assert "2 of 6 layers are already analysed" in capsys.readouterr().err
     assert file.read_text().splitlines(keepends=True) == whole
     with raises_code("", message="another analysis"):
-        run(5)
+        run("*mlp*")
 
 
 def test_a_wrong_base_and_a_place_without_files_are_refused(
@@ -149,21 +136,14 @@ def test_a_wrong_base_and_a_place_without_files_are_refused(
     flags = ["--base", str(tmp_path / "other"), "--allow-base-mismatch"]
     assert main([str(tmp_path / "adapter"), *flags]) == 0
     assert "A lower factor alone does not show" in (tmp_path / "adapter" / "report.html").read_text()
-    with raises_code("", says="--output_dir: .* is not the folder of a training"):
+    with raises_code("", says="is not the folder of an adapter"):
         main(["tiny"])
+    with raises_code("", says="--output_dir: .* is not the folder of a training"):
+        main(["tiny", "--base", str(base)])
     with raises_code("", where="--modules", message="no layer matches"):
-        main(["tiny", "--modules", "nothing", "--output_dir", str(tmp_path / "x")])
+        main([str(tmp_path / "adapter"), *flags, "--modules", "nothing"])
     with raises_code("", message="changes no matrix"):
         main([str(base), "--base", str(base)])
-
-
-def test_the_screen_has_a_line_for_each_measure_and_a_column_for_each_part(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["tiny-text", "--rank", "8", "--modules", "*layers.0*", "--output_dir", str(tmp_path)]) == 0
-    printed = capsys.readouterr().out
-    assert "Means over the layers of each part." in printed
-    assert all(words in printed for words in ("language attention", "language mlp", "effective rank"))
 
 
 SHAPES = st.tuples(st.integers(3, 12), st.integers(3, 12))
@@ -250,117 +230,3 @@ def test_factors_and_matrix_give_the_same_update() -> None:
     assert Update.from_factors(torch.zeros(4, 2), randn(2, 4)).S.numel() == 0
     assert measures.moved(A, A) == pytest.approx(1)
     assert measures.moved(A, torch.zeros(3)) is None
-
-
-@settings(max_examples=25, deadline=None)
-@given(st.floats(0.1, 3), st.integers(8, 200), st.floats(0.01, 100))
-def test_a_power_law_has_its_exponent(a: float, count: int, scale: float) -> None:
-    sigma = scale * torch.arange(1, count + 1).double() ** -a
-    found = measures.decay_exponent(sigma)
-    assert found == pytest.approx(a, rel=1e-6)
-    assert measures.condition_number(sigma) == pytest.approx(count**a, rel=1e-6) or count**a > 1e7
-
-
-@settings(max_examples=25, deadline=None)
-@given(st.lists(st.floats(1e-3, 1e3), min_size=2, max_size=20), st.floats(0.01, 100))
-def test_ranks_count_directions(values: list[float], scale: float) -> None:
-    sigma = torch.tensor(sorted(values, reverse=True), dtype=torch.float64)
-    assert 1 - 1e-9 <= measures.stable_rank(sigma) <= len(values) + 1e-9
-    assert 1 - 1e-9 <= measures.effective_rank(sigma) <= len(values) + 1e-9
-    assert measures.effective_rank(scale * sigma) == pytest.approx(measures.effective_rank(sigma))
-    shares = [measures.minor_energy(sigma, r) for r in range(len(values) + 1)]
-    assert shares == sorted(shares)
-    assert (shares[0], shares[-1]) == (0, pytest.approx(1))
-
-
-def test_spectra_by_hand() -> None:
-    flat, falling = torch.ones(5), torch.tensor([3.0, 0.0])
-    assert (measures.effective_rank(flat), measures.stable_rank(flat)) == (pytest.approx(5), 5)
-    assert (measures.effective_rank(falling), measures.condition_number(falling)) == (1, None)
-    assert measures.effective_rank(torch.zeros(3)) == measures.stable_rank(torch.zeros(3)) == 0
-    assert measures.decay_exponent(falling) is None
-
-
-# 1 to 10, 10 times that, and all equal
-SPECTRA = {"a": torch.arange(1.0, 11.0), "b": 10 * torch.arange(1.0, 11.0), "flat": torch.ones(10)}
-
-NONE = {"energy": None, "threshold": None, "budget": None, "min": 1, "max": None}
-
-
-def ranks(protect: float = 0, **options: Any) -> list[int]:
-    def target(path: str) -> Target:
-        fields = {"path": path, "shape": (12, 10), "tower": "language", "method": "milora", "rank": 1, "alpha": 2.0}
-        return Target(**fields, protect=protect)
-
-    return list(ranks_of([target(path) for path in SPECTRA], SPECTRA, Namespace(**NONE | options)).values())
-
-
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        ({"threshold": 0.35}, 3),  # 1, 2, 3 are at most 3.5
-        ({"threshold": 0.35, "max": 2}, 2),
-        ({"threshold": 0.05, "min": 2}, 2),
-        ({"energy": 0.04}, 3),  # (1 + 4 + 9) / 385 = 0.036
-        ({"energy": 0.036}, 2),
-        ({"energy": 1.0}, 10),
-        ({"threshold": 1.0, "max": 99}, 10),
-    ],
-)
-def test_ranks_are_found_from_the_spectrum(options: dict[str, Any], expected: int) -> None:
-    assert ranks(**options)[:2] == [expected, expected]
-
-
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        ({"budget": 6 * 22}, [3, 2, 1]),
-        ({"budget": 6 * 12, "protect": 0.5}, [3, 2, 1]),  # A is fixed, and B alone counts
-        ({"budget": 10**6}, [10, 10, 10]),
-        ({"budget": 10**6, "max": 4}, [4, 4, 4]),
-        ({"budget": 8 * 22, "max": 3, "min": 2}, [3, 3, 2]),
-    ],
-)
-def test_a_budget_goes_to_the_smallest_shares_first(options: dict[str, Any], expected: list[int]) -> None:
-    assert ranks(**options) == expected
-
-
-def test_a_budget_below_the_smallest_ranks_is_refused() -> None:
-    with raises_code("policy-rank", where="--budget", says="65 parameters are too few.*needs 66"):
-        ranks(budget=65)
-
-
-@pytest.mark.parametrize(
-    ("words", "code", "where"),
-    [
-        ((), "command-line", ""),
-        (("--energy", "0.1", "--threshold", "0.1"), "command-line", ""),
-        (("--energy", "1.5"), "command-line", ""),
-        (("--energy", "0.1", "--min", "4", "--max", "2"), "", "--min --max"),
-        (("--energy", "0.1", "--policy", "[{modules: projector, method: full}]"), "policy-no-adapter-rule", "--policy"),
-    ],
-)
-def test_what_gives_no_ranks_is_refused(words: tuple[str, ...], code: str, where: str) -> None:
-    with raises_code(code, where=where):
-        main(["ranks", "tiny", *words])
-
-
-def test_the_policy_fits_the_model_and_a_second_run_finds_the_spectra_in_the_cache(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    policy = ["--policy", "[{modules: language, method: milora, protect: 0, rank: 5, alpha: 10}]"]
-    words = ["ranks", "tiny", *policy, "--energy", "0.01", "--factor_cache", str(tmp_path)]
-    assert main(words) == 0
-    text = capsys.readouterr().out
-    rules = yaml.safe_load(text)
-    model = load_weights("tiny")
-    adapters = [target for target in Policy.parse(rules).resolve(model) if target.rank is not None]
-    assert len(adapters) == len(rules) - 1 == len(list(tmp_path.iterdir())) == 14
-    for target in adapters:
-        sigma = torch.linalg.svdvals(read_matrix(model.get_submodule(target.path)).double())
-        minor = sigma.flip(0).square().cumsum(0) / sigma.square().sum()
-        assert target.rank == max(1, int((minor <= 0.01).sum()))
-        assert target.scaling == 2, "the scale alpha / rank stays"
-    monkeypatch.setattr(tensor_files, "singular_values", None)
-    assert main(words) == 0
-    assert capsys.readouterr().out == text

@@ -181,5 +181,5 @@ def flags_of(command: str) -> set[str]:
     name, *arguments = arguments if module == "milora_vl" else [names[module], *arguments]
     if name.startswith("-") or (name in MENU.menus and (not arguments or arguments[0].startswith("-"))):
         return set()
-    has_second = name in MENU.menus or (name, *arguments[:1]) == ("analyze", "ranks")
+    has_second = name in MENU.menus
     return set(parser_of((name, arguments[0]) if has_second else (name,)).flags())
