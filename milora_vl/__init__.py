@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from milora_vl.core.adapter.apply import apply_milora, merge
+    from milora_vl.core.adapter.load import load_adapter
     from milora_vl.core.adapter.rates import parameter_groups
     from milora_vl.core.adapter.reinit import reinit_peft, restore_split
-    from milora_vl.core.adapter.save_load import load_adapter, save_adapter
+    from milora_vl.core.adapter.save import save_adapter
     from milora_vl.core.calibration.texts import calibration_texts
     from milora_vl.core.policy import Policy, Rule
     from milora_vl.core.svd import Factors, decompose
@@ -44,13 +45,13 @@ _MODULE_OF = {
     "calibration_texts": "core.calibration.texts",
     "collator_for": "models.collator_for",
     "decompose": "core.svd",
-    "load_adapter": "core.adapter.save_load",
+    "load_adapter": "core.adapter.load",
     "load_model": "interop.load_model",
     "merge": "core.adapter.apply",
     "parameter_groups": "core.adapter.rates",
     "reinit_peft": "core.adapter.reinit",
     "restore_split": "core.adapter.reinit",
-    "save_adapter": "core.adapter.save_load",
+    "save_adapter": "core.adapter.save",
 }
 
 

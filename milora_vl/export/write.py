@@ -23,7 +23,7 @@ from milora_vl.common.compat.transformers import quiet_bars
 from milora_vl.common.errors import UserError
 from milora_vl.core.adapter.apply import merge
 from milora_vl.core.adapter.folders import from_there, moved
-from milora_vl.core.adapter.save_load import load_adapter
+from milora_vl.core.adapter.load import load_adapter
 from milora_vl.core.adapter.sidecar import fitted, locate, new_paths, read_sidecar
 from milora_vl.core.policy.towers import canonical_names, find_towers
 from milora_vl.export.base_model import Base, copy_processor, has_timm_tower, save_model, write_code

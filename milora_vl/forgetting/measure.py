@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from milora_vl.common.progress import progress_bar
-from milora_vl.core.calibration.activations import evaluated
+from milora_vl.core.evaluation_mode import evaluated
 from milora_vl.forgetting.text import ProbeBatch, general_text, text_batches
 
 # Positions at a time. Their distributions over the vocabulary, in float32, should stay in the caches of a CPU.

@@ -23,7 +23,7 @@ from milora_vl.core.adapter.folders import (
     no_adapter_in,
     not_a_folder,
 )
-from milora_vl.core.adapter.save_load import require_adapter_files
+from milora_vl.core.adapter.load import require_adapter_files
 from milora_vl.core.adapter.sidecar import FILE_NAME, Sidecar
 from milora_vl.core.policy.rules import Target
 from milora_vl.core.policy.towers import canonical_names, find_towers

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from milora_vl.common.cli.console import run
 from milora_vl.common.errors import UserError
-from milora_vl.core.adapter.folders import CONFIG
+from milora_vl.core.adapter.folders import CONFIG, NON_LORA
 from milora_vl.interop.replace import get_peft_model_replaced, launch, launcher, parse
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def milora_in_llava(part: Part = "minor", modules: Sequence[str] = (), protect: 
         raise UserError(message, code="package-missing", hint=hint)
     from milora_vl.common.compat.llava import llava_on_new_transformers
 
-    with llava_on_new_transformers(), get_peft_model_replaced(*modules, part=part, protect=protect):
+    with llava_on_new_transformers(NON_LORA), get_peft_model_replaced(*modules, part=part, protect=protect):
         yield
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from milora_vl.common.errors import UserError
-from milora_vl.core.adapter.folders import NON_LORA, PREFIX
+from milora_vl.core.adapter.folders import NON_LORA, PEFT_PREFIX
 from milora_vl.core.adapter.sidecar import locate
 from milora_vl.core.policy.towers import Towers
 from milora_vl.core.weights.tensor_files import read_weights
@@ -112,7 +112,7 @@ def write_llava(
     factors = {path: _cut(path, low, vocabulary) for path, low in moved.factors.items()}
     write_plain(replace(moved, factors=factors, whole={}), folder, KNOWN_KEYS, uniform=True)
     whole = {
-        PREFIX + name: (tensor[:vocabulary].clone() if _is_vocabulary(name) else tensor).contiguous()
+        PEFT_PREFIX + name: (tensor[:vocabulary].clone() if _is_vocabulary(name) else tensor).contiguous()
         for name, tensor in moved.whole.items()
     }
     torch.save(whole, folder / NON_LORA)
@@ -133,7 +133,7 @@ def read_llava(folder: Path) -> PlainAdapter:
     adapter = read_plain(folder)
     stored = read_weights(folder / NON_LORA)
     # Older runs wrote `base_model.model.`, merged ones `model.`; LLaVA's loader also strips both.
-    whole = {name.removeprefix(PREFIX): tensor for name, tensor in stored.items()}
+    whole = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in stored.items()}
     return replace(adapter, whole={**adapter.whole, **whole})
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from milora_vl.common.errors import UserError, expected_format
 from milora_vl.core.adapter.folders import base_of, has_config, holds_adapter, holds_projector_alone, require_no_base
-from milora_vl.core.adapter.save_load import load_adapter
+from milora_vl.core.adapter.load import load_adapter
 from milora_vl.interop.imported import import_adapter, kind_of, names_residual_base, require_unchanged_base
 from milora_vl.interop.lora_folder import write_ours
 from milora_vl.interop.scale import Update, require_linear, require_scale

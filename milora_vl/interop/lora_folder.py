@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from milora_vl.common.errors import UserError, expected_format
-from milora_vl.core.adapter.folders import ADAPTER_FILES, CONFIG, PREFIX
+from milora_vl.core.adapter.folders import ADAPTER_FILES, CONFIG, PEFT_PREFIX
 from milora_vl.core.adapter.sidecar import Sidecar, read_sidecar, stored_tensors
 
 Value = TypeVar("Value")
@@ -140,7 +140,7 @@ def more_than_factors(folder: Path) -> dict[str, str]:
 def from_state(
     weights: Mapping[str, Tensor], config: LoraConfig, folder: Path, sidecar: Sidecar | None
 ) -> PlainAdapter:
-    state = {key.removeprefix(PREFIX): tensor for key, tensor in weights.items()}
+    state = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in weights.items()}
     factors, used = {}, set()
     for key, A in state.items():
         match = _FACTOR_A.fullmatch(key)
@@ -177,12 +177,12 @@ def write_plain(
     """
     adapter = _uniform(adapter) if uniform else adapter
     folder.mkdir(parents=True, exist_ok=True)
-    state: dict[str, Tensor] = {PREFIX + name: tensor for name, tensor in adapter.whole.items()}
+    state: dict[str, Tensor] = {PEFT_PREFIX + name: tensor for name, tensor in adapter.whole.items()}
     for path, factors in adapter.factors.items():
         names = ("lora_embedding_A", "lora_embedding_B") if factors.is_embedding else ("lora_A.weight", "lora_B.weight")
-        state |= {f"{PREFIX}{path}.{names[0]}": factors.A, f"{PREFIX}{path}.{names[1]}": factors.B}
+        state |= {f"{PEFT_PREFIX}{path}.{names[0]}": factors.A, f"{PEFT_PREFIX}{path}.{names[1]}": factors.B}
     save_file({key: t.contiguous() for key, t in state.items()}, folder / ADAPTER_FILES[0], metadata={"format": "pt"})
-    content = lora_config_of(adapter).to_dict()
+    content = config_of_factors(adapter).to_dict()
     if known_keys is not None:
         content = {key: value for key, value in content.items() if key in known_keys}
     content = {key: sorted(value) if isinstance(value, set) else value for key, value in content.items()}
@@ -195,7 +195,7 @@ def write_ours(adapter: PlainAdapter, folder: Path) -> None:
         adapter.sidecar.write(folder, adapter.anchors)
 
 
-def lora_config_of(adapter: PlainAdapter) -> LoraConfig:
+def config_of_factors(adapter: PlainAdapter) -> LoraConfig:
     """Return PEFT's config for the factors: full paths, the most common rank and alpha, patterns for the others."""
     ranks = {path: f.rank for path, f in adapter.factors.items()}
     alphas = {path: _number(f.scaling * f.rank) for path, f in adapter.factors.items()}

@@ -29,7 +29,7 @@ from milora_data.pictures.videos import Frames
 from milora_data.records.record import IMAGE, VIDEO, Record, Reply, Turn, Video
 from milora_vl.common.cli.console import amount
 from milora_vl.common.errors import DataError, UserError, first_line, with_context
-from milora_vl.core.calibration.activations import evaluated
+from milora_vl.core.evaluation_mode import evaluated
 from milora_vl.core.policy.towers import is_wrapped_by_peft
 from milora_vl.models.base import Base
 from milora_vl.models.image_tokens import image_token_id, image_tokens, is_llava, tiling_of, uses_processor

@@ -18,7 +18,7 @@ from torch import nn
 from milora_data.encode.tokens import share_template
 from milora_vl.common.compat.transformers import forget_conversions, pass_texts_unchanged, quiet_bars, whole_weights
 from milora_vl.common.errors import UserError
-from milora_vl.core.policy.towers import keep_weights_readable
+from milora_vl.core.evaluation_mode import keep_weights_readable
 from milora_vl.models import original, parts, pretrained
 from milora_vl.models.devices import Quantization, quantization_config, unquantized
 from milora_vl.models.names import BUILT_IN_MODELS, MADE_IN_MEMORY

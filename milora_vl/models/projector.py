@@ -20,7 +20,7 @@ from milora_vl.core.policy.towers import find_towers
 from milora_vl.core.weights.tensor_files import read_weights
 from milora_vl.models import original
 
-PREFIX = "multi_modal_projector."
+PROJECTOR_PREFIX = "multi_modal_projector."
 _OURS = re.compile(r"(?:^|.*\.)multi_modal_projector\.(.+)")
 _LLAVA = re.compile(r"(?:^|.*\.)mm_projector\.(?:(\d+)\.)?(.+)")
 
@@ -42,9 +42,9 @@ def save_projector(model: nn.Module, folder: Path, state: Mapping[str, Tensor] |
     from safetensors.torch import save_file
 
     if state is None:
-        weights = {PREFIX + name: t for name, t in projector_of(model).state_dict().items()}
+        weights = {PROJECTOR_PREFIX + name: t for name, t in projector_of(model).state_dict().items()}
     else:
-        weights = {PREFIX + _inner(name): t for name, t in state.items() if _OURS.match(name)}
+        weights = {PROJECTOR_PREFIX + _inner(name): t for name, t in state.items() if _OURS.match(name)}
     target = folder / PROJECTOR_FILES[0]
     weights = {name: t.detach().cpu().contiguous() for name, t in weights.items()}
     torch.save({_llava_name(name): t for name, t in weights.items()}, folder / PROJECTOR_FILES[1])
@@ -105,7 +105,7 @@ def _llava_name(name: str) -> str:
     >>> _llava_name("multi_modal_projector.linear_2.bias")
     'model.mm_projector.2.bias'
     """
-    layer, _, leaf = name.removeprefix(PREFIX).rpartition(".")
+    layer, _, leaf = name.removeprefix(PROJECTOR_PREFIX).rpartition(".")
     number = 2 * (int(layer.removeprefix("linear_")) - 1) if layer.startswith("linear_") else layer
     return f"model.mm_projector.{number}.{leaf}"
 

@@ -22,8 +22,8 @@ from transformers import TrainingArguments
 
 from milora_vl.common.compat.torch import extend_forward
 from milora_vl.core.adapter.lora import base_model_of
-from milora_vl.core.calibration.activations import evaluated
 from milora_vl.core.calibration.bases import Calibration, kinds_of
+from milora_vl.core.evaluation_mode import evaluated
 from milora_vl.core.policy.towers import image_token_of
 
 

@@ -32,9 +32,9 @@ from milora_vl.common.evaluator import TrainingQuestions, evaluator
 from milora_vl.core.adapter.anchored import fixed_names
 from milora_vl.core.adapter.folders import EARLIER
 from milora_vl.core.adapter.lora import base_model_of
-from milora_vl.core.calibration.activations import evaluated
+from milora_vl.core.evaluation_mode import evaluated
 from milora_vl.core.policy.towers import find_towers
-from milora_vl.core.weights.matrices import gathered_in_forward
+from milora_vl.core.weights.distributed import gathered_in_forward
 from milora_vl.forgetting.measure import logits_of, summary, token_sums
 from milora_vl.forgetting.text import general_text, text_batches
 from milora_vl.models.loading import split_processor

@@ -42,7 +42,7 @@ from milora_vl.core.adapter.folders import (
 )
 from milora_vl.core.policy import Target
 from milora_vl.core.policy.towers import TOWERS
-from milora_vl.core.weights.distributed import gather
+from milora_vl.core.weights.distributed import gather_objects
 from milora_vl.core.weights.tensor_files import unreadable
 from milora_vl.models.generate import Prompt, generate
 from milora_vl.report import model_card
@@ -357,7 +357,7 @@ def _losses(trainer: MiloraTrainer, *, measure: bool = True) -> dict[str, float]
             trainer.add_callback(count)
             trainer.evaluation_loop(loader, "held-out records", prediction_loss_only=True)
             trainer.remove_callback(count)
-    return {key: loss for part in gather(trainer.record_losses) for key, loss in part.items()}
+    return {key: loss for part in gather_objects(trainer.record_losses) for key, loss in part.items()}
 
 
 def _shown(

@@ -31,7 +31,7 @@ from milora_vl.common.errors import UserError
 from milora_vl.common.evaluator import TrainingQuestions
 from milora_vl.core.adapter import checkpoints
 from milora_vl.core.adapter.earlier import joined_rank, read_earlier
-from milora_vl.core.weights.distributed import gather, rank_and_world_size
+from milora_vl.core.weights.distributed import gather_objects, rank_and_world_size
 from milora_vl.models import loading
 from milora_vl.train import data
 from milora_vl.train.base_kl import BaseKL
@@ -139,7 +139,7 @@ def read_records(run: Run, screen: Screen) -> RunData:
     with screen.step(f"reading {data.source_text(recipe.data)}"):
         records = data.read_records(recipe.data)
     checkpoint = None if folder.checkpoint is None else folder.checkpoint.name
-    told = gather((checkpoint, records.fingerprint, records.pictures))
+    told = gather_objects((checkpoint, records.fingerprint, records.pictures))
     require_same_checkpoint(folder.path, [name for name, *_ in told])
     other = next((rank for rank, (_, *found) in enumerate(told) if found != list(told[0][1:])), None)
     if other is not None:

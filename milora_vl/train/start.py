@@ -36,16 +36,15 @@ from milora_vl.common.progress import progress_bar
 from milora_vl.core.adapter.apply import apply_targets
 from milora_vl.core.adapter.earlier import Earlier, hold
 from milora_vl.core.adapter.initialize import LayerReport
+from milora_vl.core.adapter.load import load_checkpoint
 from milora_vl.core.adapter.lora import base_model_of
-from milora_vl.core.adapter.save_load import load_checkpoint
 from milora_vl.core.adapter.sidecar import FILE_NAME
 from milora_vl.core.calibration import CAPTIONS, TEXTS
 from milora_vl.core.calibration.bases import Batches, Calibration
 from milora_vl.core.calibration.texts import HELD_OUT_TEXTS, LENGTH, ROWS, SEED, rows_at_once, sampled_rows
 from milora_vl.core.policy import Target
 from milora_vl.core.policy.towers import find_towers
-from milora_vl.core.weights.distributed import gather, rank_and_world_size
-from milora_vl.core.weights.matrices import gathered
+from milora_vl.core.weights.distributed import gather_objects, gathered, rank_and_world_size
 from milora_vl.core.weights.tensor_files import shared_digest
 from milora_vl.forgetting.text import ends_of, general_text, padded_batches, text_blocks
 from milora_vl.models import loading
@@ -376,7 +375,9 @@ def _cached(
     rank, processes = rank_and_world_size()
     keys = [sha256(f"{_VERSION} {sources.weights} {what} {job.settings}".encode()).hexdigest()[:32] for job in jobs]
     files = [cache_folder(sources.recipe) / f"calibration-{key}.json" for key in keys]
-    found = gather([_read(file, job.count) for file, job in zip(files, jobs, strict=True)] if rank == 0 else None)[0]
+    found = gather_objects(
+        [_read(file, job.count) for file, job in zip(files, jobs, strict=True)] if rank == 0 else None
+    )[0]
     if used := sum(map(len, filter(None, found))):
         sources.screen.say(f"{used} calibration {what} of an earlier start are used")
     missing = [number for number, one in enumerate(found) if one is None]
@@ -387,7 +388,7 @@ def _cached(
         total = sum(jobs[number].count * jobs[number].work for number in mine)
         with progress_bar(title, total, unit, is_shown=rank == 0) as bar:
             written = {number: write(number, bar.update) for number in mine}
-    for number, one in chain(*(part.items() for part in reversed(gather(written)))):
+    for number, one in chain(*(part.items() for part in reversed(gather_objects(written)))):
         found[number] = one
     try:
         for number in missing if rank == 0 else ():

@@ -17,7 +17,8 @@ from milora_eval.commands.score import main as score
 from milora_vl import apply_milora
 from milora_vl.common.errors import UserError
 from milora_vl.common.yaml_text import YamlTextError, parse_yaml
-from milora_vl.core.adapter.save_load import load_adapter, save_adapter
+from milora_vl.core.adapter.load import load_adapter
+from milora_vl.core.adapter.save import save_adapter
 from support.adapter_cases import one_rule
 from support.problems import raises_code
 

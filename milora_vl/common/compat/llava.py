@@ -24,17 +24,15 @@ from transformers import Trainer, trainer
 
 from milora_vl.common.errors import UserError
 
-PROJECTOR = "non_lora_trainables.bin"  # LLaVA's file of what trains beside the LoRA
-
 
 @contextmanager
-def llava_on_new_transformers() -> Iterator[None]:
-    """Inside this context LLaVA's `train()` runs on the installed transformers."""
+def llava_on_new_transformers(non_lora: str) -> Iterator[None]:
+    """Inside this context LLaVA's `train()` runs on the installed transformers; `non_lora` is its file of that name."""
     with ExitStack() as shims:
         _layernorm_layers(shims)
         _tokenizer_argument(shims)
         _sampler_and_optimizer(shims)
-        _checkpoints(shims)
+        _checkpoints(shims, non_lora)
         _without_deepspeed(shims)
         _cache(shims)
         yield
@@ -76,7 +74,7 @@ def _ignoring_arguments(method: Callable[[Any], Any]) -> Callable[..., Any]:
     return lambda self, *_, **__: method(self)
 
 
-def _checkpoints(shims: ExitStack) -> None:
+def _checkpoints(shims: ExitStack, non_lora: str) -> None:
     """Drop the argument `metrics`, which LLaVA passes to `_save_checkpoint`, and keep the projector in checkpoints.
 
     LLaVA saves the projector at the end alone, and a resumed LoRA run would start it again (LLaVA issue 844).
@@ -90,7 +88,7 @@ def _checkpoints(shims: ExitStack) -> None:
             folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
             if self.args.should_save:
                 folder.mkdir(parents=True, exist_ok=True)
-                torch.save(state, folder / PROJECTOR)
+                torch.save(state, folder / non_lora)
         save(self, model, trial)
 
     def load_from_checkpoint(self: Any, checkpoint: str, *args: Any, **kwargs: Any) -> None:
@@ -98,9 +96,9 @@ def _checkpoints(shims: ExitStack) -> None:
         beside = {name: p for name, p in self.model.named_parameters() if p.requires_grad and "lora_" not in name}
         if not beside or not isinstance(self.model, PeftModel):
             return
-        file = Path(checkpoint) / PROJECTOR
+        file = Path(checkpoint) / non_lora
         if not file.is_file():
-            message = f"has no {PROJECTOR}: the projector would start again from its first weights"
+            message = f"has no {non_lora}: the projector would start again from its first weights"
             hint = "train again from the start, in another output_dir"
             raise UserError(message, where=checkpoint, hint=hint)
         with torch.no_grad():

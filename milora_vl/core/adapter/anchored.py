@@ -62,9 +62,9 @@ from torch.autograd.function import once_differentiable
 
 from milora_vl.common.compat.peft import ForwardVariant, set_variant
 from milora_vl.common.compat.torch import OwnState, call_on_plain_tensors, change_class
-from milora_vl.core.adapter.folders import ANCHORS_FILE, EARLIER, PREFIX, RESTORE, AdapterError
+from milora_vl.core.adapter.folders import ANCHORS_FILE, EARLIER, PEFT_PREFIX, RESTORE, AdapterError
 from milora_vl.core.weights.distributed import is_sharded
-from milora_vl.core.weights.matrices import factor_dtype
+from milora_vl.core.weights.matrices import as_rows, factor_dtype
 
 DELTA, ANCHOR = "delta", "anchor"
 
@@ -237,7 +237,7 @@ class DifferenceFactor(OwnState):
         joined = state_dict.get(stock)
         if joined is not None:
             if joined.shape != (expected := torch.cat([self.anchor, self.anchor], dim=self.axis).shape):
-                path = prefix.removeprefix(PREFIX).split(".lora_")[0]
+                path = prefix.removeprefix(PEFT_PREFIX).split(".lora_")[0]
                 error_msgs.append(_rank_message(path, joined.shape, expected, self.axis))
                 return
             del state_dict[stock]
@@ -307,7 +307,7 @@ def multiply_up(
         update: Tensor = _Up.apply(hidden, delta, anchor, dtype, scaling, None)  # type: ignore[no-untyped-call]
         return update if onto is None else (onto + update).to(onto.dtype)
     # A function must not return a view: autograd refuses to change one in place, as models with `+=` do.
-    out: Tensor = _Up.apply(_rows(hidden), delta, anchor, dtype, scaling, _rows(onto))  # type: ignore[no-untyped-call]
+    out: Tensor = _Up.apply(as_rows(hidden), delta, anchor, dtype, scaling, as_rows(onto))  # type: ignore[no-untyped-call]
     return out.view(onto.shape)
 
 
@@ -321,10 +321,6 @@ def _dtype(x: Tensor, delta: Tensor, anchor: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return anchor.dtype if anchor.dtype == torch.bfloat16 else delta.dtype
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
 
 
 # The two functions below compute no gradient for the anchor, and they keep no joined factor between forward and
@@ -351,7 +347,7 @@ class _Down(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 of_x = (grad @ join(delta, anchor, 0, ctx.dtypes[1])).to(ctx.dtypes[0])
             if ctx.needs_input_grad[1]:
-                of_delta = (_rows(grad[..., : len(delta)]).T @ _rows(x)).to(delta.dtype)
+                of_delta = (as_rows(grad[..., : len(delta)]).T @ as_rows(x)).to(delta.dtype)
         return of_x, of_delta, None, None
 
 
@@ -382,7 +378,7 @@ class _Up(torch.autograd.Function):
                 of_hidden = _scaled(grad @ join(delta, anchor, 1, ctx.dtypes[1]), ctx.scaling).to(ctx.dtypes[0])
             if ctx.needs_input_grad[1]:
                 first, second = hidden.chunk(2, dim=-1)
-                of_delta = _scaled(_rows(grad).T @ _rows(first + second), ctx.scaling).to(delta.dtype)
+                of_delta = _scaled(as_rows(grad).T @ as_rows(first + second), ctx.scaling).to(delta.dtype)
         return of_hidden, of_delta, None, None, None, grad if ctx.needs_input_grad[5] else None
 
 

@@ -5,9 +5,9 @@
 `hold` adds B' A' x in a hook of the base layer, before PEFT wraps it. To all other code this is the base: calibration,
 the task's gradient and `disable_adapter` see the model after the earlier runs. It works on quantized weights too.
 
-`join` makes what the run saves a stock LoRA for the untouched base: in each module the rows of the new run come first,
-then the earlier ones, so ranks add. A module that an earlier run trained in full is whole, with the update of the new
-run in its weight. `split` is the inverse: a resumed run needs its own folder alone.
+`join_tasks` makes what the run saves a stock LoRA for the untouched base: in each module the rows of the new run come
+first, then the earlier ones, so ranks add. A module that an earlier run trained in full is whole, with the update of
+the new run in its weight. `split_tasks` is the inverse: a resumed run needs its own folder alone.
 """
 
 from __future__ import annotations
@@ -26,8 +26,16 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from milora_vl.core.adapter.fixed_a import plus_update
-from milora_vl.core.adapter.folders import ADAPTER_FILES, EARLIER, PREFIX, RESTORE, AdapterError, module_path, moved
-from milora_vl.core.adapter.lora import base_layer, base_model_of, lora_config, peft_rank
+from milora_vl.core.adapter.folders import (
+    ADAPTER_FILES,
+    EARLIER,
+    PEFT_PREFIX,
+    RESTORE,
+    AdapterError,
+    module_path,
+    moved,
+)
+from milora_vl.core.adapter.lora import base_layer, base_model_of, config_of_targets, peft_rank
 from milora_vl.core.adapter.sidecar import (
     FILE_NAME,
     MERGE,
@@ -70,7 +78,7 @@ def read_earlier(
         raise AdapterError(f"has no {FILE_NAME}", where=str(folder))
     here = fitted(base, saved, allow_base_mismatch=False)
     paths = new_paths(saved, here)
-    state = {moved(name, paths).removeprefix(PREFIX): tensor for name, tensor in stored_tensors(folder).items()}
+    state = {moved(name, paths).removeprefix(PEFT_PREFIX): tensor for name, tensor in stored_tensors(folder).items()}
     scalings = {target.path: target.scaling for target in targets if target.rank is not None}
     factors: dict[str, tuple[Tensor, Tensor, float]] = {}
     for target in here.targets:
@@ -81,7 +89,7 @@ def read_earlier(
             message = f"the update of {target.path} is no pair of factors of a linear layer (method {target.method})"
             hint = f"use it merged, as a base:  {MERGE} {folder}"
             raise AdapterError(message, code="adapter-unsupported-kind", where=str(folder), hint=hint)
-        scaling = scalings.get(target.path, target.scaling)  # one scaling per module in the file that `join` writes
+        scaling = scalings.get(target.path, target.scaling)  # `join_tasks` writes one scaling per module
         change = target.scaling / scaling
         factors[target.path] = A.float(), B.float() if change == 1 else B.float() * change, scaling
     in_full = [target.path for target in here.targets if target.rank is None]
@@ -119,11 +127,11 @@ def _add_earlier(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     return plus_update(output, x, A, B, 1.0, output.dtype)
 
 
-def join(folder: Path, earlier: Earlier, model: nn.Module) -> None:
+def join_tasks(folder: Path, earlier: Earlier, model: nn.Module) -> None:
     """Replace the adapter of a run in `folder` by one LoRA of all tasks; milora.json keeps the sidecar of the run."""
     own = read_sidecar(folder)
     assert own is not None
-    state = {name.removeprefix(PREFIX): tensor for name, tensor in stored_tensors(folder).items()}
+    state = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in stored_tensors(folder).items()}
     targets = {t.path: _joined(t, peft_rank(t)) for t in own.targets if t.rank is not None}
     full = {t.path: t for t in (*earlier.sidecar.targets, *own.targets) if t.rank is None}
     apart: dict[str, Tensor] = {}
@@ -156,7 +164,7 @@ def join(folder: Path, earlier: Earlier, model: nn.Module) -> None:
     Sidecar(every, named, printed, {}, tasks=earlier.tasks, frozen=frozen, own=own).write(folder, {})
 
 
-def split(folder: Path, model: nn.Module, own_folder: Path, *, allow_base_mismatch: bool = False) -> Earlier:
+def split_tasks(folder: Path, model: nn.Module, own_folder: Path, *, allow_base_mismatch: bool = False) -> Earlier:
     """Write the adapter of the last task in `folder` to `own_folder`, and return the earlier update.
 
     `model` is the base model of the run, or has its adapter already. Bits do not change.
@@ -166,7 +174,7 @@ def split(folder: Path, model: nn.Module, own_folder: Path, *, allow_base_mismat
     assert saved.own is not None
     fitted(model, saved, allow_base_mismatch=allow_base_mismatch)
     own = saved.own
-    state = {name.removeprefix(PREFIX): tensor for name, tensor in stored_tensors(folder).items()}
+    state = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in stored_tensors(folder).items()}
     apart = load_file(folder / APART_FILE) if (folder / APART_FILE).is_file() else {}
     factors: dict[str, tuple[Tensor, Tensor, float]] = {}
     whole, mine = {}, dict[str, Tensor]()
@@ -194,7 +202,7 @@ def split(folder: Path, model: nn.Module, own_folder: Path, *, allow_base_mismat
 
 
 def joined_rank(earlier: Earlier, targets: Sequence[Target]) -> int:
-    """Return the largest rank of the LoRA that `join` writes for a run that trains `targets`."""
+    """Return the largest rank of the LoRA that `join_tasks` writes for a run that trains `targets`."""
     ranks = Counter({path: len(A) for path, (A, _, _) in earlier.factors.items()})
     new = [target for target in targets if target.rank is not None and f"{target.path}.weight" not in earlier.whole]
     ranks.update({target.path: peft_rank(target) for target in new})
@@ -213,7 +221,7 @@ def _joined(target: Target, rank: int, scaling: float | None = None) -> Target:
 def _config(folder: Path, model: nn.Module, targets: Sequence[Target]) -> LoraConfig:
     present = LoraConfig.from_pretrained(str(folder))
     full = [target.path for target in targets if target.rank is None]
-    config = lora_config(base_model_of(model), [target for target in targets if target.rank is not None], full)
+    config = config_of_targets(base_model_of(model), [target for target in targets if target.rank is not None], full)
     config.base_model_name_or_path, config.auto_mapping = present.base_model_name_or_path, present.auto_mapping
     config.inference_mode = True
     return config
@@ -221,6 +229,6 @@ def _config(folder: Path, model: nn.Module, targets: Sequence[Target]) -> LoraCo
 
 def _write(folder: Path, config: LoraConfig, state: Mapping[str, Tensor]) -> None:
     config.save_pretrained(str(folder))
-    whole = {PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    whole = {PEFT_PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     save_file(whole, folder / ADAPTER_FILES[0], metadata={"format": "pt"})
     (folder / ADAPTER_FILES[1]).unlink(missing_ok=True)

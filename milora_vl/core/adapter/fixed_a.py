@@ -50,7 +50,8 @@ from milora_vl.core.calibration.bases import Calibration, CalibrationError, Inpu
 from milora_vl.core.policy.rules import Target
 from milora_vl.core.svd import decompose
 from milora_vl.core.svd.gram import full_precision
-from milora_vl.core.weights.distributed import broadcast, gather, rank_and_world_size
+from milora_vl.core.weights.distributed import broadcast, gather_objects, rank_and_world_size
+from milora_vl.core.weights.matrices import as_rows
 from milora_vl.core.weights.tensor_files import read_cached, shared_digest, write_cached
 
 
@@ -93,14 +94,10 @@ def plus_update(onto: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float, f
     else:
         dtype = torch.bfloat16 if onto.dtype == torch.bfloat16 else B.dtype
     with autocast(device, enabled=False):
-        hidden, B = _rows(F.linear(x.to(first), A.to(first))).to(dtype), B.to(dtype)
+        hidden, B = as_rows(F.linear(x.to(first), A.to(first))).to(dtype), B.to(dtype)
         if onto.dtype == dtype:
-            return torch.addmm(_rows(onto), hidden, B.T, alpha=scaling).view(onto.shape)
+            return torch.addmm(as_rows(onto), hidden, B.T, alpha=scaling).view(onto.shape)
         return (onto + scaling * F.linear(hidden, B).view(onto.shape)).to(onto.dtype)
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
 
 
 # Four times the length that PEFT's LoRA starts with in every layer: minor directions learn best at four times the
@@ -179,11 +176,11 @@ def protect(
     key = "" if cache_dir is None else calibration_key(model, fixed, calibration)
     file = Path(cache_dir or "") / f"{key}.safetensors"
     factors, stored = (_read(file, fixed) if key and is_first else None) or ({}, None)  # each node has its own cache
-    found = gather(stored)[:1]
+    found = gather_objects(stored)[:1]
     if found == [None]:
         made = for_each_input(model, fixed, calibration, make_A, is_shown=is_shown)
         factors = {path: A for path, (A, _) in made.items()}
-        found = gather({path: about for path, (_, about) in made.items()})
+        found = gather_objects({path: about for path, (_, about) in made.items()})
     elif is_shown and is_first:
         sys.stderr.write(f"the calibration of an earlier start is used ({file})\n")
     owners = {path: rank for rank, part in enumerate(found) for path in part}

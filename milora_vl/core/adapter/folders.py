@@ -19,7 +19,7 @@ class AdapterError(UserError):
     """An adapter that cannot be created, saved or loaded as requested."""
 
 
-PREFIX = "base_model.model."
+PEFT_PREFIX = "base_model.model."
 EARLIER = ("earlier_A", "earlier_B")  # buffers of a base layer with the update of an earlier run
 CONFIG = "adapter_config.json"  # of PEFT, also in LLaVA's folders
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -180,7 +180,7 @@ def module_path(name: str, paths: Collection[str]) -> str:
     >>> module_path("base_model.model.lm.q.lora_A.weight", ["lm.q", "lm"])
     'lm.q'
     """
-    path = name.removeprefix(PREFIX)
+    path = name.removeprefix(PEFT_PREFIX)
     while path and path not in paths:
         path = path.rpartition(".")[0]
     return path
@@ -195,5 +195,5 @@ def moved(name: str, paths: Mapping[str, str]) -> str:
     path = module_path(name, paths)
     if not path:
         return name
-    prefix = PREFIX if name.startswith(PREFIX) else ""
+    prefix = PEFT_PREFIX if name.startswith(PEFT_PREFIX) else ""
     return prefix + paths[path] + name.removeprefix(prefix + path)

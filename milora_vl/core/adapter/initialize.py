@@ -29,7 +29,7 @@ from milora_vl.common.progress import progress_bar
 from milora_vl.core.calibration import FACTORS
 from milora_vl.core.policy.rules import FloorSigma, Sigma, Target
 from milora_vl.core.svd import Factors
-from milora_vl.core.weights.distributed import broadcast, gather, rank_and_world_size
+from milora_vl.core.weights.distributed import broadcast, gather_objects, rank_and_world_size
 from milora_vl.core.weights.matrices import Fingerprint, factor_dtype, fingerprint, for_each_weight
 from milora_vl.core.weights.tensor_files import cached_factors, cached_singular_values
 
@@ -111,7 +111,7 @@ def initialize(
 
         mine = for_each_weight(model, [[target.path for target in share] for share in shares], make)
     about = {path: (one.fingerprint, one.report, one.A0.dtype) for path, one in mine.items()}
-    found = {path: (owner, *one) for owner, part in enumerate(gather(about)) for path, one in part.items()}
+    found = {path: (owner, *one) for owner, part in enumerate(gather_objects(about)) for path, one in part.items()}
     initial: dict[str, Initial] = {}
     for t in wanted:
         owner, of_base, report, dtype = found[t.path]

@@ -32,7 +32,7 @@ def make_lora(model: nn.Module, targets: Sequence[Target]) -> PeftModel:
     adapters = [t for t in targets if t.rank is not None]
     full = [t.path for t in targets if t.method == "full"]
     _require_distinct(model, full)
-    config = lora_config(model, adapters, full)
+    config = config_of_targets(model, adapters, full)
     with quiet_peft():
         tuned = get_peft_model(model, config)
     _require_exactly(tuned, {t.path: peft_rank(t) for t in adapters})
@@ -72,7 +72,7 @@ def read_by_peft(base: nn.Module, folder: Path) -> Iterator[None]:
         raise AdapterError(message, where=str(folder), hint=hint) from error
 
 
-def lora_config(model: nn.Module, adapters: Sequence[Target], full: list[str]) -> LoraConfig:
+def config_of_targets(model: nn.Module, adapters: Sequence[Target], full: list[str]) -> LoraConfig:
     """Return PEFT's config for a LoRA on `adapters`, with the modules at the paths `full` trained in full."""
     use_rslora = all(t.rslora for t in adapters)  # PEFT has a single switch for all modules
     ranks = {t.path: peft_rank(t) for t in adapters}

@@ -1,172 +1,51 @@
-"""PEFT's model classes with our mixin: save, add, load, delete and disable adapters; state dicts.
+"""PEFT's model classes with our mixin: add, load, delete and disable adapters; `save.py` has how they are saved.
 
 Everything else (forward, merge, generate, set_adapter, ...) is PEFT's own code.
 """
 
 from __future__ import annotations
 
-import json
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import peft
-from huggingface_hub import try_to_load_from_cache
 from peft import PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from milora_vl.common.atomic_write import atomic_folder
 from milora_vl.common.compat.peft import keep_hooks_apart, set_variant
 from milora_vl.common.compat.torch import change_class, ignore_in_ddp
 from milora_vl.core.adapter.anchored import (
-    ANCHOR,
-    DELTA,
     factors,
     fixed_names,
-    has_anchor,
     install_copy,
     install_loaded,
-    joined_state,
-    unrecoverable,
 )
-from milora_vl.core.adapter.earlier import Earlier, join, split
+from milora_vl.core.adapter.earlier import split_tasks
 from milora_vl.core.adapter.fixed_a import Protection, fix_A, has_fixed_A
-from milora_vl.core.adapter.folders import PREFIX, AdapterError
 from milora_vl.core.adapter.initialize import LayerReport
 from milora_vl.core.adapter.lora import lora_layer, read_by_peft, set_dropout
+from milora_vl.core.adapter.save import SavingMixin
 from milora_vl.core.adapter.sidecar import Sidecar, fitted, read_sidecar, require_same_kind, require_trainable
 from milora_vl.core.policy.rules import Target
-from milora_vl.core.weights.matrices import Fingerprint, distance, fingerprint
 
 
-class MiloraMixin(PeftModel):
-    """The methods in which a PeftModel with trained differences and anchors differs from a stock one.
+class MiloraMixin(SavingMixin):
+    """The methods in which a PeftModel with trained differences and anchors differs from a stock one."""
 
-    `sidecars` holds the metadata of each adapter.
-    """
-
-    sidecars: dict[str, Sidecar]
-    earlier: Earlier | None = None  # the update that the base holds; every saved adapter of ours is joined with it
     milora_targets: list[Target]
     milora_report: list[LayerReport]
     milora_protection: dict[str, Protection]
-
-    def save_pretrained(
-        self,
-        save_directory: str,
-        safe_serialization: bool = True,
-        selected_adapters: list[str] | None = None,
-        save_embedding_layers: str | bool = "auto",
-        is_main_process: bool = True,
-        path_initial_model_for_weight_conversion: str | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Save the adapter as PEFT does, and milora.json beside it.
-
-        In a gathered `state_dict` the raw names `delta` and `anchor` are joined first. Raises AdapterError for
-        `path_initial_model_for_weight_conversion`, because the saved adapter needs no conversion.
-        """
-        if path_initial_model_for_weight_conversion is not None:
-            message = "the saved adapter is already a plain LoRA for the unchanged base model, and needs no conversion"
-            raise AdapterError(message, where="path_initial_model_for_weight_conversion", hint="remove the argument")
-        self._require_own_factors()
-        self.warn_of_changed_A()
-        if save_embedding_layers == "auto":
-            save_embedding_layers = self._vocabulary_has_grown()
-        if kwargs.get("state_dict") is not None:
-            kwargs["state_dict"] = joined_state(self._with_buffers(kwargs["state_dict"]))
-        with atomic_folder(Path(save_directory), is_main_process) as folder:
-            super().save_pretrained(
-                str(folder), safe_serialization, selected_adapters, save_embedding_layers, is_main_process, **kwargs
-            )
-            for name in selected_adapters or self.peft_config:
-                if is_main_process and name in self.sidecars:
-                    adapter_folder = folder if name == "default" else folder / name
-                    anchors = self._unrecoverable(name, kwargs.get("state_dict") or {})
-                    self.sidecars[name].write(adapter_folder, anchors)
-                    if self.earlier is not None:
-                        join(adapter_folder, self.earlier, self)
-
-    def _unrecoverable(self, adapter: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the B0 that the saved factors do not give back bit for bit, by path. `state` is a gathered one."""
-        saved = {name.removeprefix("_forward_module."): tensor for name, tensor in state.items()}
-        pairs = (
-            (path, unrecoverable(lora_layer(self, path), adapter, saved.get(f"{PREFIX}{path}.lora_B.{adapter}.weight")))
-            for path in self.sidecars[adapter].ranks
-        )
-        return {path: B0 for path, B0 in pairs if B0 is not None}
 
     def train(self, mode: bool = True) -> MiloraMixin:
         """Set the training mode as PyTorch does. Raises AdapterError if other code has replaced our factors."""
         if mode:
             self._require_own_factors()
         return super().train(mode)
-
-    def _require_own_factors(self) -> None:
-        """Raise AdapterError if stock factors have replaced ours: then the anchor or the fixed A would train too.
-
-        PEFT's prepare_model_for_compiled_hotswap does this to pad the factors.
-        """
-        for adapter, sidecar in self.sidecars.items():
-            replaced = [path for path in sidecar.ranks if not has_anchor(lora_layer(self, path), adapter)]
-            replaced += [path for path in sidecar.fixed if not has_fixed_A(lora_layer(self, path), adapter)]
-            if replaced:
-                message = f"stock factors have replaced ours ({len(replaced):,} modules of adapter {adapter!r})"
-                hint = "save the adapter before that, or serve it by loading the folder with stock PEFT"
-                raise AdapterError(message, where=replaced[0], hint=hint)
-
-    def changed_A(self) -> list[str]:
-        return [path for path, start, A in self._fixed() if distance(start, A) > 1]
-
-    def warn_of_changed_A(self) -> None:
-        """Warn if the fixed A of any module has changed since the start, or was rounded."""
-        changed = self.changed_A()
-        if changed:
-            warnings.warn(
-                f"{changed[0]}: A has changed, so its inputs are no longer protected ({len(changed):,} modules)",
-                stacklevel=3,
-            )
-        rounded = [path for path, start, A in self._fixed() if fingerprint(A).eps > start.eps]
-        if rounded:
-            warnings.warn(
-                f"{rounded[0]}: A was rounded to half precision, which leaves about a thousandth of the update on "
-                f"protected inputs ({len(rounded):,} modules). Convert the base model before the adapter is made.",
-                stacklevel=3,
-            )
-
-    def _fixed(self) -> Iterator[tuple[str, Fingerprint, Tensor]]:
-        """Yield the path of each module with a fixed A, the fingerprint of its start, and A (r, in)."""
-        for adapter, sidecar in self.sidecars.items():
-            for path, start in sidecar.fixed.items():
-                yield path, start, factors(lora_layer(self, path), adapter)[0].detach().flatten(1)
-
-    def _with_buffers(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the state dict with our missing buffers added: LLaVA collects parameters only.
-
-        Anchors belong to the differences in `state`, and each fixed A to its B.
-        """
-
-        def partner(name: str) -> str:
-            is_A = name.endswith(".weight")
-            return name.replace(".lora_A.", ".lora_B.") if is_A else name.replace(f".{ANCHOR}", f".{DELTA}")
-
-        missing = {name for name in fixed_names(self) if partner(name) in state and name not in state}
-        return {**state, **{name: buffer for name, buffer in self.named_buffers() if name in missing}}
-
-    def _vocabulary_has_grown(self) -> bool:
-        """Return True if the embeddings were resized, compared with a locally available config of the base model.
-
-        PEFT would query the hub at every save, which costs half a minute of retries on a machine without network.
-        """
-        original = _local_config(next(iter(self.peft_config.values())).base_model_name_or_path or "")
-        current = BaseTuner.get_model_config(self.get_base_model())
-        return "vocab_size" in original and original["vocab_size"] != current.get("vocab_size")
 
     def add_adapter(
         self,
@@ -210,7 +89,7 @@ class MiloraMixin(PeftModel):
         if sidecar is not None and sidecar.own is not None and self.earlier is not None:
             options = {**kwargs, "allow_base_mismatch": allow_base_mismatch}
             with TemporaryDirectory() as own:
-                split(Path(model_id), self, Path(own), allow_base_mismatch=allow_base_mismatch)
+                split_tasks(Path(model_id), self, Path(own), allow_base_mismatch=allow_base_mismatch)
                 return self.load_adapter(own, adapter_name, is_trainable, *args, **options)
         require_trainable(Path(model_id), sidecar, is_trainable=is_trainable)
         if existing is not None:
@@ -307,13 +186,3 @@ def restore(model: PeftModel, adapter: str, sidecar: Sidecar, anchors: Mapping[s
         set_dropout(layer, adapter, target.dropout)
     ours.remember(adapter, replace(sidecar, anchors=()))
     return ours
-
-
-def _local_config(name: str) -> dict[str, Any]:
-    """Return config.json of a base model from its folder or the hub's cache; empty if it is in neither."""
-    file: Any = Path(name) / "config.json"
-    if not file.is_file() and name.count("/") <= 1:
-        file = try_to_load_from_cache(name, "config.json") if name else None
-    if not isinstance(file, str) and not (isinstance(file, Path) and file.is_file()):
-        return {}
-    return dict(json.loads(Path(file).read_text(encoding="utf-8")))

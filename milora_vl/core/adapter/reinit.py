@@ -18,7 +18,7 @@ from torch import Tensor
 
 from milora_vl.core.adapter.anchored import factors, has_anchor
 from milora_vl.core.adapter.apply import apply_milora
-from milora_vl.core.adapter.folders import PREFIX, AdapterError
+from milora_vl.core.adapter.folders import PEFT_PREFIX, AdapterError
 from milora_vl.core.adapter.lora import lora_layer
 from milora_vl.core.adapter.peft_model import MiloraMixin, restore
 from milora_vl.core.adapter.sidecar import FILE_NAME, fitted, read_sidecar, require_trainable, stored_tensors
@@ -174,7 +174,7 @@ def _require_anchor(layer: LoraLayer, adapter: str, path: str, stored: dict[str,
     """Raise AdapterError unless the anchors in the model equal the saved ones, rounded to the model's dtype."""
     assert not has_anchor(layer, adapter)
     for axis, factor in enumerate(factors(layer, adapter)):
-        saved = stored[f"{PREFIX}{path}.lora_{'AB'[axis]}.weight"].to(factor.dtype).to(factor.device)
+        saved = stored[f"{PEFT_PREFIX}{path}.lora_{'AB'[axis]}.weight"].to(factor.dtype).to(factor.device)
         first, second = zip(saved.chunk(2, dim=axis), factor.detach().chunk(2, dim=axis), strict=True)
         # A0 is the second half of [D; A0], and B0 is the difference of the halves [B0 + E, E].
         pair = [b - e for b, e in zip(first, second, strict=True)] if axis == 1 else second

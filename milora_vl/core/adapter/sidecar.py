@@ -38,8 +38,9 @@ from milora_vl.core.adapter.folders import (
 )
 from milora_vl.core.adapter.initialize import LayerReport
 from milora_vl.core.adapter.lora import base_layer, base_model_of
+from milora_vl.core.evaluation_mode import keep_weights_readable
 from milora_vl.core.policy.rules import METHODS, FloorSigma, Target
-from milora_vl.core.policy.towers import canonical_names, keep_weights_readable
+from milora_vl.core.policy.towers import canonical_names
 from milora_vl.core.weights.matrices import (
     QUANTIZED_EPS,
     Fingerprint,

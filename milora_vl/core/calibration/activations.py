@@ -9,7 +9,6 @@ serves. A pass ends at its last layer. Nothing of the model changes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from typing import Any
@@ -30,11 +29,18 @@ from milora_vl.core.calibration.bases import (
     positions_of,
     sources_of,
 )
+from milora_vl.core.evaluation_mode import evaluated, without_caches
 from milora_vl.core.policy.rules import Target
-from milora_vl.core.policy.towers import image_token_of, is_encoder_decoder, keep_weights_readable
+from milora_vl.core.policy.towers import image_token_of, is_encoder_decoder
 from milora_vl.core.svd.gram import add_to_lower, full_precision, mirror
-from milora_vl.core.weights.distributed import free_memory, gather, rank_and_world_size
-from milora_vl.core.weights.matrices import Made, for_each_weight, gathered, gathered_in_forward, is_linear
+from milora_vl.core.weights.distributed import (
+    free_memory,
+    gather_objects,
+    gathered,
+    gathered_in_forward,
+    rank_and_world_size,
+)
+from milora_vl.core.weights.matrices import Made, for_each_weight, is_linear
 
 Batch = Mapping[str, Any]
 Hook = Callable[[Tensor], None]
@@ -67,41 +73,6 @@ def require_calibration(targets: Sequence[Target], calibration: Calibration | No
                 hint='pass  calibration=[{"input_ids": ids, "attention_mask": mask}, ...]  with tensors (rows, '
                 "length); list(loader) makes it from a DataLoader",
             )
-
-
-@contextmanager
-def evaluated(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode; afterwards each module is in its own mode, such as a frozen batch norm.
-
-    Quantised weights, which a forward in this mode can repack, stay readable, after an error too, and Qwen-VL forgets
-    the places of pictures in the last batch.
-    """
-    training = [module for module in model.modules() if module.training]
-    deltas = {module: module.rope_deltas for module in model.modules() if hasattr(module, "rope_deltas")}
-    keep_weights_readable(model)
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-        for module, before in deltas.items():
-            module.rope_deltas = before
-        keep_weights_readable(model)
-
-
-@contextmanager
-def without_caches(model: nn.Module) -> Iterator[None]:
-    """Let forwards keep no keys, values and states: they need memory, and a block that runs again would add to them."""
-    found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
-    configs = [config for config in {id(one): one for one in found}.values() if getattr(config, "use_cache", False)]
-    for config in configs:
-        config.use_cache = False
-    try:
-        yield
-    finally:
-        for config in configs:
-            config.use_cache = True
 
 
 @dataclass(slots=True, eq=False)
@@ -180,7 +151,7 @@ def for_each_input(
     with gathered(model), evaluated(model), without_caches(model):
         inputs = _inputs_in_order(model, wanted, [batch for fit, _ in sources for batch, _ in fit])
         readers = {path: one for one in inputs for path in one.paths}
-        room = ROOM * min(gather(free_memory(next(model.parameters()).device)))
+        room = ROOM * min(gather_objects(free_memory(next(model.parameters()).device)))
         room /= 4 if len(sources) > 1 else 2  # sums of two kinds; of a source and in all
         passes = list(zip_longest(*(_passes(share, room) for share in _shares(inputs)), fillvalue=[]))
         count = sum(len(fit) + len(held) for fit, held in sources)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from milora_vl.core.calibration.activations import evaluated
 from milora_vl.core.calibration.bases import CalibrationError
+from milora_vl.core.evaluation_mode import evaluated
 from milora_vl.core.policy.towers import is_encoder_decoder
-from milora_vl.core.weights.matrices import gathered
+from milora_vl.core.weights.distributed import gathered
 
 SEED = 1_651_272_809  # of the calibration texts; no probe of forgetting may measure with it or those after it
 RESERVED = 1024

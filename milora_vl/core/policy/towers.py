@@ -253,27 +253,6 @@ def is_wrapped_by_peft(model: nn.Module) -> bool:
     return hasattr(model, "peft_config") or any("lora_A" in name.split(".") for name, _ in model.named_modules())
 
 
-def keep_weights_readable(model: nn.Module) -> list[str]:
-    """Prevent bitsandbytes from changing weights in a forward pass, and return the modules it has repacked already.
-
-    On CPUs with AVX512-BF16 a forward in eval mode repacks 4-bit weights. Dequantizing repacked weights gives wrong
-    values, and so wrong factors, fingerprints and merges. A forward also moves the scales of 8-bit weights to another
-    object, where dequantization does not find them; they are copied back.
-    """
-    repacked = []
-    for path, module in model.named_modules():
-        if hasattr(module, "base_layer"):  # PEFT's layers have the same class names
-            continue
-        if type(module).__name__ == "Linear4bit":
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-            state = getattr(module.weight, "quant_state", None)
-            if getattr(state, "packing_format_for_cpu", False):
-                repacked.append(path)
-        elif type(module).__name__ == "Linear8bitLt" and module.weight.SCB is None:  # type: ignore[union-attr]
-            module.weight.SCB = module.state.SCB  # type: ignore[union-attr]
-    return repacked
-
-
 def _inside(path: str, root: str) -> bool:
     return root == "" or path == root or path.startswith(f"{root}.")
 

@@ -1,14 +1,20 @@
-"""Share results among processes; recognize sharded weights."""
+"""Share results among processes; gather the weights that ZeRO-3 has partitioned; recognize sharded weights."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import psutil
 import torch
 import torch.distributed as dist
+from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from milora_vl.common.compat.transformers import whole_weights
 
 
 def rank_and_world_size() -> tuple[int, int]:
@@ -17,7 +23,7 @@ def rank_and_world_size() -> tuple[int, int]:
     return 0, 1
 
 
-def gather(value: Any) -> list[Any]:
+def gather_objects(value: Any) -> list[Any]:
     _, processes = rank_and_world_size()
     if processes == 1:
         return [value]
@@ -57,6 +63,60 @@ def from_first_rank(tensor: Tensor) -> Tensor:
     """Return the tensor of rank 0 in every process: signs and nearly equal components can differ between machines."""
     rank, _ = rank_and_world_size()
     return broadcast(tensor if rank == 0 else None, tuple(tensor.shape), tensor.dtype, tensor.device, owner=0)
+
+
+@contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Under ZeRO-3 hold the whole model in each process, as without it, if it fits; else gather in each forward."""
+    if not is_deepspeed_zero3_enabled():
+        yield
+        return
+    parameters: list[Any] = list(model.parameters())
+    size = sum(parameter.ds_numel * parameter.element_size() for parameter in parameters)
+    free = min(gather_objects(free_memory(parameters[0].device)))
+    with ExitStack() as stack:
+        if 2 * size < free:  # as much again for what the start makes
+            stack.enter_context(gather_params_ctx(parameters, modifier_rank=None))
+            stack.enter_context(whole_weights())
+        else:
+            stack.enter_context(gathered_in_forward(model))
+        yield
+
+
+@contextmanager
+def gathered_in_forward(model: nn.Module) -> Iterator[None]:
+    """Under ZeRO-3, gather the parameters of each module and its children while its forward runs; else do nothing.
+
+    A module may use the weights of a child without calling it (MultiheadAttention). DeepSpeed gathers weights only in
+    models that train. All processes must run the same forward passes.
+    """
+    if not is_deepspeed_zero3_enabled():
+        yield
+        return
+    open_modules: dict[nn.Module, Any] = {}
+
+    def parameters(module: nn.Module) -> list[nn.Parameter]:
+        near = (parameter for one in (module, *module.children()) for parameter in one.parameters(recurse=False))
+        return [parameter for parameter in near if parameter.numel() == 0]  # others stay until their own module ends
+
+    def hold(module: nn.Module, _: Any) -> None:
+        context = gather_params_ctx(parameters(module), modifier_rank=None)
+        context.__enter__()
+        open_modules[module] = context
+
+    def release(module: nn.Module, *_: Any) -> None:
+        open_modules.pop(module).__exit__(None, None, None)
+
+    owners = [module for module in model.modules() if parameters(module)]
+    handles: list[Any] = [module.register_forward_pre_hook(hold) for module in owners]
+    handles += [module.register_forward_hook(release) for module in owners]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module in list(open_modules):  # an exception has ended their forward
+            release(module)
 
 
 # FSDP2 imports these modules. Importing them here would take seconds at every start.

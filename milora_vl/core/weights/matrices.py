@@ -10,12 +10,11 @@ the coarser dtype; two different weights do not.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import zip_longest
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from peft.utils.integrations import dequantize_module_weight, gather_params_ctx
@@ -23,12 +22,10 @@ from torch import Tensor, nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.pytorch_utils import Conv1D
 
-from milora_vl.common.compat.transformers import whole_weights
 from milora_vl.common.errors import Problem, UserError
 from milora_vl.core.svd import frobenius
 from milora_vl.core.svd.gram import full_precision
-from milora_vl.core.weights import distributed
-from milora_vl.core.weights.distributed import gather, rank_and_world_size
+from milora_vl.core.weights.distributed import gather_objects, rank_and_world_size
 
 Made = TypeVar("Made")
 
@@ -63,6 +60,11 @@ def as_matrix(module: nn.Module, weight: Tensor) -> Tensor:
     if isinstance(module, Conv1D | nn.Embedding):
         return weight.T
     return weight.flatten(1)
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """Return the vectors (positions, n) of an input or an output (..., n) of a layer."""
+    return x.reshape(-1, x.shape[-1])
 
 
 def why_refused(module: nn.Module, method: str = "lora") -> str | None:
@@ -118,68 +120,14 @@ def for_each_weight(
             made[paths[rank]] = make(paths[rank], W)
         except UserError as error:
             failure = type(error), error.problems
-        except Exception as error:  # any error: the other processes wait for this one in `gather`
+        except Exception as error:  # any error: the other processes wait for this one
             if processes == 1:
                 raise
             failure = UserError, [Problem(f"{type(error).__name__}: {error}", where=paths[rank])]
-    for failed in gather(failure):
+    for failed in gather_objects(failure):
         if failed is not None:
             raise failed[0](problems=failed[1])
     return made
-
-
-@contextmanager
-def gathered(model: nn.Module) -> Iterator[None]:
-    """Under ZeRO-3 hold the whole model in each process, as without it, if it fits; else gather in each forward."""
-    if not is_deepspeed_zero3_enabled():
-        yield
-        return
-    parameters: list[Any] = list(model.parameters())
-    size = sum(parameter.ds_numel * parameter.element_size() for parameter in parameters)
-    free = min(gather(distributed.free_memory(parameters[0].device)))
-    with ExitStack() as stack:
-        if 2 * size < free:  # as much again for what the start makes
-            stack.enter_context(gather_params_ctx(parameters, modifier_rank=None))
-            stack.enter_context(whole_weights())
-        else:
-            stack.enter_context(gathered_in_forward(model))
-        yield
-
-
-@contextmanager
-def gathered_in_forward(model: nn.Module) -> Iterator[None]:
-    """Under ZeRO-3, gather the parameters of each module and its children while its forward runs; else do nothing.
-
-    A module may use the weights of a child without calling it (MultiheadAttention). DeepSpeed gathers weights only in
-    models that train. All processes must run the same forward passes.
-    """
-    if not is_deepspeed_zero3_enabled():
-        yield
-        return
-    open_modules: dict[nn.Module, Any] = {}
-
-    def parameters(module: nn.Module) -> list[nn.Parameter]:
-        near = (parameter for one in (module, *module.children()) for parameter in one.parameters(recurse=False))
-        return [parameter for parameter in near if parameter.numel() == 0]  # others stay until their own module ends
-
-    def gather(module: nn.Module, _: Any) -> None:
-        context = gather_params_ctx(parameters(module), modifier_rank=None)
-        context.__enter__()
-        open_modules[module] = context
-
-    def release(module: nn.Module, *_: Any) -> None:
-        open_modules.pop(module).__exit__(None, None, None)
-
-    owners = [module for module in model.modules() if parameters(module)]
-    handles: list[Any] = [module.register_forward_pre_hook(gather) for module in owners]
-    handles += [module.register_forward_hook(release) for module in owners]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module in list(open_modules):  # an exception has ended their forward
-            release(module)
 
 
 def factor_dtype(module: nn.Module) -> torch.dtype:

@@ -32,7 +32,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from milora_vl.common.atomic_write import atomic_file
 from milora_vl.common.errors import MALFORMED, Problem, UserError
 from milora_vl.core.svd import Factors, Part, decompose, singular_values
-from milora_vl.core.weights.distributed import gather, rank_and_world_size
+from milora_vl.core.weights.distributed import gather_objects, rank_and_world_size
 
 AGAIN = "copy or download the file again, or use a checkpoint of the run"
 UNREAD = (SafetensorError, UnpicklingError, RuntimeError, EOFError, *MALFORMED)
@@ -140,7 +140,9 @@ def write_cached(folder: Path, name: str, tensors: Mapping[str, Tensor], metadat
 def shared_digest(model: nn.Module) -> str:
     """Return the key of the model in the first process, which alone reads its weights. Every process calls this."""
     is_first = rank_and_world_size()[0] == 0
-    return str(gather(weights_digest(model, reads=is_first) if is_first or is_deepspeed_zero3_enabled() else "")[0])
+    return str(
+        gather_objects(weights_digest(model, reads=is_first) if is_first or is_deepspeed_zero3_enabled() else "")[0]
+    )
 
 
 def weights_digest(model: nn.Module, *, reads: bool = True) -> str:

@@ -32,7 +32,7 @@ from transformers.integrations import deepspeed
 from milora_vl import apply_milora
 from milora_vl.common.compat import llava as compat
 from milora_vl.common.compat import peft as peft_compat
-from milora_vl.common.compat.llava import PROJECTOR, llava_on_new_transformers
+from milora_vl.common.compat.llava import llava_on_new_transformers
 from milora_vl.common.compat.peft import ForwardVariant, WholeModule, set_variant
 from milora_vl.common.compat.torch import (
     OwnState,
@@ -46,6 +46,7 @@ from milora_vl.common.compat.torch import (
 from milora_vl.common.compat.trainer import CheckpointTrainer
 from milora_vl.common.compat.transformers import unstarted_arguments, use_one_gpu
 from milora_vl.common.errors import UserError
+from milora_vl.core.adapter.folders import NON_LORA
 from milora_vl.models.timm_tower import TimmTower
 from support.adapter_cases import LLAVA_POLICY
 from support.llava_oracle import llava_train
@@ -230,7 +231,7 @@ def test_the_trainer_still_asks_for_its_sampler_by_the_name_that_llava_overrides
 def test_llavas_trainer_is_as_it_was_afterwards() -> None:
     pytest.importorskip("llava")
     before = dict(vars(Trainer))
-    with llava_on_new_transformers():
+    with llava_on_new_transformers(NON_LORA):
         inside = dict(vars(import_module("llava.train.llava_trainer").LLaVATrainer))  # imports only on such a Trainer
     after = dict(vars(import_module("llava.train.llava_trainer").LLaVATrainer))
     assert dict(vars(Trainer)) == before
@@ -252,12 +253,12 @@ def test_a_run_of_llavas_trainer_resumes_with_what_trains_beside_the_lora(tiny_l
         llava.LLaVATrainer(model=model, tokenizer=None, args=arguments, train_dataset=rows).train(**options)
         return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
-    with llava_on_new_transformers():
+    with llava_on_new_transformers(NON_LORA):
         whole = trained()
         shutil.rmtree(tmp_path / "checkpoint-4")
         torch.testing.assert_close(trained(resume_from_checkpoint=True), whole)
         shutil.rmtree(tmp_path / "checkpoint-4")
-        (tmp_path / "checkpoint-2" / PROJECTOR).unlink()
+        (tmp_path / "checkpoint-2" / NON_LORA).unlink()
         with pytest.raises(UserError, match="the projector would start again"):
             trained(resume_from_checkpoint=True)
 
@@ -270,6 +271,6 @@ def test_llavas_script_gathers_its_weights_where_deepspeed_is_not_installed(monk
     for name in [name for name in sys.modules if name.partition(".")[0] == "deepspeed"]:
         monkeypatch.delitem(sys.modules, name)
     weight = torch.nn.Parameter(torch.ones(2))
-    with llava_on_new_transformers():
+    with llava_on_new_transformers(NON_LORA):
         assert script["maybe_zero_3"](weight).tolist() == [1, 1]
     assert "deepspeed" not in sys.modules

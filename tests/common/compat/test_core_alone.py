@@ -21,7 +21,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from milora_vl.core.adapter.apply import apply_milora, merge
-from milora_vl.core.adapter.save_load import load_adapter, save_adapter
+from milora_vl.core.adapter.load import load_adapter
+from milora_vl.core.adapter.save import save_adapter
 
 
 def base():

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from milora_vl import apply_milora, load_adapter, save_adapter
-from milora_vl.core.adapter.save_load import load_checkpoint
+from milora_vl.core.adapter.load import load_checkpoint
 from milora_vl.core.adapter.sidecar import Sidecar, fitted
 from milora_vl.core.weights.matrices import distance, fingerprint
 from support.adapter_cases import (
@@ -102,7 +102,7 @@ def test_an_adapter_of_a_float32_base_keeps_its_anchor_on_a_bfloat16_one(tiny_ll
 def test_without_milora_json_the_folder_is_a_plain_lora(saved, tiny_llava, caplog) -> None:
     model, folder = saved
     (folder / "milora.json").unlink()
-    with caplog.at_level(logging.INFO, logger="milora_vl.core.adapter.save_load"):
+    with caplog.at_level(logging.INFO, logger="milora_vl.core.adapter.load"):
         back = load_adapter(tiny_llava()[0], folder)
     assert "has no milora.json: loaded as a plain LoRA" in caplog.text
     batch = llava_batch(model)

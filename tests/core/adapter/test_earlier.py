@@ -18,7 +18,7 @@ from milora_vl.core.adapter.anchored import fixed_names
 from milora_vl.core.adapter.apply import apply_targets
 from milora_vl.core.adapter.earlier import APART_FILE, hold, read_earlier
 from milora_vl.core.adapter.folders import EARLIER
-from milora_vl.core.adapter.save_load import load_checkpoint
+from milora_vl.core.adapter.load import load_checkpoint
 from milora_vl.core.adapter.sidecar import read_sidecar
 from milora_vl.core.policy import Policy
 from support.adapter_cases import (

@@ -200,7 +200,7 @@ import json
 import deepspeed, torch
 from torch import nn
 from transformers.integrations import HfDeepSpeedConfig
-from milora_vl.core.weights.matrices import gathered_in_forward
+from milora_vl.core.weights.distributed import gathered_in_forward
 
 class Tied(nn.Module):
     def __init__(self):

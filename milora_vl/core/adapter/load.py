@@ -1,4 +1,4 @@
-"""`save_adapter` and `load_adapter`: stock PEFT files with milora.json beside them, checked against the base model.
+"""`load_adapter`: stock PEFT files with milora.json beside them, checked against the base model.
 
 The module names of a model may differ from those in the file, because HF's and LLaVA's layouts name the same modules
 differently. PEFT finds modules by the paths in the file, so `load_renamed` replaces the paths of config and weights
@@ -20,7 +20,7 @@ from torch import nn
 
 from milora_vl.common.errors import MALFORMED
 from milora_vl.core.adapter.checkpoints import newest_checkpoint
-from milora_vl.core.adapter.earlier import hold, split
+from milora_vl.core.adapter.earlier import hold, split_tasks
 from milora_vl.core.adapter.folders import (
     ADAPTER_FILES,
     CONFIG,
@@ -46,32 +46,6 @@ from milora_vl.core.policy.towers import is_wrapped_by_peft
 from milora_vl.core.weights.tensor_files import AGAIN
 
 logger = logging.getLogger(__name__)
-
-
-def save_adapter(model: nn.Module, path: str | Path) -> None:
-    """Write the adapter of `model` to the folder `path`: PEFT's files and milora.json.
-
-    Where the factors do not give B0 back bit for bit (after training, above all on a float32 base), it is written to
-    milora_anchors.safetensors. Training needs it to continue exactly, inference does not.
-
-    Raises AdapterError if the model has no adapter (a run that trains weights in full saves the model itself), and if
-    `path` is a file.
-
-    >>> from tempfile import mkdtemp
-    >>> from milora_vl import apply_milora
-    >>> rules = [{"modules": "language", "method": "lora", "rank": 2}]
-    >>> folder = Path(mkdtemp())
-    >>> save_adapter(apply_milora(nn.Sequential(nn.Linear(4, 4)), rules), folder)
-    >>> sorted(file.name for file in folder.iterdir())
-    ['README.md', 'adapter_config.json', 'adapter_model.safetensors', 'milora.json']
-    """
-    if not isinstance(model, PeftModel):
-        hint = "for weights trained in full, use the model's own save_pretrained"
-        raise AdapterError(f"{type(model).__name__} has no adapter to save", hint=hint)
-    folder = Path(path)  # raises TypeError for None; str(None) would create a folder named None
-    if folder.is_file():
-        raise AdapterError("this is a file, but an adapter is a folder", where=str(folder))
-    model.save_pretrained(str(folder))
 
 
 def load_adapter(
@@ -122,7 +96,7 @@ def load_checkpoint(base: nn.Module, path: str | Path) -> Any:
             fitted(base, saved, allow_base_mismatch=False, is_resumed=True)
         return load_adapter(base, path, is_trainable=True, allow_base_mismatch=saved is not None)
     with TemporaryDirectory() as own:
-        earlier = split(Path(path), base, Path(own))
+        earlier = split_tasks(Path(path), base, Path(own))
         hold(base, earlier)
         model = load_checkpoint(base, own)
     model.earlier = earlier
