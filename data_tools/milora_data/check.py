@@ -20,7 +20,7 @@ import xxhash
 
 from milora_data.encode.templates import place_images, split_turns
 from milora_data.formats.jsonfile import require_json
-from milora_data.keys import FileKeys, digest, file_key, record_key
+from milora_data.keys import FileKeys, answered, digest, file_key, record_key
 from milora_data.pictures.load import (
     ImageError,
     ImagePolicy,
@@ -60,23 +60,22 @@ KINDS: Mapping[str, FindingKind] = {
     "broken_text": FindingKind("error", "text that is not valid Unicode (half of a surrogate pair)"),
     "embedded_picture": FindingKind("warning", "picture embedded as base64, which a training keeps in memory"),
     "tiny_picture": FindingKind("warning", "picture of less than 8 pixels on a side"),
+    "duplicate": FindingKind("warning", "record that repeats an earlier one"),
+    "contradiction": FindingKind("warning", "another answer to the question of an earlier record"),
     "repeated_id": FindingKind("warning", "different records with one id"),
     "empty_answer": FindingKind("warning", "empty answer: the model learns to answer nothing"),
     "empty_question": FindingKind("warning", "empty question"),
     "answer_first": FindingKind("warning", "starts with an answer, which is dropped"),
     "unanswered": FindingKind("warning", "ends with a question, which has no effect on training"),
     "special_token": FindingKind("warning", "text contains a special token, which is encoded as such"),
-    "several_placeholders": FindingKind("warning", f"more {IMAGE} in a turn than the record has pictures: one is kept"),
     "unread_key": FindingKind("warning", "key of a turn that is not read"),
-    "control_character": FindingKind("warning", "text with control characters"),
 }
 # Special tokens of Llama, Vicuna, Qwen, SmolLM and GPT-2; a tokenizer has only some of them.
 SPECIAL_TOKENS = ("<s>", "</s>", "<unk>", "<pad>", "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>")
 SMALLEST = 8  # pixels of a side, below which a picture shows nothing
 OUTSIDE = " (outside the image folder)"
 WEB = " (a web address: download the picture, and name the file)"
-CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
-_PATTERNS = {"broken_text": re.compile("[\ud800-\udfff]"), "control_character": CONTROL}
+_BROKEN_TEXT = re.compile("[\ud800-\udfff]")
 # Kinds whose messages are complete without the title.
 _SENTENCES = ("broken_json", "not_a_record", "turn_order", "placeholders")
 _STORED_AT_ONCE = 256  # pictures of shards and tables that are kept until they are decoded together
@@ -149,10 +148,6 @@ def examine(record: Record) -> Iterator[Finding]:
         place_images(record.turns, len(record.images))
     except DataError as error:
         yield finding("placeholders", error.first.message)
-    else:
-        if sum(turn.text.count(IMAGE) for turn in record.turns) > len(record.images):
-            number = next(n for n, turn in enumerate(record.turns, start=1) if turn.text.count(IMAGE) > 1)
-            yield finding("several_placeholders", f"turn {number}")
     if record.unread:
         yield finding("unread_key", ", ".join(sorted(set(record.unread))))
     if not any(turn.weight for turn in exchange if turn.role == "assistant"):
@@ -167,10 +162,8 @@ def examine(record: Record) -> Iterator[Finding]:
             yield finding("empty_answer", where)
         elif turn.is_blank and turn.role == "user" and IMAGE not in turn.text:
             yield finding("empty_question", where)
-        for kind, pattern in _PATTERNS.items():
-            if (match := pattern.search(turn.text)) is not None:
-                excerpt = turn.text[max(0, match.start() - 20) : match.end() + 20]
-                yield finding(kind, f"{where}: {excerpt!r}" if kind != "broken_text" else where)
+        if _BROKEN_TEXT.search(turn.text):
+            yield finding("broken_text", where)
         if specials := [token for token in SPECIAL_TOKENS if token in turn.text]:
             yield finding("special_token", f"{where}: {', '.join(specials)}")
 
@@ -179,13 +172,15 @@ def errors_of(record: Record) -> list[Finding]:
     return [finding for finding in examine(record) if finding.severity == "error"]
 
 
-def scan(path: Path, folder: Path, *, pictures: Literal["decode", "exist"] = "decode") -> Report:
+def scan(path: Path, folder: Path) -> Report:
     """Return a report on all records of `path` and their pictures below `folder`. Raises `DataError` without a file."""
     report = Report(str(path), str(folder))
     used: _Records = {}
     stored: _Records = {}
     videos: set[str] = set()
     contents: dict[str, dict[str, str]] = {}  # file -> id -> the key of its first record
+    places: dict[str, str] = {}  # the key of a record -> its first place
+    answers: dict[str, tuple[str, str]] = {}  # the key of a question -> its first answer and its place
     key_of = FileKeys(folder)
     for record in readable(path, report):
         report.records += 1
@@ -196,17 +191,24 @@ def scan(path: Path, folder: Path, *, pictures: Literal["decode", "exist"] = "de
         if is_json(path) and (first := next((name for name in record.files if isinstance(name, StoredPicture)), None)):
             size = f"{len(first.content):,} bytes"
             report.findings.append(Finding("embedded_picture", record.source, size, record.id))
-        of_file = contents.setdefault(record.source.rpartition(":")[0], {})
-        if record.id and of_file.setdefault(record.id, key := record_key(record, key_of)) != key:
+        key, of_file = record_key(record, key_of), contents.setdefault(record.source.rpartition(":")[0], {})
+        if record.id and of_file.setdefault(record.id, key) != key:
             report.findings.append(Finding("repeated_id", record.source, "an earlier record has this id", record.id))
+        if (first := places.setdefault(key, record.source)) != record.source:  # a mixture repeats what it weights
+            report.findings.append(Finding("duplicate", record.source, f"equals {first}", record.id))
+        for question, answer in answered(record, key_of):
+            other, place = answers.setdefault(question, (answer, record.source))
+            if answer != other:
+                message = f'"{answer}", but "{other}" in {place}'
+                report.findings.append(Finding("contradiction", record.source, message, record.id))
         for name in record.files:
             of_kind = stored if isinstance(name, StoredPicture) else used
             of_kind.setdefault(name, []).append((record.source, record.id))
         if len(stored) >= _STORED_AT_ONCE:  # their contents are in memory
-            _scan_pictures(stored, folder, pictures, videos, report)
+            _scan_pictures(stored, folder, videos, report)
             stored = {}
     for names in (stored, used):
-        _scan_pictures(names, folder, pictures, videos, report)
+        _scan_pictures(names, folder, videos, report)
     return report
 
 
@@ -225,7 +227,7 @@ def readable(source: str | Path, report: Report) -> Iterator[Record]:
         report.findings.append(Finding(kind, str(item.first.where), message))
 
 
-def _scan_pictures(used: _Records, folder: Path, how: str, videos: Collection[str], report: Report) -> None:
+def _scan_pictures(used: _Records, folder: Path, videos: Collection[str], report: Report) -> None:
     def add(kind: str, name: str, message: str) -> None:
         report.findings += [Finding(kind, where, message, identifier) for where, identifier in used[name]]
 
@@ -241,10 +243,9 @@ def _scan_pictures(used: _Records, folder: Path, how: str, videos: Collection[st
             shown, why = described(name), WEB
         report.num_missing += 1
         add("missing_picture", name, shown + why)
-    if how == "decode":
-        gone = set(missing)
-        for name, kind, message in _find_faults([name for name in used if name not in gone], folder, videos):
-            add(kind, name, f"{name}: {message}")
+    gone = set(missing)
+    for name, kind, message in _find_faults([name for name in used if name not in gone], folder, videos):
+        add(kind, name, f"{name}: {message}")
 
 
 def find_missing(names: Iterable[str], folder: Path) -> list[str]:
@@ -444,5 +445,5 @@ def _broken(findings: Sequence[Finding]) -> DataError:
     return DataError(
         "\n".join([f"{len(findings):,} broken records", *lines, *more]),
         code="data-broken-records",
-        hint=f"see: python -m milora_data check {path}; --fix OUT writes a file without them",
+        hint=f"see: python -m milora_data check {path}; --fix OUT writes a file without them, or with what is repaired",
     )

@@ -26,8 +26,10 @@ from milora_vl.common.cli.parser import DATA, Command, count, option, shared
 from milora_vl.common.errors import DataError, UserError, no_records
 
 HELD_OUT = ("eval", "val", "test")  # as our commands call the records that are not for training
-# Errors of a record that no repair fixes without guessing.
-_FATAL = ("not_a_record", "turn_order", "missing_picture", "corrupt_picture", "corrupt_video", "broken_text")
+# Findings of a record that --fix leaves out: no repair fixes it without guessing, or it is there already.
+_LEFT_OUT = (
+    "not_a_record", "turn_order", "missing_picture", "corrupt_picture", "corrupt_video", "broken_text", "duplicate"
+)  # fmt: skip
 BROKEN_LIST = "broken JSON list: the records after the error could not be read"
 COMMAND = Command(
     "milora_data check",
@@ -45,20 +47,12 @@ examples:
         shared("image_folder", about="folder of the pictures (default: beside DATA)"),
         option("--against", type=Path, metavar="TEST", help="count what this test set shares with DATA"),
     ),
-    settings=(
-        option(
-            "--pictures",
-            choices=("decode", "exist"),
-            default="decode",
-            help="decode each picture, or only check that its file exists (default: %(default)s)",
-        ),
-    ),
     outputs=(
         option(
             "--fix",
             type=Path,
             metavar="OUT",
-            help="write the usable records to this new file, with a missing <image> inserted",
+            help="write the usable records to this new file, each once, with a missing <image> inserted",
         ),
         option("--limit", type=count, default=5, help="examples to print per kind (default: %(default)s)"),
         shared("format"),
@@ -76,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = f"--fix repairs JSON and JSON lines, not {chosen.data}"
         hint = "convert shards with milora_data convert --from hub; repair the sources of a mixture one by one"
         raise UserError(message, code="check-fix-unsupported", hint=hint)
-    report = scan(chosen.data, folder, pictures=chosen.pictures)
+    report = scan(chosen.data, folder)
     if not report.records and not report.findings:
         raise UserError(problems=[no_records(chosen.data)])
     found = {} if chosen.against is None else _shared(chosen.data, folder, chosen.against)
@@ -154,10 +148,12 @@ def as_text(report: Report, limit: int, found: dict[str, int]) -> str:
 def write_repaired(report: Report, data: Path, out: Path) -> Counter[str]:
     """Write the usable records; print and return the numbers of changes. Raises `UserError` without any."""
     done: Counter[str] = Counter()
-    lost = {finding.where: finding.kind for finding in report.findings if finding.kind in _FATAL}
+    lost = {finding.where: finding.kind for finding in report.findings if finding.kind in _LEFT_OUT}
     usable = _usable(data, lost, done)
     first = list(islice(usable, 1))
     written = write_objects(out, chain(first, usable)) if first else 0
+    if kept := report.by_kind().get("contradiction"):
+        done[f"to decide by hand: {KINDS['contradiction'].title}"] = len(kept)
     changes = "".join(f"\n  {number:,} {what}" for what, number in done.most_common())
     if not written:
         message = f"no record of {data} is usable; nothing was written{changes}"

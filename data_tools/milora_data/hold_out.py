@@ -49,7 +49,7 @@ def shared_pictures(records: Sequence[Mapping[str, Any]], chosen: frozenset[int]
 def shared_with(train: Iterable[Record], test: Iterable[Record], of_train: KeyOf, of_test: KeyOf) -> dict[str, int]:
     """Return how many records of `test` share questions, with their pictures or alone, or pictures with `train`."""
     seen = set[str]().union(*(_parts(record, of_train) for record in train))
-    counts = dict.fromkeys(("question", "question_text", "picture_or_video"), 0)
+    counts = dict.fromkeys(("question_and_its_pictures", "question_text", "picture_or_video"), 0)
     num_records = 0
     for record in test:
         num_records += 1
@@ -64,7 +64,7 @@ def _parts(record: Record, key_of: KeyOf) -> set[str]:
     shown = shown_keys(record.images, record.videos, key_of)
     parts = {f"picture_or_video {key_of(name)}" for name in record.files}
     parts |= {f"question_text {digest(text)}" for text in texts}
-    return parts | {f"question {digest([text, shown])}" for text in texts}
+    return parts | {f"question_and_its_pictures {digest([text, shown])}" for text in texts}
 
 
 def _record(value: Mapping[str, Any]) -> Record:

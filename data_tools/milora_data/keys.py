@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
 
 import xxhash
 
 from milora_data.pictures.load import StoredPicture, opened, place_of
-from milora_data.records.record import Record, Turn, Video
+from milora_data.records.record import IMAGE, Record, Turn, Video
 
 KeyOf = Callable[[str], str | None]
 """Returns the key of a picture or video from its name in a record; None without a file."""
@@ -76,6 +76,15 @@ def shown_keys(images: Sequence[str], videos: Sequence[Video], key_of: KeyOf) ->
 def record_key(record: Record, key_of: KeyOf) -> str:
     """Return the key of what a record asks and answers, with its pictures; its id and its place do not count."""
     return digest([_texts(record.turns), shown_keys(record.images, record.videos, key_of)])
+
+
+def answered(record: Record, key_of: KeyOf) -> Iterator[tuple[str, str]]:
+    """Yield the key of each question whose answer is trained, with all that comes before it, and the answer."""
+    shown, before = shown_keys(record.images, record.videos, key_of), list[str]()
+    for turn in record.turns:
+        if turn.role == "assistant" and turn.weight and before:
+            yield digest([before, shown]), turn.text.strip()
+        before.append(turn.text.replace(IMAGE, "").strip())
 
 
 def question_key(turns: Sequence[Turn], shown: Sequence[object], answers: Sequence[str], metric: object) -> str:

@@ -30,13 +30,14 @@ BROKEN: dict[str, tuple[str, dict[str, Any]]] = {
     "missing_picture": ("none.png", turns((H, "<image>\na"), (G, "b")) | {"image": "none.png"}),
     "corrupt_picture": ("bad.png: not a picture", turns((H, "<image>\na"), (G, "b")) | {"image": "bad.png"}),
     "not_a_record": ('"conversations" must be a list', {"id": "x", "text": "y"}),
-    "several_placeholders": ("turn 1", turns((H, "<image>\n<image>\na"), (G, "b")) | {"image": "0.png"}),
     "empty_answer": ("turn 2", turns((H, "a"), (G, " "))),
     "empty_question": ("turn 1", turns((H, ""), (G, "a"))),
     "answer_first": ("hello", turns((G, "hello"), (H, "a"), (G, "b"))),
     "unanswered": ("and?", turns((H, "a"), (G, "b"), (H, "and?"))),
     "tiny_picture": ("1.png: 1 x 1 pixels", turns((H, "<image>\na"), (G, "b")) | {"image": "1.png"}),
-    "repeated_id": ("an earlier record has this id", {"id": "same"} | turns((H, "a"), (G, "c"))),
+    "repeated_id": ("an earlier record has this id", {"id": "same"} | turns((H, "other"), (G, "c"))),
+    "duplicate": ("data.json:record 1", {"id": "copy"} | turns((H, "Who?"), (G, "b"))),
+    "contradiction": ('"c", but "b" in ', turns((H, "Who? "), (G, "c"))),
     "special_token": ("turn 2: </s>", turns((H, "a"), (G, "the </s> token"))),
 }
 
@@ -62,7 +63,7 @@ def check_for_training(path: Path, folder: Any, bad_images: Any = "raise") -> tu
     return check, check.finish(folder, bad_images, path)
 
 
-GOOD = {"id": "same"} | turns((H, "a"), (G, "b"))
+GOOD = {"id": "same"} | turns((H, "Who?"), (G, "b"))
 
 
 @pytest.mark.parametrize("kind", BROKEN)
@@ -99,19 +100,40 @@ def test_fix_writes_the_usable_records(
     write: Callable[..., Path], tiny_data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     blank = turns((H, "a"), (G, "\u00a0\u200b"))
-    path, out = write(*[record for _, record in BROKEN.values()], blank, GOOD | {"more": 1}), tiny_data / "clean.json"
+    path, out = write(GOOD | {"more": 1}, *[record for _, record in BROKEN.values()], blank), tiny_data / "clean.json"
     arguments = ["check", str(path), "--image_folder", str(tiny_data / "images"), "--fix", str(out)]
     assert main(arguments) == 1
     said = capsys.readouterr().err
     assert "1 left out: missing picture" in said
     assert "1 missing <image> inserted at the start" in said
     assert "2 left out: every answer is empty" in said
+    assert "1 left out: record that repeats an earlier one" in said
+    assert "to decide by hand: another answer" in said
     assert scan(out, tiny_data / "images").count("error") == 0
     kept = json.loads(out.read_text())
-    assert kept[-1] == GOOD | {"more": 1}
-    assert [turn["value"] for turn in kept[0]["conversations"]] == ["<image>\na", "b"]
+    assert GOOD | {"more": 1} in kept
+    assert [turn["value"] for turn in kept[1]["conversations"]] == ["<image>\na", "b"]
     with raises_code("output-exists"):
         main(arguments)
+
+
+def test_repeats_and_contradictions_go_by_content(write: Callable[..., Path], tiny_data: Path) -> None:
+    """Names, ids and the place of `<image>` do not count; the pictures, and what was said before, do."""
+    images = tiny_data / "images"
+    (images / "copy.png").write_bytes((images / "0.png").read_bytes())
+    ask, why = (H, "<image>\nColour?"), (H, "Why?")
+    rows = [
+        {"id": "0", "image": "0.png"} | turns(ask, (G, "blue"), why, (G, "So.")),
+        {"id": "1", "image": "1.png"} | turns(ask, (G, "purple"), why, (G, "Because.")),
+        {"id": "2", "image": "copy.png"} | turns((H, "Colour? <image>"), (G, "purple"), why, (G, "Because.")),
+        {"id": "3", "image": "copy.png"} | turns(ask, (G, "blue"), why, (G, "So.")),
+    ]
+    path = write(*rows)
+    found = scan(path, images).findings
+    assert [(f.kind, f.id) for f in found if f.kind != "tiny_picture"] == [("contradiction", "2"), ("duplicate", "3")]
+    assert found[0].message == f'"purple", but "blue" in {path}:record 1'
+    (tiny_data / "mix.yaml").write_text(f"sources: [{{path: {path}, weight: 2, image_folder: images}}]")
+    assert [f.id for f in scan(tiny_data / "mix.yaml", images).findings if f.kind == "duplicate"] == ["3", "3"]
 
 
 def test_a_name_in_another_case_and_a_broken_link_are_called_so(

@@ -159,7 +159,7 @@ def test_pictures_are_held_out_by_their_content_whatever_they_are_called(
         capsys.readouterr()
         words = [str(folder / "out" / file) for file in ("data.json", "out-eval.json")]
         words = ["check", words[0], "--against", words[1], "--image_folder", str(images), "--format", "json"]
-        main([*words, "--pictures", "exist"])
+        main(words)
         leaks = json.loads(capsys.readouterr().out)["leakage"]
         assert (len(held), len(kept)) == (24, 96)
         assert leaks.pop("test_records") == 24
@@ -180,7 +180,7 @@ def test_questions_that_both_sides_ask_are_counted(tmp_path: Path, capsys: pytes
     main(["check", *words])
     assert json.loads(capsys.readouterr().out)["leakage"] == {
         "test_records": 3,
-        "with_a_question_of_the_training": 1,
+        "with_a_question_and_its_pictures_of_the_training": 1,
         "with_a_question_text_of_the_training": 3,
         "with_a_picture_or_video_of_the_training": 1,
         "files_not_found_and_known_by_name": 1,

@@ -164,9 +164,8 @@ def test_the_prompt_is_the_conversation_up_to_its_last_answer(kind: str, value: 
     assert tokenizer.decode(prompt).endswith(" ASSISTANT:")
     assert made.labels[len(prompt) - 1] == IGNORE
     assert IGNORE not in made.labels[len(prompt) :]
-    if value["id"] != "picture-twice-in-one-turn":  # turns alone do not tell that it is one picture
-        turns = parse_record(value).turns[:-1]
-        assert encode_prompt(turns, tokenizer, image_token_id=IMG, image_tokens=4) == prompt
+    turns = parse_record(value).turns[:-1]
+    assert encode_prompt(turns, tokenizer, image_token_id=IMG, image_tokens=4) == prompt
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -75,7 +75,7 @@ def asked(model: Path, images: Path, rows: list[dict[str, Any]], tmp_path: Path)
 @pytest.mark.parametrize(
     ("turns", "pictures", "code"),
     [
-        ([("human", "<image>\n<image>\nSame?"), ("gpt", "No.")], ["0.png"], "record-image-count"),
+        ([("human", "<image>\n<image>\nSame?"), ("gpt", "No.")], ["0.png"], "data-broken-records"),
         ([("human", "<image>\nWhat?"), ("gpt", "A cat.")], ["0.png", "1.png"], "data-broken-records"),
         (ASKED, ["data:image/png;base64,%%%"], "image-unreadable"),
         (ASKED, ["data:image/png;base64," + base64.b64encode(b"no picture").decode()], "image-unreadable"),
@@ -147,14 +147,9 @@ def internvl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_what_a_template_rejects_is_found_in_every_record(
     internvl: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    wrong = {
-        "record-image-count": record([("human", "<image>\n<image>\nSame?"), ("gpt", "No.")], ["0.png"]),
-        "record-image-token-in-text": record([("human", "What is <IMG_CONTEXT>?"), ("gpt", "A token.")], []),
-    }
-    for code, value in wrong.items():
-        words = words_of(internvl, images, tmp_path, [record(ASKED, ["0.png"])] * 150 + [value])
-        with raises_code(code, "train.jsonl:151"):
-            train(words)
+    value = record([("human", "What is <IMG_CONTEXT>?"), ("gpt", "A token.")], [])
+    with raises_code("record-image-token-in-text", "train.jsonl:151"):
+        train(words_of(internvl, images, tmp_path, [record(ASKED, ["0.png"])] * 150 + [value]))
     model = without_weights("paligemma", tmp_path / "model")  # it takes one question and one answer
     more = [*ASKED, ("human", "Sure?"), ("gpt", "Yes.")]
     words = words_of(model, images, tmp_path, [record(ASKED, ["0.png"])] * 150 + [record(more, ["0.png"])])

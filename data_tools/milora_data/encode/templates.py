@@ -249,21 +249,18 @@ def no_videos(name: str) -> DataError:
 def place_images(turns: Sequence[Turn], num_images: int | None) -> list[Turn]:
     """Return the turns with `<image>` at the start of its turn, followed by a newline.
 
-    This is LLaVA's `preprocess_multimodal` (llava/train/train.py), which merges several `<image>` of one turn into one.
-    If the record has a picture for each of them, they keep their positions, as in LLaVA-NeXT. Pass `num_images` None if
-    the number is unknown.
-    Raises `DataError` if the number of `<image>` fits neither rule.
+    This is LLaVA's `preprocess_multimodal` (llava/train/train.py). Several `<image>` of one turn keep their positions,
+    as in LLaVA-NeXT. Pass `num_images` None if the number is unknown; raises `DataError` for another number.
     """
     counts = [turn.text.count(IMAGE) for turn in turns]
-    several = num_images is None or sum(counts) == num_images
-    if not several and sum(count > 0 for count in counts) != num_images:
+    if num_images is not None and sum(counts) != num_images:
         raise DataError(
-            f"{sum(counts)} {IMAGE} in the conversation, but {amount(num_images or 0, 'picture')} in the record",
+            f"{sum(counts)} {IMAGE} in the conversation, but {amount(num_images, 'picture')} in the record",
             code="record-image-count",
             hint="write <image> once for each picture",
         )
     return [
-        turn if count == 0 or (several and count > 1) else replace(turn, text=_in_front(turn.text))
+        replace(turn, text=_in_front(turn.text)) if count == 1 else turn
         for turn, count in zip(turns, counts, strict=True)
     ]
 
