@@ -14,7 +14,6 @@ from torch import nn
 
 from milora_vl import apply_milora
 from milora_vl.core.adapter.fixed_a import calibration_key
-from milora_vl.core.adapter.free_a import Directions, free_directions, minor_start, train_inside
 from milora_vl.core.adapter.lora import lora_layer
 from milora_vl.core.adapter.rates import parameter_groups
 from milora_vl.core.calibration.activations import find_inputs
@@ -22,6 +21,7 @@ from milora_vl.core.calibration.bases import Calibration
 from milora_vl.core.policy import Policy
 from milora_vl.core.weights.matrices import read_matrix
 from milora_vl.sweep.cells import Cell, CellNumbers
+from studies.free_a import Directions, free_directions, minor_start, train_inside
 from studies.rivals import kl_from_base, pieces
 from studies.study import Inside, Study, protects
 from studies.task import Task

@@ -6,13 +6,11 @@ The rows of R are orthonormal and off the protected inputs V (in, k), so A V = C
 that read one input share R. A is formed once per forward in full float32 and then used as A: R rounded to bfloat16 is
 off V by a thousandth only.
 
-PEFT creates a stock LoRA, and `train_inside` replaces the weight of its A by C. PEFT reads, merges and saves A
-multiplied out. A training that continues needs the bits of C: `coordinates` returns them.
+PEFT creates a stock LoRA, and `train_inside` replaces the weight of its A by C. PEFT reads and merges A multiplied out.
 """
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
 from typing import Any
 
 import torch
@@ -23,11 +21,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from milora_vl.common.compat.peft import set_variant
-from milora_vl.common.compat.torch import OwnState, change_class
+from milora_vl.common.compat.torch import change_class
 from milora_vl.core.adapter.fixed_a import ROW_LENGTH, FixedA
 from milora_vl.core.svd.gram import full_precision
-
-LARGEST_OUTSIDE = 1e-5  # of A, beyond which it is no C R
 
 
 class Directions(nn.Module):
@@ -45,11 +41,8 @@ class Directions(nn.Module):
         return self.bits.view(torch.float32)
 
 
-class FreeFactor(OwnState, nn.Linear):
-    """PEFT's `lora_A[name]` with the trained C (r, m) in the place of its weight, which is A = C R (r, in).
-
-    A state dict holds A under the name of stock PEFT. It is read back as C = A R', and refused if it is no C R.
-    """
+class FreeFactor(nn.Linear):
+    """PEFT's `lora_A[name]` with the trained C (r, m) in the place of its weight, which is A = C R (r, in)."""
 
     C: nn.Parameter
     directions: Directions
@@ -60,23 +53,6 @@ class FreeFactor(OwnState, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight)
-
-    def write_state(self, destination: MutableMapping[str, Any], prefix: str, keep_vars: bool) -> None:
-        destination[f"{prefix}weight"] = self.weight if keep_vars else self.weight.detach()
-
-    def read_state(self, state_dict: MutableMapping[str, Any], prefix: str, *about: Any) -> None:
-        A = state_dict.pop(f"{prefix}weight", None)
-        if A is not None:
-            R = self.directions.R
-            with full_precision(R.device):
-                C = A.to(R) @ R.T
-                outside = torch.linalg.vector_norm(A.to(R) - C @ R)
-            if outside > LARGEST_OUTSIDE * torch.linalg.vector_norm(A.to(R)):
-                *_, errors = about
-                errors.append(f"{prefix}weight: A reads inputs outside the free directions of this run")
-                return
-            state_dict[f"{prefix}C"] = C
-        super().read_state(state_dict, prefix, *about)
 
 
 class _Product(torch.autograd.Function):
@@ -107,11 +83,6 @@ def train_inside(layer: LoraLayer, adapter: str, C: Tensor, directions: Directio
     factor.C = nn.Parameter(C.to(stock.device, torch.float32), requires_grad=stock.requires_grad)
     if type(layer) is lora.Linear:  # a quantized layer or a subclass keeps its own forward
         set_variant(layer, adapter, FixedA())
-
-
-def coordinates(model: nn.Module) -> dict[str, Tensor]:
-    """Return the C (r, m) of every A that trains inside its free directions, by its module path."""
-    return {name: module.C.detach() for name, module in model.named_modules() if isinstance(module, FreeFactor)}
 
 
 def free_directions(V: Tensor, count: int | None = None, *, seed: int = 0) -> Tensor:
