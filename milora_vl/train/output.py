@@ -160,7 +160,7 @@ def room_lines(targets: Sequence[Target], protection: Mapping[str, Protection], 
 
 NUM_ANSWERED, MAX_NEW_TOKENS = 20, 32  # records that the model answers for the report
 # The last ones hold texts and paths of the data.
-NOT_UPLOADED = ("_*", "checkpoint-*", "incomplete-checkpoint-*", "start/*", HELD_OUT)
+NOT_UPLOADED = ("_*", "checkpoint-*", "incomplete-checkpoint-*", HELD_OUT)
 WITHOUT = "without:  remove --push_to_hub; to upload the finished run later: hf upload REPOSITORY FOLDER"
 
 

@@ -26,7 +26,6 @@ from transformers.trainer_pt_utils import get_model_param_count
 from milora_data.encode.templates import OWN, render_chat_template
 from milora_data.encode.tokens import remember_legacy
 from milora_vl.common.cli.screen import Screen
-from milora_vl.common.compat.transformers import pushes_without
 from milora_vl.common.errors import UserError
 from milora_vl.common.evaluator import TrainingQuestions
 from milora_vl.core.adapter import checkpoints
@@ -444,7 +443,6 @@ def run_loop(run: Run, trainer: MiloraTrainer, batching: Batching, files: FirstF
         # Autocast casts what it multiplies; PEFT would first widen every input to the adapter's float32.
         with (
             run_failures(trainer.args),
-            pushes_without("start/*"),
             calls_on_sigterm(trainer.stop_on_signal.on_signal),
             disable_input_dtype_casting(trainer.trained(), active=trainer.accelerator.native_amp),
         ):

@@ -74,7 +74,7 @@ PROMPT_TOKENS = 128  # of system text, question and caption
 QUESTION = "Write a short summary of the picture."  # no question of the picture probe of forgetting
 MOST_TOKENS = 65_536  # of text files
 MOST_RECORDS = 512  # of data
-START = "start/texts.json"  # in the run's folder; it describes pictures, so it stays there
+START = "_start/texts.json"  # in the run's folder; it describes pictures, and no push takes a name with _
 NGRAM = 12  # words in a row that two texts share only if one is copied
 _VERSION = 5  # increase it if equal settings can give other texts
 

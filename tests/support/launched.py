@@ -26,16 +26,16 @@ import torch.distributed as dist
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from milora_vl.train import main
 from milora_vl.models import losses
-from milora_vl.train import model, run
+from milora_vl.train import run
 
 close_processes, run.close_processes = run.close_processes, lambda: None  # the next line trains in the same processes
-load_base = model.load_base
+load_base = run.load_base
 def load(*arguments):
     base, processor = load_base(*arguments)
     whole = sum(p.numel() for p in base.parameters())
     print(f"WHOLE {os.environ['RANK']} {whole}", flush=True)
     return base, processor
-model.load_base = load
+run.load_base = load
 losses.CHUNK = int(sys.argv[2])
 
 for line in json.loads(Path(sys.argv[1]).read_text()):

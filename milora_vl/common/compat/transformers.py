@@ -31,26 +31,6 @@ def whole_weights() -> Iterator[None]:
         deepspeed._hf_deepspeed_config_weak_ref = config
 
 
-@contextmanager
-def pushes_without(pattern: str) -> Iterator[None]:
-    """Inside this context HF's Trainer leaves out files when it pushes a checkpoint's folder.
-
-    An argument of the Trainer for such files would replace it.
-    """
-    from huggingface_hub import HfApi
-
-    stock = HfApi.upload_folder
-
-    def upload_folder(self: HfApi, *, ignore_patterns: list[str], **arguments: Any) -> Any:
-        return stock(self, ignore_patterns=[*ignore_patterns, pattern], **arguments)
-
-    HfApi.upload_folder = upload_folder  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        HfApi.upload_folder = stock  # type: ignore[method-assign]
-
-
 def forget_conversions(model: nn.Module) -> None:
     """Let `save_pretrained` write the names that the model has.
 
