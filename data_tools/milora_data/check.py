@@ -16,8 +16,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias
 
-import xxhash
-
 from milora_data.encode.templates import place_images, split_turns
 from milora_data.formats.jsonfile import require_json
 from milora_data.keys import FileKeys, answered, digest, file_key, record_key
@@ -79,6 +77,7 @@ _BROKEN_TEXT = re.compile("[\ud800-\udfff]")
 # Kinds whose messages are complete without the title.
 _SENTENCES = ("broken_json", "not_a_record", "turn_order", "placeholders")
 _STORED_AT_ONCE = 256  # pictures of shards and tables that are kept until they are decoded together
+KEY_BYTES = 4  # of the key of each record and picture, by which a resumed run names the first that differs
 COMPARED = 2**30  # bytes of picture files that a resumed run compares by content, evenly spread
 _Records: TypeAlias = dict[str, list[tuple[str, str]]]  # picture or video -> place and id of each record with it
 
@@ -337,6 +336,11 @@ def _elsewhere(missing: Sequence[str], folder: Path, beside: Path | None) -> Pat
     return next((place for place in near if any(_num_bytes(place_of(place, name)) for name in missing[:5])), None)
 
 
+def files_of(record: Record) -> list[str]:
+    """Return the names of the pictures and videos of a record that lie in files of their own."""
+    return [name for name in record.files if not (isinstance(name, StoredPicture) and name.content)]
+
+
 class TrainingCheck:
     """What a training has to know about all of its records, collected while they pass: there may be millions."""
 
@@ -345,7 +349,7 @@ class TrainingCheck:
         self.num_with_videos = 0
         self.unread = Counter[str]()  # keys of turns that are not read
         self.unlearnable: list[int] = []  # the places of records without an answer; the collator skips them
-        self._digest = xxhash.xxh3_128()
+        self.keys = bytearray()  # KEY_BYTES of each record: of its texts and its stored pictures
         self._errors: list[Finding] = []
         self._used: dict[str, str] = {}  # picture or video in a file -> the first record with it
         self._sizes: dict[str, int | None] = {}
@@ -366,10 +370,9 @@ class TrainingCheck:
         self.unread.update(record.unread)
         self._reads_video_files = self._reads_video_files or bool(record.video_files)
         key = record_key(record, lambda name: file_key(name) if isinstance(name, StoredPicture) else "")
-        self._digest.update(key.encode())
-        for name in record.files:
-            if not (isinstance(name, StoredPicture) and name.content):
-                self._used.setdefault(name, record.source)
+        self.keys += bytes.fromhex(key)[:KEY_BYTES]
+        for name in files_of(record):
+            self._used.setdefault(name, record.source)
 
     def without(self, kept: Iterable[Record]) -> TrainingCheck:
         """Return the check of some of the records, after `finish`."""
@@ -379,16 +382,13 @@ class TrainingCheck:
         check._sizes = self._sizes
         return check
 
-    def fingerprint(self) -> str:
-        """Return the key of the records in their order: of their texts and their stored pictures."""
-        return self._digest.hexdigest()
-
-    def pictures(self, image_folder: str | Path | None) -> str:
-        """Return the key of the picture files, after `finish`: all of their sizes, and the contents of a GB of them."""
-        sizes = [self._sizes[name] for name in self._used]
-        step = -(-sum(size or 0 for size in sizes) // COMPARED) or 1
-        read = (place_of(Path(image_folder or ""), name) for name in list(self._used)[::step])
-        return digest([sizes, *map(file_key, read)]) if sizes else ""
+    def picture_keys(self, image_folder: str | Path | None) -> bytes:
+        """Return KEY_BYTES of each picture file, after `finish`: of its size and, for a GB of them, its content."""
+        keys, step = bytearray(), -(-sum(self._sizes[name] or 0 for name in self._used) // COMPARED) or 1
+        for number, name in enumerate(self._used):
+            content = "" if number % step else file_key(place_of(Path(image_folder or ""), name))
+            keys += bytes.fromhex(digest([self._sizes[name], content]))[:KEY_BYTES]
+        return bytes(keys)
 
     def finish(self, image_folder: str | Path | None, bad_images: ImagePolicy, path: Path | None = None) -> set[str]:
         """Return the pictures that are missing or empty.

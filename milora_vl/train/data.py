@@ -39,7 +39,7 @@ from milora_data.check import KINDS, Finding, Report, TrainingCheck, errors_of, 
 from milora_data.encode.labels import NoSupervisedTokens
 from milora_data.encode.templates import OWN, TEMPLATES
 from milora_data.encode.tokens import own_template
-from milora_data.keys import FileKeys, record_key
+from milora_data.keys import FileKeys, digest, record_key
 from milora_data.pictures.load import ImagePolicy
 from milora_data.records.record import IMAGE, CompactRecords, Record
 from milora_data.stream import Source, load_records, mixed_records
@@ -81,11 +81,21 @@ class RunData:
     unlearnable: int = 0  # they have no answers
     broken: tuple[Finding, ...] = ()  # invalid records, if --bad_images is not raise
     streamed: bool = False  # `train` holds the first records of a stream
-    fingerprint: str = ""  # of the texts, the stored pictures and the order of `train`
-    pictures: str = ""  # of the picture files of `train` (`TrainingCheck.pictures`)
+    keys: bytes = b""  # of each record of `train`: of its texts and its stored pictures (`TrainingCheck.keys`)
+    picture_keys: bytes = b""  # of each picture file of `train` (`TrainingCheck.picture_keys`)
     with_images: bytes = b""  # 1 for each record of `train` with an image, 0 for each other
     num_with_videos: int = 0  # of `train`
     unread: Mapping[str, int] = field(default_factory=dict)  # keys of turns that are not read
+
+    @property
+    def fingerprint(self) -> str:
+        """Return the key of the records in their order."""
+        return digest(self.keys.hex())
+
+    @property
+    def pictures(self) -> str:
+        """Return the key of the picture files in their order, "" without any."""
+        return digest(self.picture_keys.hex()) if self.picture_keys else ""
 
     def describe(self) -> str:
         if self.streamed:
@@ -204,8 +214,8 @@ def _load_checked(path: str | list[SourceConfig], config: DataConfig) -> RunData
 def _described(data: RunData, check: TrainingCheck, config: DataConfig) -> RunData:
     return replace(
         data,
-        fingerprint=check.fingerprint(),
-        pictures=check.pictures(config.image_folder),
+        keys=bytes(check.keys),
+        picture_keys=check.picture_keys(config.image_folder),
         with_images=bytes(check.with_images),
         num_with_videos=check.num_with_videos,
         unread=check.unread,

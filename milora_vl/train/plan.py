@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from itertools import groupby
+from itertools import chain, groupby
 from math import prod
 from operator import attrgetter
 from pathlib import Path
@@ -31,6 +31,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 import llava_recipes
 from milora_data.batches.pack import require_packable
 from milora_data.batches.record_collator import RecordCollator
+from milora_data.check import KEY_BYTES, files_of
 from milora_data.encode.templates import OWN, no_videos
 from milora_data.encode.tokens import share_template
 from milora_data.records.record import IMAGE, Record
@@ -921,28 +922,49 @@ def environment_resumed(earlier: ResumedRun, run: RunFolder, environment: dict[s
     return {**environment, **kept, **times, "resumed": [*legs, entry]}
 
 
-def require_same_records(earlier: ResumedRun, data: RunData) -> list[str]:
+# What a resumed run needs beside its checkpoint, which holds A and its protection. These files describe private data
+# and pictures, so they stay here: HF's Trainer pushes no name with an underscore.
+TEXTS, RECORDS = "_start/texts.json", "_start/records.json"
+
+
+def read_start(folder: Path, name: str) -> dict[str, Any]:
+    """Return what the start of the run in `folder` has written. Raises UserError if it is missing or damaged."""
+    try:
+        return dict(json.loads((folder / name).read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        hint = f"copy it from the folder of the run\n{NEW_RUN}"
+        raise UserError("a file of the run is missing or damaged", where=str(folder / name), hint=hint) from None
+
+
+def records_content(data: RunData) -> dict[str, str]:
+    """Return the content of the file RECORDS."""
+    return {"records": data.keys.hex(), "pictures": data.picture_keys.hex()}
+
+
+def require_same_records(folder: Path, data: RunData) -> list[str]:
     """Return a warning about what a stream leaves unchecked.
 
-    Raises UserError if the records, their order or their pictures differ from those that the run was trained on.
+    Raises UserError with the first record or picture that differs from those that the run in `folder` had.
     """
-    count, path = data.counts().get("train"), earlier.recipe.data.path
-    before = earlier.environment.get("data", {}).get("train", count)
-    where, what, numbers = (f" ({path})" if isinstance(path, str) else ""), "records", ""
-    if before != count:
-        numbers = f": it had {before:,}, now there are {count:,}"
-    elif earlier.environment.get("records", data.fingerprint) == data.fingerprint:
-        if earlier.environment.get("pictures", data.pictures) == data.pictures:
-            unread = (
-                f"of the stream, only the first {len(data.train):,} records and pictures were compared with the run's"
-            )
-            return [unread] if data.streamed else []
-        what, where = "pictures", f" ({earlier.recipe.data.image_folder})"
-    raise UserError(
-        f"these are not the {what} that {earlier.checkpoint or earlier.folder} was trained on{numbers}",
-        code="resume-other-data",
-        hint=f"to resume:           restore the old {what}{where}\n{NEW_RUN}",
-    )
+    before = read_start(folder, RECORDS)
+    require_same("records", before["records"], data.keys, lambda number: data.train[number].source)
+    names = lambda: list(dict.fromkeys(chain.from_iterable(map(files_of, data.train))))  # noqa: E731
+    require_same("pictures", before["pictures"], data.picture_keys, lambda number: names()[number])
+    unread = f"of the stream, only the first {len(data.train):,} records and pictures were compared with the run's"
+    return [unread] if data.streamed else []
+
+
+def require_same(what: str, before: str, now: bytes, name: Callable[[int], str]) -> None:
+    """Raise UserError if keys differ from those of the run, in hex; `name` returns the name of a key's owner."""
+    old = bytes.fromhex(before)
+    had, have = len(old) // KEY_BYTES, len(now) // KEY_BYTES
+    for number in range(max(had, have)):
+        of_key = slice(KEY_BYTES * number, KEY_BYTES * (number + 1))
+        if old[of_key] != now[of_key]:
+            message = f"this is the first of the {what} that differ from those of the run"
+            message += f"; it had {had:,}, now there are {have:,}" if had != have else ""
+            where, hint = name(number) if number < have else "the end", f"to resume:           restore it\n{NEW_RUN}"
+            raise UserError(message, code="resume-other-data", where=where, hint=hint)
 
 
 def require_same_steps(checkpoint: Path, recipe: Recipe, steps: int) -> None:

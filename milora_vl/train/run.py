@@ -53,10 +53,14 @@ from milora_vl.train.output import (
 )
 from milora_vl.train.plan import (
     ENVIRONMENT,
+    RECORDS,
+    TEXTS,
     Run,
     environment_resumed,
     make_run,
     policy_rows,
+    read_start,
+    records_content,
     require_evaluation,
     require_same_checkpoint,
     require_same_records,
@@ -68,7 +72,7 @@ from milora_vl.train.plan import (
     trainable_line,
 )
 from milora_vl.train.settings import Settings
-from milora_vl.train.start import START, Built, build_model, compile_blocks, make_texts, read_start, show_start
+from milora_vl.train.start import Built, build_model, compile_blocks, make_texts, show_start
 from milora_vl.train.trainer import MiloraTrainer
 
 GIT_TIMEOUT = 10  # seconds
@@ -146,7 +150,7 @@ def read_records(run: Run, screen: Screen) -> RunData:
         raise UserError(message, where=str(recipe.data.path), hint="all machines must see the same data")
     warnings = records.warnings()
     if run.earlier is not None:
-        warnings += require_same_records(run.earlier, records)
+        warnings += require_same_records(run.earlier.folder, records)
     elif recipe.adapter and has_other_records(Path(recipe.adapter), records.fingerprint):
         screen.say(
             f"note: {recipe.adapter} was trained on other records, and this run overwrites what it has learned; "
@@ -242,13 +246,12 @@ def adapt(
     recipe, checkpoint, targets, term = run.recipe, run.folder.checkpoint, list(run.targets), run.base_kl
     source = checkpoint or recipe.adapter
     held = read_earlier(loaded, Path(recipe.after), targets, run.tasks) if recipe.after and checkpoint is None else None
-    batches, base_kl, files = None, None, {}
+    batches, base_kl, files = None, None, dict[str, Any]({RECORDS: records_content(records)})
     show_start(run, loaded, steps, screen)
     if run.reads_calibration:
-        stored = None if checkpoint is None else read_start(checkpoint.parent)
+        stored = None if checkpoint is None else read_start(checkpoint.parent, TEXTS)
         texts = make_texts(recipe, run.base, loaded, processor, records.train, screen, steps, earlier, stored)
-        if checkpoint is None or checkpoint.parent.resolve() != run.folder.path.resolve():
-            files[START] = texts.content
+        files[TEXTS] = texts.content
         batches = texts.sources() if run.protects else None
         if term.weight:
             base_kl = BaseKL(texts.sources(term.texts), term.weight, term.every)

@@ -1,7 +1,7 @@
 """The stage before the first step: texts and captions of the base, protected inputs, the adapter on the base.
 
 By default no data is needed: the base model writes texts itself, and a vision-language model describes pictures of the
-training set. They are written in batches with a generator each, which the processes share. The folder START of the run
+training set. They are written in batches with a generator each, which the processes share. The file TEXTS of the run
 keeps them for the run itself, a cache by a hash of the weights for other runs.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from hashlib import sha256
-from itertools import chain, islice, zip_longest
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from milora_data.assets import cache_dir
 from milora_data.batches.record_collator import RecordCollator
+from milora_data.check import KEY_BYTES
 from milora_data.keys import FileKeys, file_key, record_key
 from milora_data.pictures.load import ImageError, load_image, place_of
 from milora_data.records.record import IMAGE, Record, Turn
@@ -65,7 +66,7 @@ from milora_vl.train.counts import (
     trained_sizes,
 )
 from milora_vl.train.data import EarlierRecords, collator
-from milora_vl.train.plan import NEW_RUN, Run
+from milora_vl.train.plan import Run, require_same
 from milora_vl.train.recipe import Recipe
 from milora_vl.train.trainer import CheckpointKind
 
@@ -74,7 +75,6 @@ PROMPT_TOKENS = 128  # of system text, question and caption
 QUESTION = "Write a short summary of the picture."  # no question of the picture probe of forgetting
 MOST_TOKENS = 65_536  # of text files
 MOST_RECORDS = 512  # of data
-START = "_start/texts.json"  # in the run's folder; it describes pictures, and no push takes a name with _
 NGRAM = 12  # words in a row that two texts share only if one is copied
 _VERSION = 5  # increase it if equal settings can give other texts
 
@@ -107,7 +107,7 @@ class Texts:
     records: list[tuple[RecordCollator[Any], Sequence[Record]]]
     tasks: list[tuple[RecordCollator[Any], Sequence[Record]]]
     tokenizer: Any
-    content: dict[str, Any]  # of START, for a resumed run
+    content: dict[str, Any]  # of the file TEXTS, for a resumed run
 
     def sources(self, size: int = ROWS) -> Mapping[str, Batches]:
         """Return the sources of a calibration, batches of at most `size`: `base`, and each earlier task."""
@@ -176,31 +176,12 @@ def make_texts(
         of_tasks.append((collate, list(islice(usable, part_of(NUM_RECORDS, steps)))))
     if not rows and not any(records for _, records in [*found, *of_tasks]):
         raise _empty("there is no text and no picture to calibrate with", Key.of("calibration"))
-    keys = [
-        [" ".join(map(str, record.images)) or record.source, record_key(record, FileKeys(collate.image_folder))]
-        for collate, records in (*found, *of_tasks)
-        for record in records
-    ]
+    shown = [(collate.image_folder, record) for collate, of in (*found, *of_tasks) for record in of]
+    keys = b"".join(bytes.fromhex(record_key(one, FileKeys(folder)))[:KEY_BYTES] for folder, one in shown)
     if stored is not None:
-        _require_same(stored["records"], keys)
-    return Texts(rows, found, of_tasks, sources.tokenizer, {"rows": rows, "captions": captions, "records": keys})
-
-
-def _require_same(before: Sequence[Sequence[str]], now: Sequence[Sequence[str]]) -> None:
-    """Raise UserError for records of the calibration, or their pictures, that differ from those of `before`."""
-    for (name, key), (_, other) in zip_longest(before, now, fillvalue=("a record more", "")):
-        if key != other:
-            message = "is not what the run was calibrated with: the record or its picture has changed"
-            raise UserError(message, where=name, hint=f"restore it\n{NEW_RUN}")
-
-
-def read_start(folder: Path) -> dict[str, Any]:
-    """Return what the start of the run in `folder` has written. Raises UserError if it is missing or damaged."""
-    try:
-        return dict(json.loads((folder / START).read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        hint = f"copy it from the folder of the run\n{NEW_RUN}"
-        raise UserError("the calibration of the run is missing", where=str(folder / START), hint=hint) from None
+        require_same("records or pictures of the calibration", stored["records"], keys, lambda n: shown[n][1].source)
+    content = {"rows": rows, "captions": captions, "records": keys.hex()}
+    return Texts(rows, found, of_tasks, sources.tokenizer, content)
 
 
 def show_start(run: Run, model: Any, steps: int, screen: Screen) -> None:

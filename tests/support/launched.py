@@ -13,10 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers.utils import is_accelerate_available
 
 from support.programs import Program
 
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
+needs_bf16_shards = pytest.mark.skipif(
+    not is_accelerate_available("1.13.0"), reason="older versions of accelerate are refused with --fsdp and --bf16"
+)
 # Several trainings in one launch: starting processes takes longer than training. Each line of the file is a command;
 # "cut" makes of a finished run one that was killed while it wrote its last checkpoint.
 WORKER = """

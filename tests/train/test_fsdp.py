@@ -19,7 +19,7 @@ from milora_vl.models.tiny import tiny_llava, tiny_tokenizer
 from milora_vl.train import launch
 from milora_vl.train.command import main
 from milora_vl.train.launch import fsdp_settings, gathered_optimizer
-from support.launched import ENVIRONMENT, FSDP, train_in_two
+from support.launched import ENVIRONMENT, FSDP, needs_bf16_shards, train_in_two
 from support.problems import raises_code
 from support.train_runs import losses, training
 
@@ -114,6 +114,7 @@ def test_the_head_of_a_text_model_trains_under_fsdp(tied: bool, tiny_data: Path,
 
 
 @pytest.mark.slow
+@needs_bf16_shards
 def test_float32_adapters_train_on_a_bfloat16_base_under_autocast(
     tiny_data: Path, tiny_folder: Path, tmp_path: Path
 ) -> None:

@@ -90,8 +90,8 @@ def test_the_files_go_up_when_all_of_them_are_there_and_the_token_stays_here(tin
     assert hub.commits[-1] == "Model save"
     assert any("in progress" in summary for summary in hub.commits)
     assert hub.files.keys() >= {"README.md", "report.html", "recipe.yaml", "milora.json", "adapter_model.safetensors"}
-    assert list((run / "start").iterdir())
-    assert not [name for name in hub.files if name.startswith(("checkpoint-", "start"))]
+    assert list((run / "_start").iterdir())
+    assert not [name for name in hub.files if name.startswith(("checkpoint-", "_start"))]
     assert hub.files["README.md"] == (run / "README.md").read_bytes()
     assert b"library_name: peft" in hub.files["README.md"]
     everything = [*hub.files.values(), *(file.read_bytes() for file in run.rglob("*") if file.is_file())]

@@ -28,8 +28,9 @@ from milora_vl.report.tables import protection_table
 from milora_vl.train import start
 from milora_vl.train.command import main
 from milora_vl.train.counts import distinct_inputs
+from milora_vl.train.plan import TEXTS
 from milora_vl.train.recipe import Recipe
-from milora_vl.train.start import QUESTION, START, make_texts, shares_probe_text
+from milora_vl.train.start import QUESTION, make_texts, shares_probe_text
 from support.calibrated import directions, leaks
 from support.launched import KINDS, needs_deepspeed, train_in_two
 from support.problems import raises_code
@@ -99,15 +100,15 @@ def test_a_run_calibrates_protects_resumes_and_shows_it(
     elsewhere = [*training(tiny_data, tmp_path / "elsewhere", *PROTECT), "--resume_from_checkpoint"]
     assert main([*elsewhere, str(part / "checkpoint-3"), "--save_steps", "3"]) == 0
     assert losses(tmp_path / "elsewhere")[-3:] == losses(whole)[-3:]
-    written_once = (whole / START).read_bytes()
-    assert (tmp_path / "elsewhere" / START).read_bytes() == written_once
-    assert not list(part.glob("checkpoint-*/start"))
-    named = read_json(whole, START)["records"][0][0]
+    written_once = (whole / TEXTS).read_bytes()
+    assert (tmp_path / "elsewhere" / TEXTS).read_bytes() == written_once
+    assert not list(part.glob("checkpoint-*/_start"))
+    named = "0.png"
     picture, before = tiny_data / "images" / named, (tiny_data / "images" / named).read_bytes()
     picture.write_bytes(
         max((tiny_data / "images").iterdir(), key=lambda file: file.read_bytes() != before).read_bytes()
     )
-    with raises_code("resume-other-data"):
+    with raises_code("resume-other-data", where=named):
         main([*resumed, "true"])
     picture.write_bytes(before)
     assert main([*resumed, "true"]) == 0

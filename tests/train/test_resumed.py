@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from milora_vl.common.errors import UserError
 from milora_vl.train.command import main
 from support.drawn import write_tiny_data
+from support.problems import raises_code
 from support.train_runs import file_contents, losses, read_json, training
 
 WEIGHTS = "adapter_model.safetensors"
@@ -171,7 +172,8 @@ def test_records_are_told_by_their_contents(whole: Path, data: Path, tmp_path: P
     moved.write_text(json.dumps(records, indent=2))
     other.write_text(json.dumps([*records[1:], records[0]]))
     resume = ["--rank", "8", "--resume_from_checkpoint", "auto", "--data_path"]
-    assert "not the records" in refusal(*training(data, run, *resume, str(other)))[0]
+    with raises_code("resume-other-data", where=f"{other}:record 1"):
+        main(training(data, run, *resume, str(other)))
     # Renamed pictures are the same. A picture of another content with the size of the old file is not.
     images, more = shutil.copytree(data / "images", tmp_path / "images"), ["--image_folder", str(tmp_path / "images")]
     named = {path.name: path.rename(images / f"new-{path.name}") for path in sorted(images.iterdir())}
@@ -182,7 +184,8 @@ def test_records_are_told_by_their_contents(whole: Path, data: Path, tmp_path: P
     changed = bytearray(kept)
     changed[-20] ^= 1
     seen[-1].write_bytes(changed)
-    assert "not the pictures" in refusal(*training(data, run, *resume, str(moved), *more))[0]
+    with raises_code("resume-other-data", where=seen[-1].name):
+        main(training(data, run, *resume, str(moved), *more))
     assert (run / "environment.json").read_bytes() == before
     seen[-1].write_bytes(kept)
     assert main(training(data, run, *resume, str(moved), *more)) == 0
@@ -196,7 +199,7 @@ def test_a_checkpoint_without_its_recipe_is_refused(whole: Path, data: Path, tmp
         main(training(data, tmp_path / "run", "--rank", "8", *resume))
     assert [problem.code for problem in caught.value.problems] == ["resume-no-recipe"]
     shutil.copy(whole / "recipe.yaml", alone.parent)
-    shutil.copytree(whole / "start", alone.parent / "start")
+    shutil.copytree(whole / "_start", alone.parent / "_start")
     assert main(training(data, tmp_path / "run", "--rank", "8", *resume)) == 0
     assert same_weights(tmp_path / "run", whole)
 

@@ -70,7 +70,7 @@ def test_a_checkpoint_that_lost_its_milora_json_is_not_resumed_as_a_plain_lora(p
     checkpoint = shutil.copytree(plain_run / "checkpoint-4", tmp_path / "checkpoint-4")
     (checkpoint / "milora.json").unlink()
     shutil.copy(plain_run / "recipe.yaml", tmp_path)
-    shutil.copytree(plain_run / "start", tmp_path / "start")
+    shutil.copytree(plain_run / "_start", tmp_path / "_start")
     more = ["--rank", "4", "--resume_from_checkpoint", str(checkpoint)]
     with raises_code("", message="milora.json is missing") as error:
         main(training(plain_run.parent / "data", tmp_path / "again", *more))

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from milora_vl.train.command import main
-from support.launched import KINDS, needs_deepspeed, train_in_two
+from support.launched import KINDS, needs_bf16_shards, needs_deepspeed, train_in_two
 from support.train_runs import losses, training
 
 pytestmark = [pytest.mark.slow, needs_deepspeed]
@@ -53,6 +53,7 @@ def test_losses_in_pieces_and_evaluations_are_those_of_one_process(
             torch.testing.assert_close(torch.tensor(found(tmp_path / kind)), expected, rtol=0, atol=1e-5)
 
 
+@needs_bf16_shards
 def test_the_best_model_comes_back_and_half_precision_trains(uneven: Path, tiny_folder: Path, tmp_path: Path) -> None:
     extra = ["--model", str(tiny_folder), *EXTRA, *TWO]
     best = ["--eval_data_path", str(uneven / "val.json"), "--load_best_model_at_end", "--greater_is_better", "True"]
