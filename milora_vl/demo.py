@@ -16,7 +16,7 @@ from milora_eval.evaluator import command as evaluation
 from milora_vl.common.cli.console import command_line, run
 from milora_vl.common.cli.parser import Command, flag, option, shared
 from milora_vl.common.errors import UserError
-from milora_vl.common.evaluator import EvaluationRequest, QuestionSet
+from milora_vl.common.evaluator_protocol import EvaluationRequest, QuestionSet
 from milora_vl.core.adapter.folders import holds_adapter
 from milora_vl.report.page import summary
 from milora_vl.report.read_run import read_run

@@ -22,7 +22,7 @@ from milora_vl.common.cli.table import Table
 from milora_vl.report.plots import METHOD_COLOURS, page_figure, png
 from milora_vl.sweep.cells import Cell
 from milora_vl.sweep.curves import Ratio, at_common_loss, curves_of
-from milora_vl.sweep.results import Mean, mean_of
+from milora_vl.sweep.results import SeedMean, mean_of
 from studies.page import read_cells
 from studies.study import read_study
 
@@ -38,7 +38,7 @@ PICTURES = "about pictures"  # the geometric mean over the probes
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
+class TaskFiles:
     """A training that methods are compared on: its name, its length, its CSV files, and the LoRA that it is read at.
 
     `held_out` is the number of validation and of test records; 0 where the files have no loss of the test.
@@ -70,8 +70,8 @@ class Task:
         return {"validation_loss": loss} | mean
 
 
-SMOLLM2 = Task("SmolLM2: topics of names", 40, 16, ("fixed-a.smollm2", "curves.smollm2", "pictures.smollm2"))
-MINILM = Task("MiniLM-L6: topics of names", 60, 32, ("fixed-a.minilm", "curves.minilm"))
+SMOLLM2 = TaskFiles("SmolLM2: topics of names", 40, 16, ("fixed-a.smollm2", "curves.smollm2", "pictures.smollm2"))
+MINILM = TaskFiles("MiniLM-L6: topics of names", 60, 32, ("fixed-a.minilm", "curves.minilm"))
 # On MiniLM-L6 only the first form of the rows along the gradient ran.
 GRADIENT, FIRST = "gradient", "short-gradient"
 # Setting -> its rows of SmolLM2 and MiniLM-L6.
@@ -115,12 +115,12 @@ DEFAULT = {
     "random-rows": f"{OURS}, random rows of A",
 }
 DEFAULT_TASKS = (
-    Task("SmolLM2: topics of names", 40, 16, ("default.smollm2", "curves.smollm2"), held_out=(96, 240)),
-    Task("SmolLM2: topics of names", 300, 16, ("default.smollm2-300", "fixed-a.smollm2-300"), held_out=(96, 240)),
-    Task("MiniLM-L6: topics of names", 60, 32, ("default.minilm", "curves.minilm")),
-    Task("smol-llava: easy-VQA", 160, 4, ("default.easy-vqa", "fixed-a.easy-vqa"), held_out=(64, 131)),
-    Task("smol-llava: drawings", 40, 8, ("default.drawings",), "lora-both"),  # the product's own commands
-    Task(
+    TaskFiles("SmolLM2: topics of names", 40, 16, ("default.smollm2", "curves.smollm2"), held_out=(96, 240)),
+    TaskFiles("SmolLM2: topics of names", 300, 16, ("default.smollm2-300", "fixed-a.smollm2-300"), held_out=(96, 240)),
+    TaskFiles("MiniLM-L6: topics of names", 60, 32, ("default.minilm", "curves.minilm")),
+    TaskFiles("smol-llava: easy-VQA", 160, 4, ("default.easy-vqa", "fixed-a.easy-vqa"), held_out=(64, 131)),
+    TaskFiles("smol-llava: drawings", 40, 8, ("default.drawings",), "lora-both"),  # the product's own commands
+    TaskFiles(
         "smol-llava: emoji", 30, 8, ("default.smol-llava", "fixed-a.smol-llava"), "lora-same-projector",
         held_out=(64, 111),
     ),
@@ -141,8 +141,8 @@ INSIDE = {
     "lora-kl": "LoRA, `base_kl`",
 }
 INSIDE_TASKS = (
-    Task("SmolLM2: topics of names", 40, 16, ("trained-a.smollm2",), held_out=(96, 240)),
-    Task("smol-llava: emoji", 30, 8, ("trained-a.smol-llava",), held_out=(105, 221)),
+    TaskFiles("SmolLM2: topics of names", 40, 16, ("trained-a.smollm2",), held_out=(96, 240)),
+    TaskFiles("smol-llava: emoji", 30, 8, ("trained-a.smol-llava",), held_out=(105, 221)),
 )
 
 
@@ -214,7 +214,7 @@ def inside_left() -> str:
     return Table(("task", "steps", "ran", "did not run", "hours"), tuple(rows)).markdown()
 
 
-def _best(cells: Cells, method: str) -> tuple[float, dict[str, Mean]]:
+def _best(cells: Cells, method: str) -> tuple[float, dict[str, SeedMean]]:
     """Return the rate of a method with the lowest loss among those with all seeds, and the means of its numbers."""
     by_rate = _by_rate(cells, method)
     seeds = max(columns["score"].n for columns in by_rate.values())
@@ -222,7 +222,7 @@ def _best(cells: Cells, method: str) -> tuple[float, dict[str, Mean]]:
     return min(complete.items(), key=lambda one: one[1]["validation_loss"].value)
 
 
-def _by_rate(cells: Cells, method: str) -> dict[float, dict[str, Mean]]:
+def _by_rate(cells: Cells, method: str) -> dict[float, dict[str, SeedMean]]:
     """Return the means of the numbers of a method by rate; a number that a training lacks is left out."""
     rows: dict[float, list[Mapping[str, Any]]] = {}
     for cell in sorted(cells, key=lambda cell: cell.learning_rate):

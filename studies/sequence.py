@@ -142,7 +142,7 @@ def _calibration(earlier: Sequence[AnswerTask], texts: Calibration, study: Study
 
 def _drawn(task: AnswerTask, count: int, seed: int) -> list[Record]:
     order: list[int] = torch.randperm(len(task.train), generator=torch.Generator().manual_seed(seed)).tolist()
-    return [task.train[place] for place in order[:count]]
+    return [task.train[index] for index in order[:count]]
 
 
 def _digest(calibration: Calibration) -> str:

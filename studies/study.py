@@ -92,11 +92,11 @@ class Study(Strict):
     def cells(self) -> list[Cell]:
         """Return the cells of all arms, learning rates and seeds: the first rate of every arm, seed by seed, first."""
         return [
-            Cell(arm, self.rates(arm)[place], None, seed)
-            for place in range(max(len(self.rates(arm)) for arm in self.arms))
+            Cell(arm, self.rates(arm)[index], None, seed)
+            for index in range(max(len(self.rates(arm)) for arm in self.arms))
             for seed in range(self.seeds)
             for arm in self.arms
-            if seed < self.arms[arm].get("seeds", self.seeds) and place < len(self.rates(arm))
+            if seed < self.arms[arm].get("seeds", self.seeds) and index < len(self.rates(arm))
         ]
 
     def key(self, cell: Cell) -> str:

@@ -20,8 +20,8 @@ from milora_data.formats.tables import (
     EMPTY_CELL,
     INSTRUCTIONS,
     Converter,
-    Options,
     Records,
+    TableOptions,
     coco_captions,
     table,
     vqa,
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if there := [path for path in [*new, *([images.path] * (chosen.kind == "hub"))] if path.exists()]:
         raise output_exists(there[0])
     field = None if chosen.hold_out_by in (PICTURE, RECORD) else chosen.hold_out_by
-    options = Options(chosen.prompt, chosen.image_pattern, field)
+    options = TableOptions(chosen.prompt, chosen.image_pattern, field)
     more: dict[str, Any] = {}
     try:
         records = _require_records(images.filled(_read(chosen.kind, chosen.sources, options)), chosen, options.left_out)
@@ -110,7 +110,7 @@ def _check_flags(chosen: argparse.Namespace) -> None:
             raise UserError(message, code="flag-no-effect", where=f"--{flag}", hint="remove the flag")
 
 
-def _read(kind: str, sources: Sequence[str], options: Options) -> Records:
+def _read(kind: str, sources: Sequence[str], options: TableOptions) -> Records:
     """Yield the records; raises `DataError` for a file in another format."""
     if kind == "alpaca":
         options = replace(options, columns=INSTRUCTIONS, exact=True)
@@ -133,7 +133,7 @@ def _read(kind: str, sources: Sequence[str], options: Options) -> Records:
         ) from None
 
 
-def _llava(sources: Sequence[Path], options: Options) -> Records:
+def _llava(sources: Sequence[Path], options: TableOptions) -> Records:
     """Records in LLaVA's form or in the form of `messages`, as every reader of records takes them.
 
     Bad records are left out; if all are bad, the file has another format and the first error is raised.
@@ -156,7 +156,7 @@ def _llava(sources: Sequence[Path], options: Options) -> Records:
         options.leave_out(skipped)
 
 
-def _stored(sources: Sequence[Any], options: Options) -> Records:
+def _stored(sources: Sequence[Any], options: TableOptions) -> Records:
     """Records of shards, tables and the hub, with all of their other columns that JSON can hold."""
     dropped: set[str] = set()
     for source in sources:

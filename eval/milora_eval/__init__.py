@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from milora_eval.benchmark import Answer, Benchmark, Item, Metric
-    from milora_eval.evaluate import run
+    from milora_eval.run_suite import run
     from milora_eval.scores.table import score
 
 # Loaded on first use: `run` needs torch, and the command reads its arguments before it imports torch.
@@ -20,7 +20,7 @@ _HOMES = {
     "Benchmark": "benchmark",
     "Item": "benchmark",
     "Metric": "benchmark",
-    "run": "evaluate",
+    "run": "run_suite",
     "score": "scores.table",
 }
 

@@ -132,7 +132,7 @@ class Benchmark:
     metric = "accuracy"
     details = ("", "")  # name and key of `Item.meta`: results.json also has the score of each value of this key
     upload: Upload | None = None
-    origin = ""  # `module:Class` or `file.py:Class` of a benchmark that is not in the table of suites.py
+    origin = ""  # `module:Class` or `file.py:Class` of a benchmark that is not in the table of registry.py
 
     def __init__(self, protocol: str | None = None) -> None:
         self.protocol = protocol or self.protocols[0]

@@ -81,7 +81,7 @@ def other_questions(benchmark: Benchmark, data_dir: Path) -> Path | None:
 def load_items(benchmark: Benchmark, data_dir: Path) -> list[Item]:
     """Return the items of a benchmark. Raises DataError if its official files do not have the published format.
 
-    Exceptions of a user's own benchmark class are not caught: the traceback shows their place.
+    Exceptions of a user's own benchmark class are not caught: the traceback shows where.
     """
     if not type(benchmark).__module__.startswith("milora_eval."):
         return benchmark.load(data_dir)
@@ -108,7 +108,7 @@ def load_items(benchmark: Benchmark, data_dir: Path) -> list[Item]:
 
 
 def json_values(path: Path) -> Iterator[Any]:
-    """Yield the values of JSON lines, or of a JSON list. Raises DataError with the place of broken JSON."""
+    """Yield the values of JSON lines, or of a JSON list. Raises DataError with file and line of broken JSON."""
     return (value for _, value in read_objects(path))
 
 
@@ -117,7 +117,7 @@ def is_table(path: Path) -> bool:
 
 
 def table_rows(benchmark: Benchmark, data_dir: Path) -> list[dict[str, Any]]:
-    """Return the rows of the tables in `files[0]`, with `picture`, a file in the user's cache, in place of `image`.
+    """Return the rows of the tables in `files[0]`, with `picture`, a file in the user's cache, instead of `image`.
 
     Raises MissingData without files, and DataError that names every row without a readable picture.
     """
@@ -206,22 +206,22 @@ def _no_openpyxl() -> UserError:
     return UserError(".xlsx files need openpyxl", code="package-missing", hint="install it: pip install -e '.[eval]'")
 
 
-def _unpacked(image: Any, pictures: Mapping[str, Any], place: str) -> Path:
+def _unpacked(image: Any, pictures: Mapping[str, Any], where: str) -> Path:
     content = image.get("bytes") if isinstance(image, dict) else image
     if isinstance(content, str) and len(content) <= 64:
         content = pictures.get(content)
     if not content:
-        raise DataError("the row has no picture", where=place, hint=AGAIN)
-    path = unpack_picture(content, place)
+        raise DataError("the row has no picture", where=where, hint=AGAIN)
+    path = unpack_picture(content, where)
     try:
         picture_size(path)
     except ImageError as error:
         message = f"cannot read the picture: {error.reason}"
-        raise DataError(message, code="image-unreadable", where=place, hint=AGAIN) from None
+        raise DataError(message, code="image-unreadable", where=where, hint=AGAIN) from None
     return path
 
 
-def unpack_picture(data: str | bytes, place: str) -> Path:
+def unpack_picture(data: str | bytes, where: str) -> Path:
     """Write a picture (bytes or base64) to the user's cache, named by its hash; return its path.
 
     Raises DataError if it is not base64.
@@ -229,7 +229,7 @@ def unpack_picture(data: str | bytes, place: str) -> Path:
     try:
         content = base64.b64decode(data) if isinstance(data, str) else data
     except (binascii.Error, ValueError) as error:
-        raise DataError(f"the picture is not base64: {error}", where=place, hint=AGAIN) from None
+        raise DataError(f"the picture is not base64: {error}", where=where, hint=AGAIN) from None
     path = cache_dir() / "eval-pictures" / f"{hashlib.sha256(content).hexdigest()[:24]}.img"
     if not path.is_file():
         with atomic_file(path) as partial:  # shards may write the same picture at the same time

@@ -1,4 +1,4 @@
-"""The evaluator of `milora_vl.common.evaluator`, as the entry point registers it: questions in, scores out."""
+"""The evaluator of `milora_vl.common.evaluator_protocol`, as the entry point registers it: questions in, scores out."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import asdict
 from typing import Any, Literal
 
 from milora_vl.common.errors import Key
-from milora_vl.common.evaluator import EvaluationRequest, QuestionSet, TrainingQuestions
+from milora_vl.common.evaluator_protocol import EvaluationRequest, QuestionSet, TrainingQuestions
 
 
 def require_questions(questions: QuestionSet, *, at: str | Key, data_at: str | Key) -> None:
-    """Raise UserError, at these places, for what an evaluation would fail with: unknown names, missing files."""
+    """Raise UserError, at these flags, for what an evaluation would fail with: unknown names, missing files."""
     from milora_eval.answers.questions import require_questions
 
     require_questions(questions, at=at, data_at=data_at)
@@ -25,9 +25,9 @@ def training_questions(
     image_aspect_ratio: Literal["pad", "plain", "anyres"],
 ) -> TrainingQuestions:
     """Read the questions of suites, each with its data folder. Raises UserError for missing data."""
-    from milora_eval.evaluate import Suites
+    from milora_eval.run_suite import TrainingSuites
 
-    return Suites(suites, limit, template=template, image_aspect_ratio=image_aspect_ratio)
+    return TrainingSuites(suites, limit, template=template, image_aspect_ratio=image_aspect_ratio)
 
 
 def command(request: EvaluationRequest) -> list[str]:

@@ -77,7 +77,7 @@ def stratified_stderr(
 
 
 @dataclass(frozen=True, slots=True)
-class Difference:
+class PairedDifference:
     """A paired difference B minus A on the same items.
 
     The 95 % interval (`low`, `high`) and `p_bootstrap` resample whole clusters. `p_value` is McNemar's test over the
@@ -104,7 +104,7 @@ def paired_difference(
     clusters: Sequence[Hashable] | None = None,
     *,
     resamples: int = 1000,
-) -> Difference:
+) -> PairedDifference:
     """Compare two runs on identical items: difference of (stratified) means, clustered error, interval, McNemar's test.
 
     Raises ValueError if the lengths differ.
@@ -119,7 +119,7 @@ def paired_difference(
         draws = _bootstrap(gaps, strata, clusters, resamples)
         (low, high), p_bootstrap = interval(draws), bootstrap_p(draws)
     only_a, only_b = sum(gap < 0 for gap in gaps), sum(gap > 0 for gap in gaps)
-    return Difference(
+    return PairedDifference(
         value=stratified_mean(gaps, strata),
         stderr=stratified_stderr(gaps, strata, clusters),
         low=low,

@@ -9,7 +9,7 @@ from typing import Any
 
 from milora_data.records.record import Turn
 from milora_eval.benchmark import Benchmark
-from milora_eval.suites import BENCHMARKS, find_benchmark
+from milora_eval.registry import BENCHMARKS, find_benchmark
 from milora_vl.common.errors import UserError
 from milora_vl.interop.load_model import load_model
 from milora_vl.models.generate import Prompt, generate

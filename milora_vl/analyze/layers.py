@@ -20,7 +20,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from milora_vl.analyze import measures
-from milora_vl.analyze.measures import Update
+from milora_vl.analyze.measures import LowRankUpdate
 from milora_vl.common.atomic_write import json_lines, write_text
 from milora_vl.common.errors import UserError
 from milora_vl.common.progress import progress_bar
@@ -87,21 +87,21 @@ class Layer:
             **self._moves(),
         }
 
-    def _change(self, W: Tensor, rank: int) -> tuple[Update, float, Tensor]:
+    def _change(self, W: Tensor, rank: int) -> tuple[LowRankUpdate, float, Tensor]:
         """Return the change of W (out, in) as its first triplets (`rank` or all), its norm, and the tuned weight."""
         if isinstance(self.after, LoraLayer):
             A, B = (factor.detach().to(W).flatten(1) for factor in factors(self.after, "default"))
             B = self.after.scaling["default"] * B
             tuned = W + B @ A
             if not self.after.use_dora["default"]:
-                update = Update.from_factors(B, A)
+                update = LowRankUpdate.from_factors(B, A)
                 return update, float(torch.linalg.vector_norm(update.S)), tuned
             magnitude = self.after.lora_magnitude_vector["default"].weight.detach().to(W).flatten()
             tuned = (magnitude / torch.linalg.vector_norm(tuned, dim=1))[:, None] * tuned
         else:
             tuned = read_matrix(self.after).to(W)
         change = tuned - W
-        return Update.from_matrix(change, rank), float(torch.linalg.matrix_norm(change.double())), tuned
+        return LowRankUpdate.from_matrix(change, rank), float(torch.linalg.matrix_norm(change.double())), tuned
 
     def _moves(self) -> dict[str, float | None]:
         """Return the relative distance of A and B from their start, or their norms if B started at 0 (LoRA)."""

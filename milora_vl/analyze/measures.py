@@ -17,7 +17,7 @@ INTRUDER_K, INTRUDER_EPSILON = 10, 0.5
 
 
 @dataclass(frozen=True, slots=True)
-class Update:
+class LowRankUpdate:
     """A change of one weight as singular triplets: U (out, k), S (k,) descending, Vh (k, in)."""
 
     U: Tensor
@@ -25,7 +25,7 @@ class Update:
     Vh: Tensor
 
     @classmethod
-    def from_factors(cls, B: Tensor, A: Tensor) -> Update:
+    def from_factors(cls, B: Tensor, A: Tensor) -> LowRankUpdate:
         """Return the change B A from B (out, k), A (k, in), by two thin QR decompositions without forming the matrix.
 
         Components below the rounding of the largest are removed, so a little trained LoRA may have fewer than k.
@@ -36,21 +36,21 @@ class Update:
         return cls(Q_B @ U, S, Vh @ Q_A.T)._without_zeros()
 
     @classmethod
-    def from_matrix(cls, change: Tensor, rank: int) -> Update:
+    def from_matrix(cls, change: Tensor, rank: int) -> LowRankUpdate:
         """Return the first `rank` triplets of a change given as a full matrix."""
         factors = decompose(change, min(rank, *change.shape), "principal")
         return cls(factors.U.double(), factors.S.double(), factors.Vh.double())._without_zeros()
 
-    def first(self, rank: int) -> Update:
+    def first(self, rank: int) -> LowRankUpdate:
         """Return the first `rank` triplets, or all if there are fewer."""
-        return Update(self.U[:, :rank], self.S[:rank], self.Vh[:rank])
+        return LowRankUpdate(self.U[:, :rank], self.S[:rank], self.Vh[:rank])
 
-    def _without_zeros(self) -> Update:
+    def _without_zeros(self) -> LowRankUpdate:
         kept = int(torch.count_nonzero(self.S / self.S[0] > 1e-7)) if float(self.S[0]) > 0 else 0
         return self.first(kept)
 
 
-def amplification(W: Tensor, update: Update, rank: int) -> tuple[float, float]:
+def amplification(W: Tensor, update: LowRankUpdate, rank: int) -> tuple[float, float]:
     """Return (||U' dW V||_F, ||U' W V||_F) with U, V the top-`rank` singular vectors of the update dW.
 
     Their ratio is the amplification factor (LoRA paper, section 7.3). It is large if the update is large or if W has
@@ -70,7 +70,7 @@ def expected_inside(W_norm: float, shape: tuple[int, int], rank: int) -> float:
     return rank * W_norm / (shape[0] * shape[1]) ** 0.5
 
 
-def similarities(base: Factors, update: Update, rank: int) -> tuple[float, float, float]:
+def similarities(base: Factors, update: LowRankUpdate, rank: int) -> tuple[float, float, float]:
     """Return the similarity of the update's left vectors with the top, the bottom and random left vectors of W.
 
     The similarity of column-orthonormal A, B (d, r) is ||A'B||_F^2 / r, in [0, 1]. `base` is the full decomposition of

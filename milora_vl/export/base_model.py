@@ -27,7 +27,7 @@ PREFIXED_TOWERS = ("clip_vision_model", "siglip_vision_model")
 AUTO_MAP = {"AutoConfig": "timm_llava.TimmLlavaConfig"}
 
 
-class Base:
+class ExportBase:
     """A base model by name, folder or hub id, or a loaded model. Adapters record its `name`."""
 
     def __init__(
@@ -134,7 +134,7 @@ _FILES = (
 ).split()
 
 
-def copy_processor(source: Path, target: Path, base: Base) -> None:
+def copy_processor(source: Path, target: Path, base: ExportBase) -> None:
     """Copy the processor of a run; what it has not saved, such as the image processor, is that of the base."""
     present = [name for name in _FILES if (source / name).is_file()]
     is_whole = "preprocessor_config.json" in present or "processor_config.json" in present

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from milora_data.encode.templates import BOS, EOS, OWN, TEMPLATES, Template, template_name
 from milora_vl.common.errors import UserError
-from milora_vl.export.base_model import Base, copy_processor, save_model
+from milora_vl.export.base_model import ExportBase, copy_processor, save_model
 from milora_vl.export.request import OutType
 from milora_vl.models.loading import split_processor, weights_folder
 
@@ -44,7 +44,7 @@ def require_scripts(llama_cpp: str | Path | None) -> Path:
     return folder
 
 
-def write_model_folder(model: Any, folder: Path, base: Base, processor: Path) -> None:
+def write_model_folder(model: Any, folder: Path, base: ExportBase, processor: Path) -> None:
     _name_language_model(model.config)
     save_model(model, folder)
     copy_processor(processor, folder, base)
@@ -73,7 +73,7 @@ def _name_language_model(config: Any) -> None:
 
 
 def convert_model(
-    llama_cpp: Path, model_folder: Path, model: nn.Module, base: Base, output: Path, outtype: OutType
+    llama_cpp: Path, model_folder: Path, model: nn.Module, base: ExportBase, output: Path, outtype: OutType
 ) -> list[str]:
     """Write OUTPUT-TYPE.gguf and, for a model of pictures, mmproj-TYPE.gguf next to it. Return the names of the files.
 

@@ -26,7 +26,7 @@ from milora_vl.core.adapter.folders import from_there, moved
 from milora_vl.core.adapter.load import load_adapter
 from milora_vl.core.adapter.sidecar import fitted, locate, new_paths, read_sidecar
 from milora_vl.core.policy.towers import canonical_names, find_towers
-from milora_vl.export.base_model import Base, copy_processor, has_timm_tower, save_model, write_code
+from milora_vl.export.base_model import ExportBase, copy_processor, has_timm_tower, save_model, write_code
 from milora_vl.export.gguf import (
     convert_lora,
     convert_model,
@@ -100,7 +100,7 @@ def export(folder: str | Path, to: str, output_dir: str | Path, options: Options
         nullcontext() if sys.stderr.isatty() else quiet_bars(),
         tempfile.TemporaryDirectory() as scratch,
     ):
-        job = Job(source, kind, options, partial, Exported(target, to, kind, trained_template(source)), rank)
+        job = ExportJob(source, kind, options, partial, Exported(target, to, kind, trained_template(source)), rank)
         if options.scale != 1:
             _write_scaled(job, Path(scratch))
             options = replace(options, initial=None)
@@ -110,7 +110,7 @@ def export(folder: str | Path, to: str, output_dir: str | Path, options: Options
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class ExportJob:
     """One adapter to write. `out` is the folder to write, `result.folder` its final path, `rank` the N of rank-N."""
 
     folder: Path
@@ -130,7 +130,7 @@ class Job:
         named = read_config(self.folder, any_lora=True).base_model_name_or_path
         return from_there(self.folder, SAME_WEIGHTS.get(str(named), str(named))) if named else None
 
-    def read(self, base: Base, needs_base: bool) -> PlainAdapter:
+    def read(self, base: ExportBase, needs_base: bool) -> PlainAdapter:
         """Return the adapter for the unchanged base model.
 
         Module paths are those in `base` if it is an argument or its weights load.
@@ -155,7 +155,7 @@ class Job:
         """Whether the base model is needed to read the adapter."""
         return self.kind == "llava" or self.options.initial is not None
 
-    def merged(self, base: Base) -> tuple[nn.Module, float]:
+    def merged(self, base: ExportBase) -> tuple[nn.Module, float]:
         """Return the base model with the adapter merged, and the largest change of a weight by rounding.
 
         Each layer is merged in float32, and its weight rounded to the data type of the base or the requested one.
@@ -189,7 +189,7 @@ class Job:
             changes.append(_round(parameter, self.options.dtype or dtypes.get(name, parameter.dtype)))
         return merged, max(changes)
 
-    def full_model_loads_with(self, base: Base) -> LoadsWith:
+    def full_model_loads_with(self, base: ExportBase) -> LoadsWith:
         """Return what a written full model needs to load. Raises UserError if `--remote_code` is set without need."""
         if has_timm_tower(base.config):
             return "trust_remote_code" if self.options.remote_code else "milora_vl"
@@ -199,24 +199,24 @@ class Job:
         return "transformers"
 
 
-def _notes(job: Job) -> list[str]:
+def _notes(job: ExportJob) -> list[str]:
     try:
-        return notes_of(job.out, Base(job.base, None).config)
+        return notes_of(job.out, ExportBase(job.base, None).config)
     except UserError:  # an export of our own adapter needs no base
         return ["not checked against servers: the config of the base is not available"]
 
 
-def _write_scaled(job: Job, folder: Path) -> None:
+def _write_scaled(job: ExportJob, folder: Path) -> None:
     require_linear(job.folder)
-    base = Base(job.base, None)
+    base = ExportBase(job.base, None)
     needs_base = job.kind != "ours" or bool(read_plain(job.folder).whole)
     adapter = scaled(job.read(base, needs_base), job.options.scale, base.model if needs_base else None)
     write_ours(replace(adapter, base=base.name), folder)
     copy_processor(job.folder, folder, base)
 
 
-def write_merged(job: Job) -> Exported:
-    base = Base(job.base, job.options.dtype, is_rounded_later=True)
+def write_merged(job: ExportJob) -> Exported:
+    base = ExportBase(job.base, job.options.dtype, is_rounded_later=True)
     loads_with = job.full_model_loads_with(base)
     model, rounding = job.merged(base)
     save_model(model, job.out, job.options.dtype)
@@ -228,8 +228,8 @@ def write_merged(job: Job) -> Exported:
     return replace(job.result, loads_with=loads_with, dtype=", ".join(sorted(dtypes)), rounding=rounding)
 
 
-def write_llava_form(job: Job) -> Exported:
-    base = Base(job.base, job.options.dtype)
+def write_llava_form(job: ExportJob) -> Exported:
+    base = ExportBase(job.base, job.options.dtype)
     if job.kind == "llava":
         adapter = read_llava(job.folder)
         config = json.loads((job.folder / "config.json").read_text(encoding="utf-8"))
@@ -241,8 +241,8 @@ def write_llava_form(job: Job) -> Exported:
     return job.result
 
 
-def write_adapter(job: Job) -> Exported:
-    base, dtype = Base(job.base, job.options.dtype), job.options.dtype
+def write_adapter(job: ExportJob) -> Exported:
+    base, dtype = ExportBase(job.base, job.options.dtype), job.options.dtype
     adapter = job.read(base, needs_base=job.options.with_base or job.kind != "ours")
     total = None
     if dtype is not None:
@@ -253,8 +253,8 @@ def write_adapter(job: Job) -> Exported:
     return replace(job.result, total=total, loads_with=loads_with)
 
 
-def write_rank(job: Job) -> Exported:
-    base = Base(job.base, job.options.dtype)
+def write_rank(job: ExportJob) -> Exported:
+    base = ExportBase(job.base, job.options.dtype)
     adapter = job.read(base, needs_base=job.options.with_base)
     exact = max((low.rank for low in adapter.factors.values()), default=None)
     adapter, losses = recompress(adapter, job.rank, job.options.dtype)
@@ -265,7 +265,7 @@ def write_rank(job: Job) -> Exported:
     return replace(job.result, layers=layers, total=total_error(losses), loads_with=loads_with, exact_rank=exact)
 
 
-def write_gguf(job: Job) -> Exported:
+def write_gguf(job: ExportJob) -> Exported:
     base, outtype = _base_for_llama_cpp(job), job.options.outtype or "f16"
     model, rounding = job.merged(base)
     if rounding:
@@ -277,7 +277,7 @@ def write_gguf(job: Job) -> Exported:
     return job.result
 
 
-def write_gguf_lora(job: Job) -> Exported:
+def write_gguf_lora(job: ExportJob) -> Exported:
     """Write the factors of the language tower as a GGUF LoRA, by llama.cpp's script; `with_base` also the base."""
     base, outtype = _base_for_llama_cpp(job), job.options.outtype or "f32"
     adapter = job.read(base, needs_base=True)
@@ -302,7 +302,7 @@ def write_gguf_lora(job: Job) -> Exported:
     return job.result
 
 
-WRITERS: dict[str, Callable[[Job], Exported]] = {
+WRITERS: dict[str, Callable[[ExportJob], Exported]] = {
     "adapter": write_adapter,
     "merged": write_merged,
     "llava": write_llava_form,
@@ -312,14 +312,14 @@ WRITERS: dict[str, Callable[[Job], Exported]] = {
 }
 
 
-def _base_for_llama_cpp(job: Job) -> Base:
+def _base_for_llama_cpp(job: ExportJob) -> ExportBase:
     """Return the base model of a GGUF export, after checking what its scripts and our writer need."""
     require_scripts(job.options.llama_cpp)
     given = job.base
     if isinstance(given, nn.Module):
         message = "GGUF holds the tokenizer, and the base is a loaded model without one"
         raise UserError(message, where="base", hint="pass the name or folder of the base model")
-    base = Base(given, None)
+    base = ExportBase(given, None)
     if has_clip_tower(base.config):
         require_gguf()
     return base
@@ -339,7 +339,7 @@ def _round(weight: nn.Parameter, dtype: torch.dtype) -> float:
     return 0.0 if exact.dtype == dtype or not exact.numel() else float((exact - weight.data).abs().max())
 
 
-def _convert(job: Job, model: nn.Module, base: Base, name: str, outtype: OutType) -> list[str]:
+def _convert(job: ExportJob, model: nn.Module, base: ExportBase, name: str, outtype: OutType) -> list[str]:
     """Write a model as NAME-TYPE.gguf, with its pictures, through a folder of safetensors that is deleted again."""
     folder = job.out / name
     write_model_folder(model, folder, base, job.folder)
@@ -348,7 +348,7 @@ def _convert(job: Job, model: nn.Module, base: Base, name: str, outtype: OutType
     return files
 
 
-def _write_modelfile(job: Job, files: list[str], adapter: str | None = None) -> None:
+def _write_modelfile(job: ExportJob, files: list[str], adapter: str | None = None) -> None:
     (job.out / "Modelfile").write_text(modelfile(files, job.result.template, adapter), encoding="utf-8")
 
 
@@ -366,13 +366,13 @@ def _language_part(adapter: PlainAdapter, model: nn.Module) -> tuple[PlainAdapte
     return replace(adapter, factors=factors, whole={}), list(dict.fromkeys(outside))
 
 
-def _complete(job: Job, base: Base, folder: Path, loads_with: LoadsWith) -> None:
+def _complete(job: ExportJob, base: ExportBase, folder: Path, loads_with: LoadsWith) -> None:
     copy_processor(job.folder, folder, base)
     if loads_with == "trust_remote_code":
         write_code(folder)
 
 
-def _with_base(job: Job, adapter: PlainAdapter, base: Base) -> tuple[PlainAdapter, LoadsWith | None]:
+def _with_base(job: ExportJob, adapter: PlainAdapter, base: ExportBase) -> tuple[PlainAdapter, LoadsWith | None]:
     """With `with_base`, write a copy of the base that has the fully trained modules, which leave the adapter."""
     if not job.options.with_base:
         return adapter, None
@@ -391,7 +391,7 @@ def _with_base(job: Job, adapter: PlainAdapter, base: Base) -> tuple[PlainAdapte
     return replace(adapter, whole={}, base=str(job.result.folder / "base"), sidecar=sidecar), loads_with
 
 
-def _write_into(adapter: PlainAdapter, base: Base) -> None:
+def _write_into(adapter: PlainAdapter, base: ExportBase) -> None:
     """Write the modules trained in full into the loaded base model. Raises UserError if it has not all of them."""
     _, unknown = base.model.load_state_dict(dict(adapter.whole), strict=False)
     if unknown:

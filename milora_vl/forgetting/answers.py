@@ -66,8 +66,8 @@ def answer_batches(
     """
 
     def path_of(name: str) -> str:
-        place = place_of(image_folder, name)
-        return str(place) if isinstance(place, Path) else place
+        location = place_of(image_folder, name)
+        return str(location) if isinstance(location, Path) else location
 
     asked = [replace(record, turns=(*_until_question(record),)) for record in records]
     paths = [tuple(place_of(image_folder, name) for name in record.images) for record in asked]

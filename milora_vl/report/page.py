@@ -18,7 +18,7 @@ from milora_vl.common.errors import UserError
 from milora_vl.core.policy.rules import label_of
 from milora_vl.report import tables
 from milora_vl.report.plots import plots_of, suites_of
-from milora_vl.report.read_run import Comparison, Json, Run, Score, is_fraction, label, read_run
+from milora_vl.report.read_run import Json, RunFiles, Score, SuiteScores, is_fraction, label, read_run
 from milora_vl.report.repeat import commands
 from milora_vl.report.tables import amount, change, number, percent, points
 
@@ -45,7 +45,7 @@ def write_report(folder: Path) -> Path:
     return write_page(read_run(folder))
 
 
-def write_page(run: Run) -> Path:
+def write_page(run: RunFiles) -> Path:
     """Write the page and the plots of a run and return the path of the page. All text from its files is escaped."""
     page = run.folder / "report.html"
     pages.write(page, pages.render(Path(__file__).with_name("report.html.j2"), _content(run)))
@@ -70,7 +70,7 @@ def regenerate_report(folder: Path) -> None:
         sys.stderr.write(f"report:  {page}\n" if page is not None else "")
 
 
-def _content(run: Run) -> dict[str, Any]:
+def _content(run: RunFiles) -> dict[str, Any]:
     pictures = [thumbnail(Path(line["images"][0]) if line["images"] else None) for line in run.held_out]
     recipe, plots, found = run.folder / "recipe.yaml", plots_of(run), run.headline()
     return {
@@ -100,7 +100,7 @@ def _content(run: Run) -> dict[str, Any]:
     }
 
 
-def title(run: Run) -> str:
+def title(run: RunFiles) -> str:
     model = run.environment.get("model") or run.recipe.get("model") or run.folder.resolve().name
     kinds = dict.fromkeys((str(t["method"]), t.get("protect") or 0.0) for t in run.policy.get("targets", ()))
     adapters = [label_of(*kind) for kind in kinds if kind[0] not in ("full", "frozen")]
@@ -108,7 +108,7 @@ def title(run: Run) -> str:
     return f"{model}, tuned with {names}" if names else str(model)
 
 
-def summary(run: Run) -> str:
+def summary(run: RunFiles) -> str:
     """Return the result in a few sentences: the headline, its gain, and the earlier tasks."""
     found = run.headline()
     if found is None:
@@ -139,13 +139,13 @@ def summary(run: Run) -> str:
     return " ".join(filter(None, [*words, tables.cut(comparison, score.benchmark)]))
 
 
-def _interval(run: Run, score: Score) -> str:
+def _interval(run: RunFiles, score: Score) -> str:
     if run.gain is None or run.gain["low"] is None:
         return "too few questions for an interval"
     return f"95 % interval {points(score.any, run.gain['low'])} to {points(score.any, run.gain['high'])}"
 
 
-def _unevaluated(run: Run) -> str:
+def _unevaluated(run: RunFiles) -> str:
     steps = max((int(entry.get("step", 0)) for entry in run.history), default=0)
     if not steps and not run.environment.get("finished"):
         return "This run has not trained yet."
@@ -170,13 +170,13 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {remaining:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def forgotten(run: Run) -> Json | None:
+def forgotten(run: RunFiles) -> Json | None:
     """Return the forgetting on general text that an evaluation measured; None if none did."""
     measured = (each.after.results.get("forgetting") for each in run.comparisons if each.after)
     return next(filter(None, measured), None)
 
 
-def _suite(comparison: Comparison, plots: Mapping[str, str]) -> dict[str, Any]:
+def _suite(comparison: SuiteScores, plots: Mapping[str, str]) -> dict[str, Any]:
     return {
         "name": comparison.suite,
         "has_before": comparison.before is not None,
@@ -187,7 +187,7 @@ def _suite(comparison: Comparison, plots: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def questions(comparison: Comparison) -> list[Asked]:
+def questions(comparison: SuiteScores) -> list[Asked]:
     before, after = (
         {line["question_key"]: line for line in (side.answers if side else ())}
         for side in (comparison.before, comparison.after)
@@ -195,7 +195,7 @@ def questions(comparison: Comparison) -> list[Asked]:
     return [(before.get(key), after.get(key)) for key in {**after, **before}]
 
 
-def outcomes(comparison: Comparison) -> dict[str, int]:
+def outcomes(comparison: SuiteScores) -> dict[str, int]:
     """Return the number of questions by outcome, over the benchmarks of a suite; empty without scored ones."""
     counts = [entry["outcomes"] for entry in comparison.paired.values() if entry["outcomes"]]
     return {words: sum(each[name] for each in counts) for name, words in OUTCOMES.items()} if counts else {}
@@ -208,20 +208,20 @@ def sample(items: Sequence[Asked], count: int) -> list[Asked]:
     the same share as in all questions.
     """
 
-    def place(item: Asked) -> str:
+    def shuffle(item: Asked) -> str:
         line = item[1] or item[0] or {}
         return hashlib.sha256(line["question_key"].encode()).hexdigest()
 
     def order(item: Asked) -> tuple[Any, ...]:
         line = item[1] or item[0] or {}
         marks = [-1.0 if answer is None or answer["correct"] is None else answer["correct"] for answer in item[::-1]]
-        return str(line.get("type") or line.get("benchmark")), *marks, place(item)
+        return str(line.get("type") or line.get("benchmark")), *marks, shuffle(item)
 
     count, ordered = min(count, len(items)), sorted(items, key=order)
-    return sorted((ordered[(2 * i + 1) * len(items) // (2 * count)] for i in range(count)), key=place)
+    return sorted((ordered[(2 * i + 1) * len(items) // (2 * count)] for i in range(count)), key=shuffle)
 
 
-def gallery(run: Run) -> dict[str, Any] | None:
+def gallery(run: RunFiles) -> dict[str, Any] | None:
     """Return a sample of the questions of the headline's suite, with pictures as data URIs; None without questions."""
     found = run.headline()
     items = questions(found[0]) if found else []
@@ -267,7 +267,7 @@ def _versions(known: Json) -> list[tuple[str, str]]:
     return [(name, str(value)) for name, value in rows if value not in (None, "")]
 
 
-def credits_of(run: Run) -> list[str]:
+def credits_of(run: RunFiles) -> list[str]:
     path = (run.recipe.get("data") or {}).get("path") or []
     folders = [Path(entry["path"]).parent for entry in path] if isinstance(path, list) else [Path(path).parent]
     sides = [side for each in run.comparisons for side in (each.before, each.after) if side]

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from milora_data.pictures.load import data_uri
 from milora_vl.common.atomic_write import write_text
-from milora_vl.report.read_run import Json, Run, Score, is_fraction, label
+from milora_vl.report.read_run import Json, RunFiles, Score, is_fraction, label
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -61,7 +61,7 @@ def draw(folder: Path, name: str, figure: Figure) -> str:
     return data_uri(image, "image/png")
 
 
-def plots_of(run: Run) -> dict[str, str]:
+def plots_of(run: RunFiles) -> dict[str, str]:
     """Draw the plots that the run's files allow into its folder plots/, and return them as URIs.
 
     `loss`, `forgetting`, `suite`, `protection` for protected inputs, `scores-SUITE`.

@@ -16,7 +16,7 @@ import yaml
 
 from milora_vl.common.atomic_write import json_lines
 from milora_vl.common.errors import UserError
-from milora_vl.common.evaluator import evaluator
+from milora_vl.common.evaluator_protocol import evaluator
 
 Json = Mapping[str, Any]
 RESTORE = "restore the files of the run, or move the damaged one away for a report without it"
@@ -59,7 +59,7 @@ class Score:
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class SuiteScores:
     """The evaluations of a suite before and after training."""
 
     suite: str
@@ -80,8 +80,8 @@ class Comparison:
         """Return the compared metrics, then those of benchmarks that one model alone has answered."""
         paired, known = self.paired, set(self.paired)
         pairs = [(name, pair) for name, entry in paired.items() for pair in entry["pairs"] if not pair["b"]["detail"]]
-        places = {name: place for place, name in enumerate(paired)}
-        pairs.sort(key=lambda pair: (places[pair[0]], pair[1]["b"]["name"] != paired[pair[0]]["headline"]))
+        order = {name: number for number, name in enumerate(paired)}
+        pairs.sort(key=lambda pair: (order[pair[0]], pair[1]["b"]["name"] != paired[pair[0]]["headline"]))
         found = [Score(name, pair["a"], pair["b"]) for name, pair in pairs]
         for which, side in (("after", self.after), ("before", self.before)):
             own = [(entry["name"], metric) for entry, metric in (side.metrics() if side else ())]
@@ -97,7 +97,7 @@ class Comparison:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class RunFiles:
     """The content of a run folder; `earlier` has scores of the runs that it came after."""
 
     folder: Path
@@ -105,12 +105,12 @@ class Run:
     environment: Json = field(default_factory=dict)
     policy: Json = field(default_factory=dict)
     history: tuple[Json, ...] = ()
-    comparisons: tuple[Comparison, ...] = ()
+    comparisons: tuple[SuiteScores, ...] = ()
     forgetting: Json = field(default_factory=dict)
     earlier: tuple[tuple[Path, Score], ...] = ()
     held_out: tuple[Json, ...] = ()  # the records with the highest loss, highest first
 
-    def headline(self) -> tuple[Comparison, Score] | None:
+    def headline(self) -> tuple[SuiteScores, Score] | None:
         """Return the score to show first: of what no earlier run was asked, or else of what has gained most since."""
         gains = {
             score.benchmark: score.after["value"] - score.before["value"] if score.before and score.after else 0.0
@@ -144,7 +144,7 @@ def is_fraction(metric: Json) -> bool:
     return bool(metric.get("unit", "fraction") == "fraction")
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path) -> RunFiles:
     if not any((folder / name).exists() for name in _KNOWN):
         found = "contains no file of a run" if folder.is_dir() else "is not a folder"
         hint = (
@@ -153,7 +153,7 @@ def read_run(folder: Path) -> Run:
         )
         raise UserError(found if folder.exists() else "no such folder", where=str(folder), hint=hint)
     comparisons = tuple(_comparisons(folder / "eval"))
-    return Run(
+    return RunFiles(
         folder=folder,
         recipe=_read(folder / "recipe.yaml", {}) or {},
         environment=_read(folder / "environment.json", {}),
@@ -171,7 +171,7 @@ def tasks_of(folder: Path) -> list[Json]:
     return list(_read(folder / "milora.json", {}).get("tasks", ()))
 
 
-def _comparisons(folder: Path) -> Iterator[Comparison]:
+def _comparisons(folder: Path) -> Iterator[SuiteScores]:
     """Yield one comparison per suite: the base model with the final model, or else with its latest checkpoint."""
     for suite in sorted({file.parent.parent for file in folder.glob("**/*/results.json")}):
         folders = {path.parent.name: path.parent for path in suite.glob("*/results.json")}
@@ -180,7 +180,7 @@ def _comparisons(folder: Path) -> Iterator[Comparison]:
         before = _evaluation(folders["base"]) if "base" in folders else None
         after = _evaluation(folders[latest]) if latest else None
         if before or after:
-            yield Comparison(suite.relative_to(folder).as_posix(), before, after)
+            yield SuiteScores(suite.relative_to(folder).as_posix(), before, after)
 
 
 def _step(name: str) -> int:
@@ -192,7 +192,7 @@ def _evaluation(folder: Path) -> Evaluation:
     return Evaluation(folder.name, _read(folder / "results.json", {}), tuple(json_lines(folder / "predictions.jsonl")))
 
 
-def _earlier(folder: Path, comparisons: Sequence[Comparison]) -> Iterator[tuple[Path, Score]]:
+def _earlier(folder: Path, comparisons: Sequence[SuiteScores]) -> Iterator[tuple[Path, Score]]:
     """Yield the scores that earlier runs had, and this run's on the same questions; the first run of each set alone."""
     known = set[Any]()
     for run in [Path(task["run"]) for task in tasks_of(folder)[:-1]]:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from milora_vl.common.cli.console import command_line
-from milora_vl.common.evaluator import EvaluationRequest, QuestionSet, evaluator
+from milora_vl.common.evaluator_protocol import EvaluationRequest, QuestionSet, evaluator
 from milora_vl.core.adapter.checkpoints import holds_weights, newest_checkpoint
 from milora_vl.core.adapter.folders import has_config, holds_text_model
-from milora_vl.report.read_run import Json, Run, tasks_of
+from milora_vl.report.read_run import Json, RunFiles, tasks_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class Commands:
     earlier: tuple[str, ...] = ()  # evaluate this run on the tasks of earlier ones that have no score yet
 
 
-def commands(run: Run) -> Commands:
+def commands(run: RunFiles) -> Commands:
     # The run's own weights, or its newest checkpoint while the run is unfinished.
     weights = run.folder if holds_weights(run.folder) else newest_checkpoint(run.folder) or run.folder
     base = str(run.environment.get("model") or run.recipe.get("model") or "MODEL")
@@ -101,7 +101,7 @@ def is_file(suite: str) -> bool:
     return Path(suite).suffix in (".json", ".jsonl")
 
 
-def _last_questions(run: Run) -> tuple[QuestionSet, str | None]:
+def _last_questions(run: RunFiles) -> tuple[QuestionSet, str | None]:
     """Return the questions and the data type of the last evaluation, whose answers another one can reuse.
 
     Without one, the questions are those that the recipe names.
@@ -122,7 +122,7 @@ def _last_questions(run: Run) -> tuple[QuestionSet, str | None]:
     return QuestionSet(run.comparisons[0].suite, str(planned.get("data") or records), limit), dtype
 
 
-def _picture(run: Run) -> str | Path:
+def _picture(run: RunFiles) -> str | Path:
     sides = [side for each in run.comparisons for side in (each.after, each.before) if side]
     files = (Path(line["image_file"]) for side in sides for line in side.answers if line.get("image_file"))
     if (file := next(files, None)) is None:

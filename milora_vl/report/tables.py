@@ -8,7 +8,7 @@ from typing import Any
 
 from milora_vl.common.cli.table import Table
 from milora_vl.core.policy.rules import label_of, what_trains
-from milora_vl.report.read_run import Comparison, Json, Run, Score, in_units, is_fraction, label, tasks_of
+from milora_vl.report.read_run import Json, RunFiles, Score, SuiteScores, in_units, is_fraction, label, tasks_of
 
 
 def percent(share: float) -> str:
@@ -67,7 +67,7 @@ def lowered_shares(policy: Json) -> str:
     )
 
 
-def score_tables(comparison: Comparison) -> list[Table]:
+def score_tables(comparison: SuiteScores) -> list[Table]:
     """Return one table per benchmark, headline first, with a column of notes if any score has one."""
     tables = []
     after = comparison.after.which if comparison.after else "final"
@@ -90,7 +90,7 @@ def score_tables(comparison: Comparison) -> list[Table]:
     return tables
 
 
-def _about(comparison: Comparison, benchmark: str) -> str:
+def _about(comparison: SuiteScores, benchmark: str) -> str:
     """Return the caption of a table: benchmark, version, split and protocol, and the answers that were cut."""
     entry = comparison.benchmark(benchmark)
     parts = [f"{benchmark}, version {entry['version']}" if entry.get("version") else benchmark]
@@ -102,23 +102,23 @@ def _about(comparison: Comparison, benchmark: str) -> str:
     )
 
 
-def cut(comparison: Comparison, benchmark: str) -> str:
+def cut(comparison: SuiteScores, benchmark: str) -> str:
     """Return how many answers were cut at the token limit, in one sentence; empty if none was."""
     parts = []
     paired = comparison.paired.get(benchmark)
-    for place, side in enumerate((comparison.before, comparison.after)):
+    for number, side in enumerate((comparison.before, comparison.after)):
         entry = next((each for each in side.results["benchmarks"] if each["name"] == benchmark), None) if side else None
         if side is None or entry is None:
             continue
-        num_cut, num = (paired["cut"][place], paired["n"]) if paired else (entry.get("truncated"), entry["n"])
+        num_cut, num = (paired["cut"][number], paired["n"]) if paired else (entry.get("truncated"), entry["n"])
         if num_cut:
             limit = side.results["generation"]["max_new_tokens"][benchmark]
-            who = ("the base model", "the fine-tuned model")[place]
+            who = ("the base model", "the fine-tuned model")[number]
             parts.append(f"{num_cut:,} of the {num:,} answers of {who} were cut at {limit:,} tokens")
     return f"{' and '.join(parts)}." if parts else ""
 
 
-def earlier_table(run: Run) -> Table:
+def earlier_table(run: RunFiles) -> Table:
     """Return a table with one row per benchmark of the earlier runs; without rows if the run came after none."""
     rows = tuple(
         (str(folder), score.benchmark, number(score.before), number(score.after), change(score))
@@ -128,7 +128,7 @@ def earlier_table(run: Run) -> Table:
     return Table(("earlier run", "benchmark", "its score", "after this run", "change"), rows, caption)
 
 
-def tasks_table(run: Run) -> Table:
+def tasks_table(run: RunFiles) -> Table:
     """Return a table with one row per task whose update the run holds; without rows unless it came after others."""
     rows = []
     for task in tasks_of(run.folder):
@@ -144,7 +144,7 @@ def tasks_table(run: Run) -> Table:
     return Table(("run", "data", "records", "what trained"), tuple(rows), caption)
 
 
-def policy_table(run: Run) -> Table:
+def policy_table(run: RunFiles) -> Table:
 
     def settings(target: Json) -> tuple[Any, ...]:
         numbers = (target.get(name) or 0.0 for name in ("rank", "alpha", "learning_rate", "protect"))
@@ -174,7 +174,7 @@ def _rate(rate: float) -> str:
     return text.replace("e-0", "e-") if rate else "–"
 
 
-def protection_table(run: Run) -> Table:
+def protection_table(run: RunFiles) -> Table:
     """Return a table with one row per tower that protects inputs; without rows if none does."""
     towers = {str(t["path"]): str(t["tower"]) for t in run.policy.get("targets", ())}
     entries = sorted(run.policy.get("protection", {}).items(), key=lambda entry: towers[entry[0]])

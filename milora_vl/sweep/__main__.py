@@ -20,7 +20,7 @@ from milora_vl.common.cli.console import amount, next_step, run
 from milora_vl.common.cli.parser import Command, flag, option, positive, shared
 from milora_vl.common.cli.table import show
 from milora_vl.common.errors import Problem, UserError, collected
-from milora_vl.common.evaluator import QuestionSet
+from milora_vl.common.evaluator_protocol import QuestionSet
 from milora_vl.sweep import page
 from milora_vl.sweep.cells import Cell, make_cells, recipe_of
 from milora_vl.sweep.runner import Sweep, alone, run_cells, usable_cores

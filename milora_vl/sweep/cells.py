@@ -19,7 +19,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "milora-paper": {"method": "milora", "protect": 0.0},
 }
 CellNumbers = Mapping[str, Any]
-"""What a finished cell has measured, and its place among the cells: the columns of cells.csv."""
+"""What a finished cell has measured, and which cell it is: the columns of cells.csv."""
 _EDITS = ("method", "protect", "rank", "alpha", "dropout")
 
 

@@ -16,7 +16,7 @@ from milora_vl.core.policy.rules import label_of
 from milora_vl.report.plots import GREY, PAPER, colours_of, draw, marks_of, page_figure, write_csv
 from milora_vl.sweep.cells import Cell, CellNumbers
 from milora_vl.sweep.curves import equal_loss_table, ratios_to
-from milora_vl.sweep.results import Answers, Arm, Mean, Pair, arms, pairs
+from milora_vl.sweep.results import Answers, Arm, ArmDifference, SeedMean, arms, pairs
 from milora_vl.sweep.runner import Sweep
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def arms_table(compared: Compared, all_arms: Sequence[Arm]) -> Table:
     )
 
 
-def pairs_table(compared: Sequence[Pair]) -> Table:
+def pairs_table(compared: Sequence[ArmDifference]) -> Table:
     rows = []
     for pair in compared:
         found = pair.difference
@@ -220,7 +220,7 @@ def rates_figure(all_arms: Sequence[Arm]) -> Figure:
         axes = figure.subplots(1, 3)
         for axis, field in zip(axes, ("validation", "score", "forgetting"), strict=True):
             for arm in all_arms:
-                means: list[Mean] = [getattr(point, field) for point in arm.points]
+                means: list[SeedMean] = [getattr(point, field) for point in arm.points]
                 axis.errorbar(
                     [p.learning_rate for p in arm.points], [m.value for m in means], yerr=[m.half or 0 for m in means],
                     color=colours[arm.label], marker=marks[arm.label], ms=5, lw=1.4, elinewidth=0.8, label=arm.label,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from milora_eval.stats import Difference, paired_difference
+from milora_eval.stats import PairedDifference, paired_difference
 from milora_vl.sweep.cells import Cell, CellNumbers
 
 # The test items of a cell: key of the question -> score, group (usually the picture: not independent), benchmark.
@@ -17,7 +17,7 @@ _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
 @dataclass(frozen=True, slots=True)
-class Mean:
+class SeedMean:
     """A mean over seeds with half the width of its 95 % interval (Student's t); None for a single seed."""
 
     value: float
@@ -36,9 +36,9 @@ class Point:
     method: str
     rank: int | None
     learning_rate: float
-    validation: Mean
-    score: Mean
-    forgetting: Mean
+    validation: SeedMean
+    score: SeedMean
+    forgetting: SeedMean
     seeds: tuple[int, ...]
 
     def cell(self, seed: int) -> Cell:
@@ -56,14 +56,14 @@ class Arm:
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
+class ArmDifference:
     a: str
     b: str
-    difference: Difference
+    difference: PairedDifference
     seeds: int
 
 
-def mean_of(values: Sequence[float]) -> Mean:
+def mean_of(values: Sequence[float]) -> SeedMean:
     """Return the mean and half its 95 % interval.
 
     >>> mean_of([1.0, 2.0, 3.0]).text
@@ -72,10 +72,10 @@ def mean_of(values: Sequence[float]) -> Mean:
     n = len(values)
     centre = math.fsum(values) / n
     if n < 2:
-        return Mean(centre, None, n)
+        return SeedMean(centre, None, n)
     spread = math.sqrt(math.fsum((value - centre) ** 2 for value in values) / (n - 1))
     t = _T95[n - 2] if n - 2 < len(_T95) else 1.95996 + 2.3723 / (n - 1) + 2.8225 / (n - 1) ** 2
-    return Mean(centre, t * spread / math.sqrt(n), n)
+    return SeedMean(centre, t * spread / math.sqrt(n), n)
 
 
 def arms(results: Mapping[Cell, CellNumbers], seeds: int) -> list[Arm]:
@@ -101,7 +101,7 @@ def _point(cells: Sequence[Cell], results: Mapping[Cell, CellNumbers]) -> Point:
     return Point(method, rank, rate, validation, score, forgetting, tuple(sorted(cell.seed for cell in cells)))
 
 
-def pairs(all_arms: Sequence[Arm], answers: Answers) -> list[Pair]:
+def pairs(all_arms: Sequence[Arm], answers: Answers) -> list[ArmDifference]:
     known = [(arm.label, arm.best) for arm in all_arms if arm.best is not None]
     found = []
     for label, best in known[1:]:
@@ -112,7 +112,7 @@ def pairs(all_arms: Sequence[Arm], answers: Answers) -> list[Pair]:
         if ids:
             values, groups, benchmarks = zip(*(a[item] for item in ids), strict=True)
             difference = paired_difference(values, [b[item][0] for item in ids], benchmarks, groups)
-            found.append(Pair(first, label, difference, len(common)))
+            found.append(ArmDifference(first, label, difference, len(common)))
     return found
 
 

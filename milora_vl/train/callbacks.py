@@ -28,7 +28,7 @@ from transformers import (
 
 from milora_data.batches.record_collator import RecordCollator
 from milora_vl.common.cli.console import amount
-from milora_vl.common.evaluator import TrainingQuestions, evaluator
+from milora_vl.common.evaluator_protocol import TrainingQuestions, evaluator
 from milora_vl.core.adapter.anchored import fixed_names
 from milora_vl.core.adapter.folders import EARLIER
 from milora_vl.core.adapter.lora import base_model_of

@@ -30,7 +30,7 @@ from milora_data.stream import within
 from milora_vl.common.cli.console import command_line
 from milora_vl.common.cli.screen import Screen
 from milora_vl.common.errors import DataError, UserError, first_line
-from milora_vl.common.evaluator import EvaluationRequest, QuestionSet, evaluator
+from milora_vl.common.evaluator_protocol import EvaluationRequest, QuestionSet, evaluator
 from milora_vl.common.progress import progress_bar
 from milora_vl.core.adapter import checkpoints
 from milora_vl.core.adapter.checkpoints import WEIGHTS

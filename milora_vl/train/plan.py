@@ -40,7 +40,7 @@ from milora_vl.common.cli.console import amount, beside, command_line, did_you_m
 from milora_vl.common.cli.screen import Screen
 from milora_vl.common.cli.table import drawn
 from milora_vl.common.errors import Key, Problem, UserError, at_flag, collected, first_line
-from milora_vl.common.evaluator import QuestionSet, evaluator
+from milora_vl.common.evaluator_protocol import QuestionSet, evaluator
 from milora_vl.common.yaml_text import read_file
 from milora_vl.core.adapter import checkpoints
 from milora_vl.core.adapter.checkpoints import is_sharded, num_processes, read_environment, step_of, zero_stage

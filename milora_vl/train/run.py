@@ -27,7 +27,7 @@ from milora_data.encode.templates import OWN, render_chat_template
 from milora_data.encode.tokens import remember_legacy
 from milora_vl.common.cli.screen import Screen
 from milora_vl.common.errors import UserError
-from milora_vl.common.evaluator import TrainingQuestions
+from milora_vl.common.evaluator_protocol import TrainingQuestions
 from milora_vl.core.adapter import checkpoints
 from milora_vl.core.adapter.earlier import joined_rank, read_earlier
 from milora_vl.core.weights.distributed import gather_objects, rank_and_world_size

@@ -52,7 +52,7 @@ class AnswerTask:
     ) -> None:
         self.base, self.collator, self.train = base, collator, train
         self.lengths = lengths_of(train, collator)
-        self.calibrated: Calibration | None = None  # in place of the base's own texts
+        self.calibrated: Calibration | None = None  # instead of the base's own texts
         self.validation, self.test = self._by_length(validation), self._by_length(test)
         text = text_batches(general_text(), collator.tokenizer, num_tokens=TOKENS, block_length=256, batch_size=4)
         with torch.no_grad():  # predictions of the base model (n, vocabulary), the reference for all trainings
@@ -84,7 +84,7 @@ class AnswerTask:
         for epoch in count():
             order = sampler.order(epoch)
             for start in range(0, len(order) - batch_size + 1, batch_size):
-                yield self.collator([self.train[place] for place in order[start : start + batch_size]])
+                yield self.collator([self.train[index] for index in order[start : start + batch_size]])
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """Return the mean loss of the answer tokens, in the data type that is fastest here, as in the demo."""
@@ -173,7 +173,7 @@ class AnswerTask:
     def _by_length(self, records: Sequence[Record]) -> list[Record]:
         """Return the records sorted by length, for less padding."""
         lengths = lengths_of(records, self.collator)
-        return [records[place] for place in sorted(range(len(records)), key=lengths.__getitem__)]
+        return [records[index] for index in sorted(range(len(records)), key=lengths.__getitem__)]
 
 
 @contextmanager

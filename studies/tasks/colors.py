@@ -20,7 +20,7 @@ def named_hues() -> list[tuple[str, str]]:
     """Return unique names with lightness and hue, in a fixed random order."""
     named = sorted((name.removeprefix("xkcd:"), _hue(*to_rgb(value))) for name, value in XKCD_COLORS.items())
     order = torch.randperm(len(named), generator=torch.Generator().manual_seed(0)).tolist()
-    return [named[place] for place in order]
+    return [named[index] for index in order]
 
 
 def _hue(red: float, green: float, blue: float) -> str:

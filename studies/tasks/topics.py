@@ -35,4 +35,4 @@ def _named() -> list[tuple[str, str, str]]:
     members = Counter(topic for topic, _ in named.values())
     kept = sorted((name, topic, group) for name, (topic, group) in named.items() if members[topic] >= MIN_MEMBERS)
     order = torch.randperm(len(kept), generator=torch.Generator().manual_seed(0)).tolist()
-    return [kept[place] for place in order]
+    return [kept[index] for index in order]

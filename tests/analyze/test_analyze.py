@@ -19,7 +19,7 @@ from milora_vl import Policy, apply_milora, load_model, merge
 from milora_vl.analyze import measures
 from milora_vl.analyze.__main__ import main
 from milora_vl.analyze.layers import layers_of, rows_of
-from milora_vl.analyze.measures import Update
+from milora_vl.analyze.measures import LowRankUpdate
 from milora_vl.core.svd import decompose
 from milora_vl.core.weights.matrices import read_matrix
 from support.adapter_cases import move
@@ -161,7 +161,7 @@ def test_amplification_of_a_scaled_part_is_its_scale(shape: tuple[int, int], see
     """dW = c W_part: U and V are W's own, so that ||U'dWV|| = c ||W_part|| and the factor is c, whatever the part."""
     W = randn(*shape, seed=seed)
     f = decompose(W, 2, part)
-    update = Update.from_factors(c * f.U * f.S, f.Vh)
+    update = LowRankUpdate.from_factors(c * f.U * f.S, f.Vh)
     of_update, of_base = measures.amplification(W, update, 2)
     held = float(f.S.square().sum().sqrt())
     assert (of_update, of_base) == (pytest.approx(c * held, rel=1e-6), pytest.approx(held, rel=1e-6))
@@ -176,7 +176,7 @@ def test_the_formula_of_the_definition() -> None:
     W, change = randn(9, 6), randn(9, 6, seed=3)
     U, _, Vh = torch.linalg.svd(change, full_matrices=False)
     expected = [float(torch.linalg.norm(U[:, :3].T @ M @ Vh[:3].T)) for M in (change, W)]
-    assert measures.amplification(W, Update.from_matrix(change, 3), 3) == pytest.approx(tuple(expected))
+    assert measures.amplification(W, LowRankUpdate.from_matrix(change, 3), 3) == pytest.approx(tuple(expected))
 
 
 def test_the_papers_random_column_is_the_expectation() -> None:
@@ -198,7 +198,7 @@ def similarity(A: Tensor, B: Tensor) -> float:
 def test_similarities_are_those_of_the_definition(shape: tuple[int, int]) -> None:
     W, r = randn(*shape), 2
     whole = decompose(W, min(shape), "principal")
-    update = Update.from_factors(randn(shape[0], 3, seed=1), randn(3, shape[1], seed=2))
+    update = LowRankUpdate.from_factors(randn(shape[0], 3, seed=1), randn(3, shape[1], seed=2))
     top, bottom, rest = measures.similarities(whole, update, r)
     U = torch.linalg.svd(W, full_matrices=False).U
     own = update.U[:, :r].double()
@@ -223,10 +223,10 @@ def test_an_intruder_is_a_direction_that_was_not_there() -> None:
 
 def test_factors_and_matrix_give_the_same_update() -> None:
     B, A = randn(7, 3), randn(3, 9, seed=1)
-    low, whole = Update.from_factors(B, A), Update.from_matrix(B @ A, 5)
+    low, whole = LowRankUpdate.from_factors(B, A), LowRankUpdate.from_matrix(B @ A, 5)
     assert (len(low.S), len(whole.S)) == (3, 3)
     torch.testing.assert_close(low.S, whole.S)
     torch.testing.assert_close(low.U * low.S @ low.Vh, B @ A)
-    assert Update.from_factors(torch.zeros(4, 2), randn(2, 4)).S.numel() == 0
+    assert LowRankUpdate.from_factors(torch.zeros(4, 2), randn(2, 4)).S.numel() == 0
     assert measures.moved(A, A) == pytest.approx(1)
     assert measures.moved(A, torch.zeros(3)) is None

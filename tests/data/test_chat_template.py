@@ -91,7 +91,7 @@ def test_ids_with_pictures_are_those_of_the_processor(tmp_path: Path) -> None:
 
 
 def test_answers_of_another_chat_template_are_not_taken_for_the_same(tmp_path: Path) -> None:
-    from milora_eval.evaluate import settings
+    from milora_eval.run_suite import settings
 
     model, tokenizer = load_model(write_text_model(tmp_path))
     other = with_template(tokenizer, TINY.replace("[assistant]", "[you]"))

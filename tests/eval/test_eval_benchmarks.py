@@ -15,7 +15,7 @@ from milora_eval.answers.store import read_lines
 from milora_eval.benchmark import Answer
 from milora_eval.benchmarks.math_answers import is_equivalent
 from milora_eval.data_files import load_items, read_excel
-from milora_eval.suites import BENCHMARKS, find_benchmark, folder_of, has_files
+from milora_eval.registry import BENCHMARKS, find_benchmark, folder_of, has_files
 from milora_vl.common.errors import DataError
 from milora_vl.models.generate import Prompt, prompt_ids
 from support import official_data

@@ -17,10 +17,10 @@ from milora_eval.__main__ import main
 from milora_eval.answers.questions import Question, select, shard_of
 from milora_eval.benchmark import Item
 from milora_eval.benchmarks.emoji import Emoji
-from milora_eval.suites import BENCHMARKS, choose
-from milora_vl.common import evaluator
+from milora_eval.registry import BENCHMARKS, choose
+from milora_vl.common import evaluator_protocol
 from milora_vl.common.errors import UserError
-from milora_vl.common.evaluator import EvaluationRequest, QuestionSet
+from milora_vl.common.evaluator_protocol import EvaluationRequest, QuestionSet
 from support.eval_questions import write_questions
 from support.problems import raises_code
 
@@ -215,19 +215,19 @@ def test_the_results_of_many_benchmarks_have_a_name_that_a_folder_can_have() -> 
 
 
 def test_a_package_without_a_registered_evaluator_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluator, "GROUP", "milora_vl.nobody")
+    monkeypatch.setattr(evaluator_protocol, "GROUP", "milora_vl.nobody")
     with raises_code("evaluator-missing", message="none", hint="install"):
-        evaluator.evaluator()
+        evaluator_protocol.evaluator()
 
 
 def test_two_evaluators_are_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = tmp_path / "other-1.dist-info"
     other.mkdir()
     (other / "METADATA").write_text("Metadata-Version: 2.1\nName: other\nVersion: 1\n")
-    (other / "entry_points.txt").write_text(f"[{evaluator.GROUP}]\nother = other.scores\n")
+    (other / "entry_points.txt").write_text(f"[{evaluator_protocol.GROUP}]\nother = other.scores\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     with raises_code("evaluator-missing", message="other.scores"):
-        evaluator.evaluator()
+        evaluator_protocol.evaluator()
 
 
 def test_a_run_that_trained_the_whole_model_is_evaluated_beside_its_base(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from milora_eval.answers.store import Store, to_line
 from milora_eval.benchmark import Answer, Item
 from milora_eval.benchmarks.emoji import Emoji
 from milora_eval.benchmarks.pope import POPE
+from milora_eval.registry import find_benchmark
 from milora_eval.scores.compare import Pair, compare
 from milora_eval.scores.results import numbers, read_results, write_results
 from milora_eval.scores.table import write_tables
@@ -30,7 +31,6 @@ from milora_eval.stats import (
     stratified_mean,
     stratified_stderr,
 )
-from milora_eval.suites import find_benchmark
 from milora_vl.common.errors import UserError
 from milora_vl.report.read_run import read_run
 from milora_vl.report.tables import change, score_tables

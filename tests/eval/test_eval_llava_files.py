@@ -14,8 +14,8 @@ import pytest
 from milora_eval.__main__ import main
 from milora_eval.benchmark import Answer, Item
 from milora_eval.benchmarks.llava_prompts import SHORT
+from milora_eval.registry import find_benchmark, folder_of
 from milora_eval.scores.exports import join, write_llava_files
-from milora_eval.suites import find_benchmark, folder_of
 from support import official_data
 from support.problems import raises_code
 

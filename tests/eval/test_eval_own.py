@@ -14,7 +14,7 @@ import pytest
 from milora_eval.__main__ import main
 from milora_eval.benchmark import Answer
 from milora_eval.benchmarks.own_data import OwnData
-from milora_eval.evaluate import Suites
+from milora_eval.run_suite import TrainingSuites
 from milora_vl.common.errors import UserError
 from support.drawn import draw
 from support.problems import raises_code
@@ -120,7 +120,7 @@ def test_two_files_of_one_name_are_asked_in_one_call(tmp_path: Path) -> None:
     assert names(tmp_path / "out", "de-eval+ll-eval") == ["de-eval", "ll-eval"]
     assert main(["run", "--model", "tiny", "--benchmarks", f"{de},{ll}", *output]) == 0
     assert len(list((tmp_path / "out" / "eval").iterdir())) == 1
-    suites = Suites({str(de): None, str(ll): None}, 5, template="vicuna_v1", image_aspect_ratio="pad")
+    suites = TrainingSuites({str(de): None, str(ll): None}, 5, template="vicuna_v1", image_aspect_ratio="pad")
     assert suites.names == ("de-eval", "ll-eval")
     with pytest.raises(UserError, match="listed twice"):
         main(["run", "--model", "tiny", "--benchmarks", f"{de},{de}", *output])

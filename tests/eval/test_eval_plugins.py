@@ -29,8 +29,8 @@ from milora_eval.answers.runner import loglikelihoods
 from milora_eval.benchmarks.plain_sets import AI2D
 from milora_eval.data_files import write_excel
 from milora_eval.lm_eval import main as lm_eval_main
+from milora_eval.registry import find_benchmark, folder_of
 from milora_eval.scores.exports import read_predictions
-from milora_eval.suites import find_benchmark, folder_of
 from milora_eval.vlmevalkit import LONGEST, milora_vlm, register
 from milora_vl.interop.load_model import load_model
 from milora_vl.models.generate import LlavaReader, Prompt, generate

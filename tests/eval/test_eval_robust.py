@@ -11,7 +11,7 @@ from milora_eval.benchmark import Item
 from milora_eval.benchmarks import math_answers
 from milora_eval.benchmarks.own_data import METRICS
 from milora_eval.data_files import load_items
-from milora_eval.suites import BENCHMARKS, find_benchmark, folder_of
+from milora_eval.registry import BENCHMARKS, find_benchmark, folder_of
 from support import official_data
 from support.problems import raises_code
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from milora_eval import evaluate as evaluation
+from milora_eval import run_suite as evaluation
 from milora_eval.answers.questions import EvaluationPlan, read_items
 from milora_eval.answers.store import read_lines
 from milora_eval.benchmarks.emoji import Emoji

@@ -13,9 +13,9 @@ from milora_eval import stats
 from milora_eval.__main__ import main
 from milora_eval.answers.store import Store, to_line
 from milora_eval.benchmark import MissingData
+from milora_eval.registry import SUITES, find_benchmark, folder_of
 from milora_eval.scores.compare import compare
 from milora_eval.scores.results import numbers, read_results, write_results
-from milora_eval.suites import SUITES, find_benchmark, folder_of
 from support import official_data
 
 pytestmark = pytest.mark.usefixtures("picture_cache")

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from milora_eval import evaluator as registered
-from milora_vl.common import evaluator
+from milora_vl.common import evaluator_protocol
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = {
@@ -71,7 +71,7 @@ def test_it_registers_its_evaluator(wheel: zipfile.ZipFile) -> None:
     (name,) = [name for name in wheel.namelist() if name.endswith(".dist-info/entry_points.txt")]
     groups = configparser.ConfigParser()
     groups.read_string(wheel.read(name).decode())
-    assert dict(groups[evaluator.GROUP]) == {"milora_eval": registered.__name__}
+    assert dict(groups[evaluator_protocol.GROUP]) == {"milora_eval": registered.__name__}
 
 
 def test_the_licence_travels_with_it(wheel: zipfile.ZipFile, metadata: Message) -> None:

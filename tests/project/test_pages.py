@@ -19,7 +19,7 @@ from milora_data.__main__ import main as data
 from milora_data.pictures.load import fitting, small
 from milora_eval.__main__ import main as evaluation
 from milora_vl.common.cli import page as render
-from milora_vl.common.evaluator import QuestionSet
+from milora_vl.common.evaluator_protocol import QuestionSet
 from milora_vl.report.page import write_report
 from milora_vl.sweep import page as sweep_page
 from milora_vl.sweep.cells import make_cells

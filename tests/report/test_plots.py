@@ -10,14 +10,14 @@ import pytest
 from PIL import Image
 
 from milora_vl.report import plots
-from milora_vl.report.read_run import Run, Score, read_run
+from milora_vl.report.read_run import RunFiles, Score, read_run
 from support.fake_run import log_history, make_run
 
 pytestmark = pytest.mark.usefixtures("real_plots")
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunFiles:
     return read_run(make_run(tmp_path_factory.mktemp("plots") / "run", num_questions=40))
 
 
@@ -28,7 +28,7 @@ def opened(figure: Any) -> Image.Image:
         return Image.open(io.BytesIO(plots.png(figure)))
 
 
-def test_every_plot_is_as_wide_as_the_page(run: Run) -> None:
+def test_every_plot_is_as_wide_as_the_page(run: RunFiles) -> None:
     for figure in (plots.loss_figure(run.history), plots.scores_figure(run.comparisons[0].scores())):
         assert opened(figure).width == round(200 * plots.WIDTH)
 
@@ -42,7 +42,7 @@ def test_short_and_odd_runs_can_be_drawn() -> None:
     opened(plots.scores_figure([Score("pope", whole, None)]))
 
 
-def test_a_run_with_protected_inputs_shows_their_share(run: Run, tmp_path: Path) -> None:
+def test_a_run_with_protected_inputs_shows_their_share(run: RunFiles, tmp_path: Path) -> None:
     path = "model.language_model.layers.{}.mlp.up_proj"
     inputs = {"directions": 5, "inputs": 9, "energy": 0.95, "held_out": 0.8, "kept": 0.1, "overlap": 0.0}
     policy = {

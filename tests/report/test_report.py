@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard
 from milora_eval.scores.compare import store_comparison
 from milora_eval.scores.results import numbers
 from milora_vl.common.errors import UserError
-from milora_vl.common.evaluator import QuestionSet
+from milora_vl.common.evaluator_protocol import QuestionSet
 from milora_vl.report import model_card
 from milora_vl.report.__main__ import main as report_main
 from milora_vl.report.page import Asked, credits_of, questions, regenerate_report, sample, summary, write_report

@@ -68,7 +68,7 @@ def write_benchmarks(folder: Path) -> None:
     from pandas import DataFrame
 
     from milora_eval.data_files import write_excel
-    from milora_eval.suites import find_benchmark, folder_of
+    from milora_eval.registry import find_benchmark, folder_of
 
     evaluated = official_data.write_all(folder / "playground" / "data" / "eval")
     official_data.write(made(folder / "data"), "mmbench")

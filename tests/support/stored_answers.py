@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from milora_eval.answers.store import Store, to_line
+from milora_eval.registry import find_benchmark
 from milora_eval.scores.results import numbers, write_results
-from milora_eval.suites import find_benchmark
 from support import official_data
 
 

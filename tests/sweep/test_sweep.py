@@ -15,7 +15,7 @@ import yaml
 
 from milora_eval.scores.results import headline_of
 from milora_vl.common.errors import UserError
-from milora_vl.common.evaluator import QuestionSet
+from milora_vl.common.evaluator_protocol import QuestionSet
 from milora_vl.core.policy import Policy
 from milora_vl.sweep import page
 from milora_vl.sweep.__main__ import _require_same_sweep, main

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from milora_eval.evaluate import Suites
+from milora_eval.run_suite import TrainingSuites
 from milora_vl import load_model
 from milora_vl.train.command import main
 from milora_vl.train.output import evaluation_commands
@@ -103,7 +103,7 @@ def losses(run: Path) -> list[float]:
 
 def test_measuring_changes_nothing_of_the_model(tmp_path: Path) -> None:
     data = write_questions(tmp_path / "questions")
-    suites = Suites({"emoji": str(data)}, 8, template="vicuna_v1", image_aspect_ratio="pad")
+    suites = TrainingSuites({"emoji": str(data)}, 8, template="vicuna_v1", image_aspect_ratio="pad")
     model, processor = load_model("tiny")
     model.train()
     before = torch.random.get_rng_state()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from milora_data.formats.jsonfile import missing_file
-from milora_data.formats.tables import COLUMNS, Options, row_record
+from milora_data.formats.tables import COLUMNS, TableOptions, row_record
 from milora_data.pictures.load import StoredPicture
 from milora_data.records.record import Record, parse_record
 from milora_vl.common.cli.web import hub_is_known
@@ -26,7 +26,7 @@ def is_stored(source: str | Path) -> bool:
     return str(source).startswith(HUB) or Path(source).suffix in _BUILDERS or is_saved(source)
 
 
-def stored_items(source: str, options: Options | None = None) -> Iterator[Record | DataError]:
+def stored_items(source: str, options: TableOptions | None = None) -> Iterator[Record | DataError]:
     """Yield the records of a source, and a `DataError` with its number in place of each row that is not a record.
 
     A source is FILE.parquet, FILE.tar (or a pattern with *), a folder of `save_to_disk`, or a hub data set. Its rows
@@ -49,7 +49,7 @@ def stored_items(source: str, options: Options | None = None) -> Iterator[Record
             total += 1
 
 
-def items_of_file(file: str, options: Options | None = None, *, start: int = 0) -> Iterator[Record | DataError]:
+def items_of_file(file: str, options: TableOptions | None = None, *, start: int = 0) -> Iterator[Record | DataError]:
     """Yield the records of one file; `start` is the number, and the default id, of the first one.
 
     If the file is broken at a row, the last item is a `DataError` with that row, as later rows cannot be read.
@@ -71,20 +71,20 @@ def broken_off(place: str, error: Exception) -> DataError:
     return DataError(message, where=place, hint="download or copy the file again")
 
 
-def _item(row: Mapping[str, Any], place: str, number: str, options: Options | None) -> Record | DataError:
+def _item(row: Mapping[str, Any], place: str, number: str, options: TableOptions | None) -> Record | DataError:
     try:
         return row_to_record(row, place, number, options)
     except DataError as error:
         return error
 
 
-def row_to_record(row: Mapping[str, Any], place: str, number: str, options: Options | None = None) -> Record:
+def row_to_record(row: Mapping[str, Any], place: str, number: str, options: TableOptions | None = None) -> Record:
     """Return the record of one row; `number` is the default id. Raises `DataError` if it is not a record."""
     plain = {key: value for key, value in _plain(row, number).items() if value is not None}
     is_dialogue = all(isinstance(plain.get(key), list) for key in ("prompt", "completion"))  # of messages, as in TRL
     if "conversations" in plain or "messages" in plain or is_dialogue:
         return parse_record(plain, source=place)
-    return parse_record(row_record(plain, options or Options(), place=place, identifier=number), source=place)
+    return parse_record(row_record(plain, options or TableOptions(), place=place, identifier=number), source=place)
 
 
 def is_saved(path: str | Path) -> bool:

@@ -41,7 +41,7 @@ EMPTY_CELL = "table-empty-cell"
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class TableOptions:
     prompt: str | None = None  # question for a picture that has only a caption
     image_pattern: str | None = None  # file name of a picture from its id, such as coco/train2017/{:012d}.jpg
     kept: str | None = None  # a column or key that the records keep
@@ -69,7 +69,7 @@ class Options:
 
 
 Records = Iterator[dict[str, Any]]
-Converter = Callable[[Sequence[Path], Options], Records]
+Converter = Callable[[Sequence[Path], TableOptions], Records]
 
 
 def field_of(row: Mapping[str, Any], name: str) -> Any:
@@ -95,7 +95,7 @@ def record(identifier: Any, images: str | Sequence[str] | None, exchanges: Itera
     return {"id": str(identifier), "image": names[0] if len(names) == 1 else names, "conversations": turns}
 
 
-def table(sources: Sequence[Path], options: Options) -> Records:
+def table(sources: Sequence[Path], options: TableOptions) -> Records:
     """Rows with picture, question and answer, or picture and caption. Rows with an empty cell are left out."""
     for path in sources:
         for number, (place, row) in enumerate(read_rows(path)):
@@ -113,7 +113,7 @@ def table(sources: Sequence[Path], options: Options) -> Records:
             yield from stored_pictures(converted, where, options.left_out)
 
 
-def row_record(row: Mapping[str, Any], options: Options, *, place: str, identifier: str) -> dict[str, Any]:
+def row_record(row: Mapping[str, Any], options: TableOptions, *, place: str, identifier: str) -> dict[str, Any]:
     """Return the record of one row, whose columns are recognized by name.
 
     `input` follows the question on a new line, or is the question; the text of `system` and the exchanges of `history`
@@ -163,7 +163,7 @@ def _incomplete(row: Mapping[str, Any], columns: Columns, answer: object, is_ask
     )
 
 
-def coco_captions(sources: Sequence[Path], options: Options) -> Records:
+def coco_captions(sources: Sequence[Path], options: TableOptions) -> Records:
     """COCO captions: {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}."""
     for path in sources:
         content = read_json(path)
@@ -181,7 +181,7 @@ def coco_captions(sources: Sequence[Path], options: Options) -> Records:
             yield record(row.get("id", row["image_id"]), image, [exchange])
 
 
-def vqa(sources: Sequence[Path], options: Options) -> Records:
+def vqa(sources: Sequence[Path], options: TableOptions) -> Records:
     """VQAv2's questions file and annotations file, in any order: the questions about a picture form one record."""
     files: dict[str, Any] = {}
     for path in sources:

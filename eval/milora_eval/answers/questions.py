@@ -16,9 +16,9 @@ from milora_eval.answers.identity import answer_key
 from milora_eval.benchmark import Benchmark, Item, MissingData, content_of, key_of_question
 from milora_eval.benchmarks.own_data import OwnData
 from milora_eval.data_files import load_items, other_questions
-from milora_eval.suites import SEE, Chosen, choose, data_folder, folder_of, has_files
+from milora_eval.registry import SEE, Chosen, choose, data_folder, folder_of, has_files
 from milora_vl.common.errors import DataError, Key, UserError, at_flag
-from milora_vl.common.evaluator import QuestionSet
+from milora_vl.common.evaluator_protocol import QuestionSet
 
 Items = dict[str, list[Item]]
 """The items of each benchmark, by its name."""
@@ -116,7 +116,7 @@ def plan_of(chosen: Chosen, data_dir: Path, limit: int | None = None) -> tuple[E
 
 
 def require_questions(questions: QuestionSet, *, at: str | Key = "--suite", data_at: str | Key = "--data") -> None:
-    """Raise UserError, with the places `at` and `data_at`, for what an evaluation after a training would fail with.
+    """Raise UserError, at the flags `at` and `data_at`, for what an evaluation after a training would fail with.
 
     That is unknown names, missing files, and mistakes in own files of questions, which are read.
     """
@@ -163,12 +163,12 @@ def select(items: Sequence[Item], limit: int | None) -> list[Item]:
     all its questions.
     """
 
-    def order(place: int) -> tuple[Any, ...]:
-        item = items[place]
+    def order(index: int) -> tuple[Any, ...]:
+        item = items[index]
         return group_order(item.group), [turn.text for turn in item.turns], item.answers, item.kind
 
-    places = sorted(range(len(items)), key=order)[:limit]
-    return [items[place] for place in sorted(places)]
+    chosen = sorted(range(len(items)), key=order)[:limit]
+    return [items[index] for index in sorted(chosen)]
 
 
 def shard_of(questions: Sequence[Question], shard: tuple[int, int]) -> list[Question]:
@@ -183,7 +183,7 @@ def shard_of(questions: Sequence[Question], shard: tuple[int, int]) -> list[Ques
 
 
 def group_order(group: str) -> int:
-    """Return the place of a group (a picture) among all groups: 64 bits of a hash of its name."""
+    """Return the number that sorts a group (a picture): 64 bits of a hash of its name."""
     return int.from_bytes(hashlib.sha256(group.encode()).digest()[:8], "big")
 
 

@@ -19,7 +19,7 @@ from milora_data.records.record import Reply
 from milora_eval.answers.questions import EvaluationPlan, Question, shard_of
 from milora_eval.answers.store import Store, to_line, unscored_line
 from milora_eval.benchmark import Benchmark, Item
-from milora_eval.suites import folder_of
+from milora_eval.registry import folder_of
 from milora_vl.common.progress import progress_bar
 from milora_vl.models.generate import Prompt, Reader, generate, reader_of
 from milora_vl.models.prompts import Prompts

@@ -17,7 +17,7 @@ from typing import Any
 
 from milora_data.records.record import Reply, Turn, Video
 from milora_eval.benchmark import Answer, Benchmark, Item, content_of, key_of_question
-from milora_eval.suites import reference
+from milora_eval.registry import reference
 from milora_vl.common.atomic_write import atomic_file, json_lines
 from milora_vl.common.errors import UserError, expected_format
 
@@ -166,7 +166,7 @@ def by_question(lines: Iterable[Line]) -> dict[tuple[str, int], Line]:
 def expected_of(benchmark: Benchmark, what: str) -> AbstractContextManager[None]:
     """Return a context that turns errors of a benchmark of ours into a UserError about the stored answer.
 
-    Errors of a user's own class are not caught: the traceback shows their place.
+    Errors of a user's own class are not caught: the traceback shows where.
     """
     if not type(benchmark).__module__.startswith("milora_eval."):
         return nullcontext()

@@ -226,10 +226,10 @@ def last_boxed(solution: str) -> str | None:
     if start < 0 or not solution[start:].startswith("\\boxed{"):
         return None
     depth = 0
-    for place in range(start, len(solution)):
-        depth += {"{": 1, "}": -1}.get(solution[place], 0)
-        if solution[place] == "}" and depth == 0:
-            return solution[start + len("\\boxed{") : place]
+    for end in range(start, len(solution)):
+        depth += {"{": 1, "}": -1}.get(solution[end], 0)
+        if solution[end] == "}" and depth == 0:
+            return solution[start + len("\\boxed{") : end]
     return None
 
 

@@ -98,26 +98,26 @@ def _subtask(folder: Path) -> list[Item]:
             if not tab or answer.strip() not in ("Yes", "No"):
                 message = f"expected a question, a tab, Yes or No; got {line[:80]!r}"
                 raise DataError(message, code="benchmark-file-format", where=f"{file}:{number}")
-            place = picture.relative_to(folder.parent).as_posix()
+            image = picture.relative_to(folder.parent).as_posix()
             item = picture_item(
-                place,
+                image,
                 question.strip().removesuffix(YES_OR_NO).rstrip() + SHORT,
                 picture,
                 name=f"{folder.name}/{picture.name}/{number}",
                 answers=[answer.strip()],
                 kind=folder.name,
                 group=f"{folder.name}/{picture.name}",
-                meta={"question": question, "image": place},
+                meta={"question": question, "image": image},
             )
             items.append(item)
     return items
 
 
 def _picture(folder: Path, stem: str) -> Path:
-    for place in (folder, folder / "images"):
+    for each in (folder, folder / "images"):
         for ending in (".jpg", ".png", ".jpeg"):
-            if (place / (stem + ending)).is_file():
-                return place / (stem + ending)
+            if (each / (stem + ending)).is_file():
+                return each / (stem + ending)
     message, hint = (
         f"no picture {stem}.jpg or .png in {folder} or {folder / 'images'}",
         "copy the release's pictures there",

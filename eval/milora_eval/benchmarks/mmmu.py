@@ -130,8 +130,8 @@ def key_phrases(text: str) -> list[str]:
     # The look-ahead for a capital never matches, because the text is lower-case: only newlines split.
     sentences = re.split(r"\.\s(?=[A-Z])|\n", text)
     found = []
-    for place, sentence in enumerate(sentences):
-        indicators = (*INDICATORS, "=") if place == len(sentences) - 1 else INDICATORS
+    for index, sentence in enumerate(sentences):
+        indicators = (*INDICATORS, "=") if index == len(sentences) - 1 else INDICATORS
         tails = [sentence.split(indicator)[-1].strip() for indicator in indicators if indicator in sentence]
         shortest = _shortest(tails)
         if shortest and shortest not in (":", ",", ".", "!", "?", ";", "'"):
@@ -158,5 +158,5 @@ def _shortest(tails: Sequence[str]) -> str:
     return best
 
 
-def _last(places: Mapping[str, int]) -> str:
-    return max(places, key=lambda letter: places[letter])
+def _last(positions: Mapping[str, int]) -> str:
+    return max(positions, key=lambda letter: positions[letter])

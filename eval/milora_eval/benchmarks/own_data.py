@@ -77,20 +77,20 @@ NAMES = {"vqa": "VQA accuracy", "anls": "ANLS", "relaxed": "relaxed accuracy"}  
 class OwnData(Benchmark):
     """Questions from one file. Stored answers name it `data:NAME` and hold the metric of each question.
 
-    The name is that of the file; `suites.choose` changes it where another file of a run has it.
+    The name is that of the file; `registry.choose` changes it where another file of a run has it.
     """
 
     protocols = ("own data",)
     split = "own"
     form: Form = "training"
 
-    def __init__(self, place: str) -> None:
+    def __init__(self, spec: str) -> None:
         super().__init__()
-        self.path = None if place.startswith("data:") else Path(place)
-        self.rename(place.removeprefix("data:") if self.path is None else self.path.stem)
+        self.path = None if spec.startswith("data:") else Path(spec)
+        self.rename(spec.removeprefix("data:") if self.path is None else self.path.stem)
         if Path(self.name).name != self.name:  # stored answers may come from anybody, and it names folders
             hint = "rename the file: its name without extension names the folder of the results"
-            raise UserError(f"{place!r:.80} is no name of a benchmark", where="--benchmarks", hint=hint)
+            raise UserError(f"{spec!r:.80} is no name of a benchmark", where="--benchmarks", hint=hint)
 
     def rename(self, name: str) -> None:
         self.name, self.origin = name, f"data:{name}"
@@ -163,16 +163,16 @@ def read_questions(path: Path, data_dir: Path) -> list[Item]:
 
 
 def _item(row: Any, number: int, path: Path, data_dir: Path, read: KeyOf) -> Item:
-    place = f"{path}, question {number}"
+    where = f"{path}, question {number}"
     if not isinstance(row, dict):
-        raise DataError(f"expected an object, got {type(row).__name__}", where=place)
+        raise DataError(f"expected an object, got {type(row).__name__}", where=where)
     metric = row.get("metric", "exact")
     if metric not in METRICS:
         message = f'unknown metric "{metric}"; expected one of: {", ".join(METRICS)}'
         hint = did_you_mean(suggest(str(metric), METRICS)[:1])
-        raise DataError(message, code="own-data-unknown-metric", where=place, hint=hint)
+        raise DataError(message, code="own-data-unknown-metric", where=where, hint=hint)
     is_record = any(key in row for key in ("conversations", "messages", "completion", "query"))
-    record = parse_record(row if is_record else _as_record(row, place), source=place, embedded="keep")
+    record = parse_record(row if is_record else _as_record(row, where), source=where, embedded="keep")
     turns, answers = record.turns, row.get("answers", row.get("answer"))
     answers = answers if isinstance(answers, list) else [] if answers is None else [answers]
     if turns and turns[-1].role == "assistant":
@@ -181,22 +181,22 @@ def _item(row: Any, number: int, path: Path, data_dir: Path, read: KeyOf) -> Ite
         roles = ", ".join(turn.role for turn in record.turns) or "none"
         message = f"no turn of the user before the answer; the turns: {roles}"
         hint = "end the conversation with a question of the user, and its answer"
-        raise DataError(message, where=place, hint=hint)
+        raise DataError(message, where=where, hint=hint)
     if not answers:
-        raise DataError("no answer to compare with", where=place, hint='add "answer" to the question')
+        raise DataError("no answer to compare with", where=where, hint='add "answer" to the question')
     if metric == "yes_no" and not all(map(yes_or_no, map(str, answers))):
-        raise DataError(f"the metric yes_no needs the answer yes or no, got {answers!r:.80}", where=place)
+        raise DataError(f"the metric yes_no needs the answer yes or no, got {answers!r:.80}", where=where)
     files = (*record.images, *(name for video in record.videos for name in video.files))
     if embedded := next(filter(is_embedded, files), ""):
         form = "messages" if "messages" in row else "llava" if is_record else "table"
         problems = refusal(embedded, f"{path}:{number}", form).problems
-        raise DataError(problems=[replace(problem, where=place) for problem in problems])
+        raise DataError(problems=[replace(problem, where=where) for problem in problems])
 
     def found(name: str) -> str:
-        return str(_picture(name, path.parent, data_dir, place))
+        return str(_picture(name, path.parent, data_dir, where))
 
     images, videos = tuple(map(found, record.images)), tuple(renamed_video(video, found) for video in record.videos)
-    places = (*images, *(name for video in videos for name in video.files))
+    shown = (*images, *(name for video in videos for name in video.files))
     return Item(
         id=identifier_of(row, ("id", "question_id"), number),
         turns=turns,
@@ -204,22 +204,22 @@ def _item(row: Any, number: int, path: Path, data_dir: Path, read: KeyOf) -> Ite
         videos=videos,
         answers=tuple(map(str, answers)),
         kind=str(row.get("type") or row.get("category") or ""),
-        group=next(filter(None, map(read, places)), None) or digest([turn.text for turn in turns]),
+        group=next(filter(None, map(read, shown)), None) or digest([turn.text for turn in turns]),
         meta={"metric": metric},
-        source=place,
+        source=where,
     )
 
 
-def _as_record(row: dict[str, Any], place: str) -> dict[str, Any]:
+def _as_record(row: dict[str, Any], where: str) -> dict[str, Any]:
     if not isinstance(row.get("question"), str):
-        raise DataError(f'no text under "question"; its keys: {", ".join(map(str, row)) or "none"}', where=place)
+        raise DataError(f'no text under "question"; its keys: {", ".join(map(str, row)) or "none"}', where=where)
     value = row.get("images") or row.get("image") or []
     images = value if isinstance(value, list) else [value]
     if not all(isinstance(name, str) for name in images):
         message = f'"image" must be a file name or a list of file names, got {str(value)[:80]}'
-        raise DataError(message, where=place)
+        raise DataError(message, where=where)
     shown = {key: row[key] for key in ("video", "videos", "tools") if row.get(key)}
-    videos = parse_record({"conversations": [], **shown}, source=place, embedded="keep").videos
+    videos = parse_record({"conversations": [], **shown}, source=where, embedded="keep").videos
     text = row["question"]
     for mark, number in ((VIDEO, len(videos)), (IMAGE, len(images))):
         text = text if mark in text else f"{mark}\n" * number + text

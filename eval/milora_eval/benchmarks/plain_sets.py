@@ -264,7 +264,7 @@ class PathVQA(PlainSet):
 def _choices(row: Mapping[str, Any]) -> dict[str, str]:
     """Return the options of a row by letter: its list `options`, or as in VLMEvalKit's tables its columns A, B, ..."""
     if "options" in row:
-        return {LETTERS[place]: str(option) for place, option in enumerate(row["options"])}
+        return {LETTERS[index]: str(option) for index, option in enumerate(row["options"])}
     return {letter: row[letter] for letter in LETTERS if letter in row}
 
 
@@ -335,14 +335,14 @@ def mcq_letter(text: str, letters: Sequence[str]) -> str:
     for mark in ",.!?;:'\"":
         text = text.strip(mark)
     bare, text = text.strip(), f" {text} "
-    found: list[tuple[int, int, str]] = []  # strength, place, letter
+    found: list[tuple[int, int, str]] = []  # strength, position, letter
     for form, strength in _MARKED:
         found += [(strength, text.rfind(form.format(each)), each) for each in letters if form.format(each) in text]
     for phrase in _PHRASES:
         start = text.lower().find(phrase)
         if start >= 0:
-            places = {each: text.find(each, start + len(phrase)) for each in letters}
-            found += [(_PHRASE, place, each) for each, place in places.items() if place >= 0]
+            positions = {each: text.find(each, start + len(phrase)) for each in letters}
+            found += [(_PHRASE, position, each) for each, position in positions.items() if position >= 0]
     found += [(_START, 0, each) for each in letters if bare.startswith(each) and not bare[1:2].isalpha()]
     found += [(_END, len(text), each) for each in letters if bare.endswith(each) and not bare[-2:-1].isalpha()]
     found = found or [(_ANYWHERE, text.rfind(each), each) for each in letters if each in text]

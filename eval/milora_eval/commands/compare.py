@@ -9,9 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from milora_eval.commands.flags import PLUGIN, names_of
-from milora_eval.scores.compare import Evaluation, Pair, compare, compare_runs, read_evaluation
+from milora_eval.registry import import_plugins
+from milora_eval.scores.compare import ModelAnswers, Pair, compare, compare_runs, read_evaluation
 from milora_eval.scores.table import pairs_table, runs_table
-from milora_eval.suites import import_plugins
 from milora_vl.common.cli.console import next_step
 from milora_vl.common.cli.parser import Command, flag, option, shared
 from milora_vl.common.cli.table import FORMATS, show
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _lines(evaluation: Evaluation) -> list:
+def _lines(evaluation: ModelAnswers) -> list:
     return [line for lines in evaluation.lines.values() for line in lines]
 
 

@@ -14,10 +14,10 @@ from milora_data.encode.templates import OWN, template_name
 from milora_eval.answers.questions import EvaluationPlan, Items, parse_shard, plan_of
 from milora_eval.answers.target import EvalTarget, eval_target
 from milora_eval.commands.flags import PROTOCOL
+from milora_eval.registry import choose, data_folder
 from milora_eval.scores.exports import SUBMISSION
 from milora_eval.scores.results import read_results
 from milora_eval.scores.table import scales_table, write_table
-from milora_eval.suites import choose, data_folder
 from milora_vl.common.cli.console import next_step
 from milora_vl.common.cli.parser import OR_ADAPTER, Command, count, flag, from_zero, option, positive, shared
 from milora_vl.common.cli.table import FORMATS, show
@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     key = "" if target is not None else api_key()
     if target is not None:
         _announce(options, target)
-    from milora_eval.evaluate import run_loaded, run_served
+    from milora_eval.run_suite import run_loaded, run_served
 
     if target is not None:
         folders = run_loaded(target, plan, items, options.output_dir, options.forgetting_tokens)

@@ -17,10 +17,10 @@ from milora_eval.answers.store import PREDICTIONS, to_line, write_lines
 from milora_eval.benchmark import Benchmark, content_of
 from milora_eval.commands.flags import PLUGIN, PROTOCOL
 from milora_eval.data_files import load_items
+from milora_eval.registry import find_benchmark, folder_of, import_plugins, with_protocol
 from milora_eval.scores.exports import export, join, read_llava_answers, read_predictions
 from milora_eval.scores.results import Results, numbers, read_results, write_results
 from milora_eval.scores.table import score, write_table, write_tables
-from milora_eval.suites import find_benchmark, folder_of, import_plugins, with_protocol
 from milora_vl.common.cli.console import next_step
 from milora_vl.common.cli.parser import Command, option, shared
 from milora_vl.common.cli.table import FORMATS, show

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from milora_eval.answers.store import PREDICTIONS, Line, by_question, expected_of, to_answer
 from milora_eval.benchmark import Answer, Benchmark, Metric
+from milora_eval.registry import stored_benchmark
 from milora_eval.scores.results import (
     check_ids,
     read_results,
@@ -27,13 +28,12 @@ from milora_eval.scores.results import (
 from milora_eval.stats import (
     MIN_GROUPS,
     MIN_UNLIKE,
-    Difference,
+    PairedDifference,
     mean,
     paired_difference,
     resampled_difference,
     too_few,
 )
-from milora_eval.suites import stored_benchmark
 from milora_vl.common.cli.console import amount, did_you_mean, suggest
 from milora_vl.common.errors import UserError
 from milora_vl.core.adapter.checkpoints import step_of
@@ -52,7 +52,7 @@ class Pair:
     benchmark: str
     a: Metric
     b: Metric
-    difference: Difference | None
+    difference: PairedDifference | None
 
     @property
     def change(self) -> float:
@@ -170,7 +170,7 @@ def _entries(paired: Sequence[Paired], side: Literal["a", "b"]) -> list[dict[str
 def stored_pairs(comparison: Mapping[str, Any]) -> list[Pair]:
     """Return the pairs of metrics of a stored comparison."""
     return [
-        Pair(name, Metric(**a), Metric(**b), None if difference is None else Difference(**difference))
+        Pair(name, Metric(**a), Metric(**b), None if difference is None else PairedDifference(**difference))
         for entry in comparison["benchmarks"]
         for name, a, b, difference in map(dict.values, entry["pairs"])
     ]
@@ -203,21 +203,23 @@ def _pairs(name: str, a: Sequence[Line], b: Sequence[Line], count: int | None = 
         ]  # fmt: skip
 
 
-def _difference(benchmark: Benchmark, metric: Metric, a: Sequence[Answer], b: Sequence[Answer]) -> Difference | None:
+def _difference(
+    benchmark: Benchmark, metric: Metric, a: Sequence[Answer], b: Sequence[Answer]
+) -> PairedDifference | None:
     if metric.mean_of is None:
         return None
     if metric.counts == "mention":
         a, b = benchmark.mentioned(a), benchmark.mentioned(b)
     else:
         a, b = benchmark.units(a), benchmark.units(b)
-    places = [place for place in range(len(a)) if a[place].value is not None and b[place].value is not None]
+    indices = [index for index in range(len(a)) if a[index].value is not None and b[index].value is not None]
     if metric.mean_of == "items":
-        places = [place for place in places if a[place].item.kind == metric.name] or places
+        indices = [index for index in indices if a[index].item.kind == metric.name] or indices
     return paired_difference(
-        [a[place].worth for place in places],
-        [b[place].worth for place in places],
-        [a[place].item.kind if metric.mean_of == "types" else "" for place in places],
-        [a[place].item.group for place in places],
+        [a[index].worth for index in indices],
+        [b[index].worth for index in indices],
+        [a[index].item.kind if metric.mean_of == "types" else "" for index in indices],
+        [a[index].item.group for index in indices],
     )
 
 
@@ -229,7 +231,7 @@ def _copy(answer: Answer, times: int) -> Answer:
 
 def _resampled(
     benchmark: Benchmark, pairs: Sequence[tuple[Metric, Metric]], a: Sequence[Answer], b: Sequence[Answer]
-) -> dict[str, Difference]:
+) -> dict[str, PairedDifference]:
     """Return the bootstrapped difference of the headline if it is not a mean over items; else an empty dict.
 
     Each draw computes all numbers of the benchmark again, so more answers mean fewer draws.
@@ -241,7 +243,7 @@ def _resampled(
     (left, right), name = pairs[0], pairs[0][0].name
 
     def compute(drawn: list[tuple[int, int]]) -> float | None:
-        sides = [benchmark.summarise([_copy(side[place], times) for place, times in drawn]) for side in (a, b)]
+        sides = [benchmark.summarise([_copy(side[index], times) for index, times in drawn]) for side in (a, b)]
         before, after = ({metric.name: metric.value for metric in side} for side in sides)
         return after[name] - before[name] if name in before and name in after else None
 
@@ -249,7 +251,7 @@ def _resampled(
     only = [x.worth - y.worth for x, y in zip(a, b, strict=True)]
     note = too_few(only, groups)
     return {
-        name: Difference(
+        name: PairedDifference(
             value=right.value - left.value,
             stderr=stderr,
             low=None if note else low,
@@ -265,7 +267,7 @@ def _resampled(
 
 
 @dataclass(frozen=True, slots=True)
-class Evaluation:
+class ModelAnswers:
     """The stored answers of one model: the lines of each benchmark and the settings they were generated with."""
 
     name: str
@@ -318,7 +320,7 @@ class Comparison:
     sequence: Sequential | None = None
 
 
-def read_evaluation(folder: Path, which: str, name: str) -> Evaluation:
+def read_evaluation(folder: Path, which: str, name: str) -> ModelAnswers:
     """Read the answers in a results folder, or in all `eval/*/WHICH` of a run; of a checkpoint those with its name.
 
     Raises UserError without answers, with too few, and for a benchmark with other answers in another suite of the run.
@@ -328,7 +330,7 @@ def read_evaluation(folder: Path, which: str, name: str) -> Evaluation:
     if (folder / PREDICTIONS).is_file() or not folders:
         folders = [folder]
         require_answers(run if step_of(folder) >= 0 else folder)
-    found = Evaluation(name, {}, {})
+    found = ModelAnswers(name, {}, {})
     for each in folders:
         check_ids(each, read_results(each))
         for benchmark, own in _evaluation(each, name).lines.items():
@@ -341,8 +343,8 @@ def read_evaluation(folder: Path, which: str, name: str) -> Evaluation:
     return found
 
 
-def _evaluation(folder: Path, name: str) -> Evaluation:
-    found, settings = Evaluation(name, {}, {}), read_results(folder).get("generation") or {}
+def _evaluation(folder: Path, name: str) -> ModelAnswers:
+    found, settings = ModelAnswers(name, {}, {}), read_results(folder).get("generation") or {}
     benchmark_of = cache(stored_benchmark)
     for line in require_lines(folder):
         benchmark = benchmark_of(line["benchmark"]).name
@@ -356,7 +358,7 @@ def _answered(lines: Sequence[Line]) -> Counter[tuple[str, str]]:
 
 
 def compare_runs(
-    base: Evaluation, runs: Sequence[Evaluation], targets: Sequence[str] = (), *, sequence: bool = False
+    base: ModelAnswers, runs: Sequence[ModelAnswers], targets: Sequence[str] = (), *, sequence: bool = False
 ) -> Comparison:
     """Compare runs with their base: the gain on the targets, the change on every other benchmark that all have.
 
@@ -384,10 +386,10 @@ def compare_runs(
             raise UserError(message, where="--sequence")
     groups = {name: len({line["group"] for line in lines[0]}) for name, lines in shared.items()}
     stages = []
-    for place, run in enumerate(runs):
-        so_far = targets[: place + 1] if sequence else targets
-        gained, kept = (mean_change([pairs[name][place] for name in part], groups) for part in (so_far, held_out))
-        stages.append(Stage(run.name, {name: own[place] for name, own in pairs.items()}, gained, kept))
+    for index, run in enumerate(runs):
+        so_far = targets[: index + 1] if sequence else targets
+        gained, kept = (mean_change([pairs[name][index] for name in part], groups) for part in (so_far, held_out))
+        stages.append(Stage(run.name, {name: own[index] for name, own in pairs.items()}, gained, kept))
     summary = _sequence(shared, pairs, targets, groups) if sequence else None
     return Comparison(tuple(targets), held_out, stages, notes, summary)
 
@@ -435,7 +437,7 @@ def _sequence(
     return Sequential(final, 100 * mean(so_far), mean_change(kept, groups))
 
 
-def _require_targets(targets: Sequence[str], everyone: Sequence[Evaluation], num_runs: int, sequence: bool) -> None:
+def _require_targets(targets: Sequence[str], everyone: Sequence[ModelAnswers], num_runs: int, sequence: bool) -> None:
     for name in targets:
         for each in everyone:
             if name not in each.lines:
@@ -452,7 +454,7 @@ def _require_targets(targets: Sequence[str], everyone: Sequence[Evaluation], num
         )
 
 
-def _shared(everyone: Sequence[Evaluation]) -> tuple[dict[str, list[list[Line]]], list[str]]:
+def _shared(everyone: Sequence[ModelAnswers]) -> tuple[dict[str, list[list[Line]]], list[str]]:
     """Return, per benchmark that all have, each one's answers to the common questions, and notes on what differs.
 
     Raises UserError for different rules, and if all have no question in common.
@@ -483,7 +485,7 @@ def _shared(everyone: Sequence[Evaluation]) -> tuple[dict[str, list[list[Line]]]
     return shared, [*notes, *_other_settings(everyone, list(shared))]
 
 
-def _other_settings(everyone: Sequence[Evaluation], names: Sequence[str]) -> list[str]:
+def _other_settings(everyone: Sequence[ModelAnswers], names: Sequence[str]) -> list[str]:
     """Return a note for each setting in which a run differs from the base."""
     notes: dict[str, None] = {}
     base, *runs = everyone

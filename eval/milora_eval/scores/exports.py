@@ -16,8 +16,8 @@ from milora_data.keys import digest
 from milora_eval.answers.store import PREDICTIONS, read_lines, to_answer, write_lines
 from milora_eval.benchmark import Answer, Benchmark, Item
 from milora_eval.data_files import json_values, read_excel, read_table
+from milora_eval.registry import folder_of, stored_benchmark
 from milora_eval.scores.results import read_results
-from milora_eval.suites import folder_of, stored_benchmark
 from milora_vl.common.errors import DataError, UserError
 
 SUBMISSION = "submission"

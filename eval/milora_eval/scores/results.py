@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 from milora_eval.answers.store import PREDICTIONS, Line, each_line, expected_of, read_lines, to_answer
 from milora_eval.benchmark import Metric
+from milora_eval.registry import SUITES, stored_benchmark
 from milora_eval.stats import mean
-from milora_eval.suites import SUITES, stored_benchmark
 from milora_vl.common.atomic_write import read_json, write_json
 from milora_vl.common.cli.console import no_folder
 from milora_vl.common.errors import UserError, expected_format

@@ -10,6 +10,7 @@ from typing import Any
 
 from milora_eval.answers.store import PREDICTIONS, Line, each_line, expected_of, to_answer, write_lines
 from milora_eval.benchmark import Metric
+from milora_eval.registry import stored_benchmark
 from milora_eval.scores.compare import Comparison, Mean, Pair, store_comparison, stored_pairs
 from milora_eval.scores.results import (
     TABLE,
@@ -22,7 +23,6 @@ from milora_eval.scores.results import (
     require_answers,
     write_results,
 )
-from milora_eval.suites import stored_benchmark
 from milora_vl.common.atomic_write import write_text
 from milora_vl.common.cli.console import amount
 from milora_vl.common.cli.table import Table

@@ -27,10 +27,10 @@ from milora_eval.answers.served import ChatServer, ask_server, require_servable,
 from milora_eval.answers.target import EvalTarget
 from milora_eval.benchmark import Benchmark
 from milora_eval.benchmarks.own_data import OwnData
+from milora_eval.registry import Chosen, choose, data_folder, find_benchmark, folder_of, list_name, name_apart
 from milora_eval.scores.exports import export
 from milora_eval.scores.results import Results, headlines, numbers, read_results, write_results
 from milora_eval.scores.table import write_tables
-from milora_eval.suites import Chosen, choose, data_folder, find_benchmark, folder_of, list_name, name_apart
 from milora_vl.common.errors import at_flag
 from milora_vl.core.weights.tensor_files import weights_digest
 from milora_vl.forgetting.measure import can_recover_base, measure_forgetting
@@ -222,7 +222,7 @@ def run_served(
     return None if done is None else [results_folder(output_dir, plan.suite, plan.which)]
 
 
-class Suites:
+class TrainingSuites:
     """Suites, or lists of benchmarks and files, whose items are read once, to ask a model during its training.
 
     `suites` has the data folder of each. `names` has the names of the benchmarks; `measure` returns a score

@@ -225,10 +225,10 @@ def find_benchmark(name: str) -> Benchmark:
     `name@protocol` picks one of its protocols. Raises UserError if the name is unknown or the import fails.
     """
     spec, _, protocol = name.partition("@")
-    place = BENCHMARKS.get(spec, spec)
-    if place.startswith("data:") or Path(place).suffix in (".json", ".jsonl"):
-        return OwnData(place)
-    module, _, attribute = place.partition(":")
+    target = BENCHMARKS.get(spec, spec)
+    if target.startswith("data:") or Path(target).suffix in (".json", ".jsonl"):
+        return OwnData(target)
+    module, _, attribute = target.partition(":")
     if not attribute and not module.endswith(".py"):
         raise _unknown(name)
     try:
@@ -236,13 +236,13 @@ def find_benchmark(name: str) -> Benchmark:
         kind = getattr(holder, attribute) if attribute else _only_benchmark(holder)
     except (ImportError, AttributeError, OSError, SyntaxError) as error:
         hint = "expected: module:Class or file.py:Class"
-        raise UserError(f'cannot import the benchmark "{place}": {error}', hint=hint) from None
+        raise UserError(f'cannot import the benchmark "{target}": {error}', hint=hint) from None
     if not (isinstance(kind, type) and issubclass(kind, Benchmark)):
         hint = "expected: a class that derives from milora_eval.Benchmark"
-        raise UserError(f"{place} is not a benchmark", hint=hint)
+        raise UserError(f"{target} is not a benchmark", hint=hint)
     benchmark: Benchmark = kind(protocol) if protocol else kind()
     if spec not in BENCHMARKS:
-        benchmark.origin = f"{holder.__file__}:{kind.__name__}" if module.endswith(".py") else place
+        benchmark.origin = f"{holder.__file__}:{kind.__name__}" if module.endswith(".py") else target
     return benchmark
 
 

@@ -66,7 +66,7 @@ class TrainingQuestions(Protocol):
 
 class Evaluator(Protocol):
     def require_questions(self, questions: QuestionSet, *, at: str | Key, data_at: str | Key) -> None:
-        """Raise UserError, at these places, for what an evaluation would fail with: unknown names, missing files."""
+        """Raise UserError, at these flags, for what an evaluation would fail with: unknown names, missing files."""
 
     def training_questions(
         self, suites: Mapping[str, str | None], limit: int, *, template: str, image_aspect_ratio: Any
