@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 from collections.abc import Sequence
 from itertools import groupby
@@ -12,10 +11,8 @@ from pathlib import Path
 
 from milora_vl.common.cli.console import amount, next_step, run
 from milora_vl.common.cli.parser import Command, flag, option, positive, shared
-from milora_vl.sweep.cells import Cell
 from milora_vl.sweep.runner import alone, usable_cores
 from studies import page, runner
-from studies.runner import Folder
 from studies.study import Study, chosen, read_study, study_names
 from studies.tasks import require_task
 
@@ -78,10 +75,10 @@ def _run_one(name: str, study: Study, options: argparse.Namespace) -> int:
     folder = runner.Folder(options.output_dir / name, study)
     jobs = options.jobs or min(usable_cores(), 4)
     cells = study.cells()
-    left = [cell for cell in cells if folder.result(cell) is None]
-    estimate = _time_left(folder, cells, len(left), jobs)
+    left = len(folder.to_run(cells, retry=options.retry))
+    estimate = folder.time_left(cells, left, jobs)
     sys.stderr.write(
-        f"{name}: {amount(len(cells), 'cell')}, {len(left):,} to run, {jobs} at a time{estimate}\n{folder.path}\n"
+        f"{name}: {amount(len(cells), 'cell')}, {left:,} to run, {jobs} at a time{estimate}\n{folder.folder}\n"
     )
     if options.plan:
         next_step("studies", name)
@@ -91,37 +88,17 @@ def _run_one(name: str, study: Study, options: argparse.Namespace) -> int:
         return 0
     for task in (study.task, *study.then):
         require_task(task)  # before the workers start
-    command = f"python -m studies {name}"
-
-    def on_done(cell: Cell, is_done: bool, left: int) -> None:
-        status = "done" if is_done else "FAILED"
-        sys.stderr.write(f"{status:<8}{cell.name}   {left:,} left{_time_left(folder, cells, left, jobs)}\n")
-
-    with alone(folder.path):
-        runner.run_study(folder, jobs, retry=options.retry, on_done=on_done)
-        written, table = page.write(folder, command)
+    with alone(folder.folder):
+        failed = runner.run_study(folder, jobs, retry=options.retry)
+        written, table = page.write(folder, f"python -m studies {name}")
     as_json = json.dumps({"study": name, "arms": [dict(zip(table.header, row, strict=True)) for row in table.rows]})
     sys.stdout.write(f"{as_json if options.format == 'json' else table.markdown()}\n")
-    failed = [cell for cell in cells if folder.failure(cell)]
-    for cell in failed:
-        sys.stderr.write(
-            f"failed: {cell.name}   see {folder.path / 'failed' / cell.name}.json; try again with --retry\n"
-        )
     sys.stderr.write(f"page: {written}\n")
     next_step(
         "studies",
         *((name, "--retry") if failed else (name, "--docs", "FOLDER")),
     )
     return 1 if failed else 0
-
-
-def _time_left(folder: Folder, cells: Sequence[Cell], left: int, jobs: int) -> str:
-    seconds = [result["seconds"] for cell in cells if (result := folder.result(cell))]
-    if not left:
-        return ""
-    if not seconds:
-        return "; a time estimate is available after the first cell"
-    return f", about {statistics.mean(seconds) * -(-left // jobs) / 60:.0f} minutes"
 
 
 if __name__ == "__main__":

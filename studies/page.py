@@ -34,7 +34,7 @@ def write(folder: Folder, command: str) -> tuple[Path, Table]:
     cells_are = "Every cell is a file in cells/ with the scores of its test items"
     written, _ = page.write(
         page.Compared(
-            folder.path,
+            folder.folder,
             title,
             cells,
             results,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import io
 import shlex
-import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -18,12 +17,12 @@ from milora_eval.answers.questions import questions_key, require_questions
 from milora_vl.common.atomic_write import read_json, write_json, write_text
 from milora_vl.common.cli.console import amount, next_step, run
 from milora_vl.common.cli.parser import Command, flag, option, positive, shared
-from milora_vl.common.cli.table import show
+from milora_vl.common.cli.table import Table, show
 from milora_vl.common.errors import Problem, UserError, collected
 from milora_vl.common.evaluator_protocol import QuestionSet
 from milora_vl.sweep import page
 from milora_vl.sweep.cells import Cell, make_cells, recipe_of
-from milora_vl.sweep.runner import Sweep, alone, run_cells, usable_cores
+from milora_vl.sweep.runner import Sweep, alone, run_sweep, usable_cores
 from milora_vl.train.data import read_records
 from milora_vl.train.plan import data_of
 from milora_vl.train.recipe import Recipe, read_recipe
@@ -106,9 +105,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     jobs = options.jobs or _jobs(len(cells))
     done = [cell for cell in cells if sweep.result(cell)]
     failed = [cell for cell in cells if sweep.failure(cell)]
-    todo = [cell for cell in cells if cell not in done and (options.retry or cell not in failed)]
+    todo = sweep.to_run(cells, retry=options.retry)
     counts = f"{len(done):,} done, {len(failed):,} failed, {len(todo):,} to run, {jobs} at a time"
-    sys.stderr.write(f"{amount(len(cells), 'cell')}, {counts}{_time_left(sweep, cells, len(todo), jobs)}\n{folder}\n")
+    sys.stderr.write(f"{amount(len(cells), 'cell')}, {counts}{sweep.time_left(cells, len(todo), jobs)}\n{folder}\n")
     if not todo:
         sys.stderr.write("nothing is left to run\n")
     _require_runnable(sweep, todo)
@@ -119,20 +118,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     with alone(folder):
         write_json(folder / "sweep.json", known)
 
-        def on_done(cell: Cell, is_done: bool, left: int) -> None:
-            status = "done" if is_done else "FAILED" if sweep.failure(cell) else "stopped"
-            sys.stderr.write(f"{status:<8}{cell.name}   {left:,} left{_time_left(sweep, cells, left, jobs)}\n")
-            page.write(page.of_sweep(sweep, cells, options.seeds, command))
+        def write_page() -> tuple[Path, Table]:
+            return page.write(page.of_sweep(sweep, cells, options.seeds, command))
 
-        run_cells(sweep, cells, jobs, retry=options.retry, on_done=on_done)
-        written, table = page.write(page.of_sweep(sweep, cells, options.seeds, command))
+        failed = run_sweep(sweep, cells, jobs, retry=options.retry, on_done=write_page)
+        written, table = write_page()
     if options.format == "json":
         sys.stdout.write((folder / "results.json").read_text(encoding="utf-8"))
     else:
         show(table, options.format)
-    failed = [cell for cell in cells if sweep.failure(cell)]
-    for cell in failed:
-        sys.stderr.write(f"failed: {cell.name}   see {folder / 'logs' / cell.name}.log; try again with --retry\n")
     sys.stderr.write(f"page:   {written}\n")
     if failed:
         next_step("milora_vl.sweep", *words, "--retry")
@@ -223,15 +217,6 @@ def _require_same_sweep(sweep: Sweep) -> dict[str, Any]:
         raise UserError(message, where="--output_dir", hint="choose another folder:  --output_dir ANOTHER")
     fields = {"model": sweep.recipe.model, "suite": sweep.questions.suite, "variants": before | now}
     return keys | fields
-
-
-def _time_left(sweep: Sweep, cells: Sequence[Cell], left: int, jobs: int) -> str:
-    """Return the expected time, from that of the finished cells; empty before the first."""
-    seconds = [result["seconds"] for cell in cells if (result := sweep.result(cell))]
-    if not seconds or not left:
-        return ""
-    each = statistics.median(seconds)
-    return f", about {each / 60:.1f} minutes each, {each * -(-left // jobs) / 60:.0f} in all"
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Run the cells of a sweep, several in parallel (`--jobs`), each in its own folder; failed and resumed cells.
+"""Run the cells of a sweep or a study, several at once: finished, failed and resumed cells.
 
-cells/NAME is the run folder, logs/NAME.log the output of its commands, cells/NAME.json its result, failed/NAME.json the
-reason of a failure.
+cells/NAME.json has the result of a cell, failed/NAME.json the reason of a failure. A cell of a sweep also has its run
+folder cells/NAME, and logs/NAME.log with the output of its commands.
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ import json
 import os
 import queue
 import signal
+import statistics
 import subprocess
 import sys
-import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from concurrent.futures import Executor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,10 +37,83 @@ from milora_vl.train.recipe import Recipe
 
 
 @dataclass(frozen=True, slots=True)
-class Sweep:
-    """The folder of a sweep, and what its cells share: the recipe, and the questions that score them."""
+class CellFolder(ABC):
+    """A folder with the cells of a sweep or a study. Finished cells stay finished: the same command resumes."""
 
     folder: Path
+
+    @abstractmethod
+    def result(self, cell: Cell) -> CellNumbers | None:
+        """Return the numbers of a cell; None if it is not finished."""
+
+    def failure(self, cell: Cell) -> dict[str, Any] | None:
+        return None if self.result(cell) else read_json(self.folder / "failed" / f"{cell.name}.json")
+
+    def keep(self, cell: Cell, content: Mapping[str, Any]) -> None:
+        write_json(self.folder / "cells" / f"{cell.name}.json", content)
+        (self.folder / "failed" / f"{cell.name}.json").unlink(missing_ok=True)
+
+    def keep_failure(self, cell: Cell, said: str, **more: Any) -> None:
+        write_json(self.folder / "failed" / f"{cell.name}.json", {"said": said, **more})
+
+    def to_run(self, cells: Sequence[Cell], *, retry: bool) -> list[Cell]:
+        """Return the cells without a result; those that failed only with `retry`."""
+        return [cell for cell in cells if not self.result(cell) and (retry or not self.failure(cell))]
+
+    def time_left(self, cells: Sequence[Cell], left: int, jobs: int) -> str:
+        """Return the expected time, from that of the finished cells; empty before the first."""
+        seconds = [result["seconds"] for cell in cells if (result := self.result(cell))]
+        if not seconds or not left:
+            return ""
+        each = statistics.median(seconds)
+        return f", about {each / 60:.1f} minutes each, {each * -(-left // jobs) / 60:.0f} in all"
+
+    def run(
+        self,
+        cells: Sequence[Cell],
+        jobs: int,
+        *,
+        retry: bool,
+        run: Callable[[Cell], bool],
+        pool: Executor | None = None,
+        on_done: Callable[[], object] = lambda: None,
+    ) -> list[Cell]:
+        """Run the cells that are to run, with `run` in the `pool` (None: here), and print a line for each.
+
+        `run` returns whether the cell has a result; `on_done` is called after each cell. Returns the cells that failed.
+        A keyboard interrupt cancels the cells that wait. Raises UserError if the system kills a process of the pool.
+        """
+        todo = self.to_run(cells, retry=retry)
+        outcomes = ((cell, run(cell)) for cell in todo) if pool is None else _outcomes(pool, run, todo)
+        with nullcontext() if pool is None else pool:
+            for left, (cell, is_done) in zip(reversed(range(len(todo))), outcomes, strict=True):
+                status = "done" if is_done else "FAILED" if self.failure(cell) else "stopped"
+                sys.stderr.write(f"{status:<8}{cell.name}   {left:,} left{self.time_left(cells, left, jobs)}\n")
+                on_done()
+        failed = [cell for cell in cells if self.failure(cell)]
+        for cell in failed:
+            file = self.folder / "failed" / f"{cell.name}.json"
+            sys.stderr.write(f"failed: {cell.name}   see {file}; try again with --retry\n")
+        return failed
+
+
+def _outcomes(pool: Executor, run: Callable[[Cell], bool], cells: Sequence[Cell]) -> Iterator[tuple[Cell, bool]]:
+    futures = {pool.submit(run, cell): cell for cell in cells}
+    try:
+        yield from ((futures[future], future.result()) for future in as_completed(futures))
+    except KeyboardInterrupt:  # the running cells receive the signal too
+        pool.shutdown(cancel_futures=True)
+        raise
+    except BrokenProcessPool:
+        message = "a worker was killed: if no user did this, memory ran out"
+        hint = "finished cells are saved; run the same command again, with fewer --jobs to use less memory"
+        raise UserError(message, hint=hint, exit_code=1) from None
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep(CellFolder):
+    """The folder of a sweep, and what its cells share: the recipe, and the questions that score them."""
+
     recipe: Recipe
     questions: QuestionSet
 
@@ -56,9 +131,6 @@ class Sweep:
         if not (self.results_folder(cell) / "predictions.jsonl").is_file():
             return None  # the paired tests need the answers
         return read_json(self.folder / "cells" / f"{cell.name}.json")
-
-    def failure(self, cell: Cell) -> dict[str, Any] | None:
-        return None if self.result(cell) else read_json(self.folder / "failed" / f"{cell.name}.json")
 
     def finished(self, seeds: Collection[int]) -> list[Cell]:
         """Return all cells in the folder with these seeds and a result, including cells of earlier commands."""
@@ -89,47 +161,33 @@ class Sweep:
         return ["-m", *evaluator.command(request)]
 
 
-def run_cells(
-    sweep: Sweep, cells: Sequence[Cell], jobs: int, *, retry: bool, on_done: Callable[[Cell, bool, int], None]
-) -> None:
-    """Run every cell without a result, `jobs` in parallel; failed cells only with `retry`.
-
-    Calls `on_done(cell, whether it has a result, number left)` when a cell ends. A keyboard interrupt stops all cells.
-    """
-    todo = [c for c in cells if sweep.result(c) is None and (retry or sweep.failure(c) is None)]
+def run_sweep(
+    sweep: Sweep, cells: Sequence[Cell], jobs: int, *, retry: bool, on_done: Callable[[], object] = lambda: None
+) -> list[Cell]:
+    """Run every cell without a result, `jobs` in parallel, and return those that failed."""
     slots: queue.SimpleQueue[int] = queue.SimpleQueue()  # one for each parallel cell, which has its GPU
     for slot in range(jobs):
         slots.put(slot)
-    stopped = threading.Event()
 
     def run(cell: Cell) -> bool:
-        if stopped.is_set():
-            return False
         slot = slots.get()
         try:
             return _run_cell(sweep, cell, _environment(slot, jobs))
         finally:
             slots.put(slot)
 
-    with ThreadPoolExecutor(jobs) as pool:
-        futures = {pool.submit(run, cell): cell for cell in todo}
-        try:
-            for left, future in enumerate(as_completed(futures), start=1):
-                on_done(futures[future], future.result(), len(todo) - left)
-        except KeyboardInterrupt:  # the commands receive the signal too
-            stopped.set()
-            raise
+    return sweep.run(cells, jobs, retry=retry, run=run, pool=ThreadPoolExecutor(jobs), on_done=on_done)
 
 
 def _run_cell(sweep: Sweep, cell: Cell, environment: Mapping[str, str]) -> bool:
-    """Train and evaluate a cell. Return whether it has a result; the reason of a failure is in failed/."""
+    """Train and evaluate a cell. Return whether it has a result."""
     recipe = recipe_of(sweep.recipe, cell)
     # Cells with the same method and rank share their initial factors through the cache.
     recipe = recipe.model_copy(update={"factor_cache": recipe.factor_cache or str(sweep.folder / "factors")})
     write_text(sweep.folder / "recipes" / f"{cell.name}.yaml", recipe.to_yaml())
     _wait_for_killed_sweep(sweep.run_folder(cell))
     start = time.monotonic()
-    failed, log = sweep.folder / "failed" / f"{cell.name}.json", sweep.log(cell)
+    log = sweep.log(cell)
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a", encoding="utf-8") as out:
         for make in (sweep.training, sweep.evaluating):
@@ -142,15 +200,14 @@ def _run_cell(sweep: Sweep, cell: Cell, environment: Mapping[str, str]) -> bool:
             if done.returncode != 0:
                 end = log.read_text(encoding="utf-8", errors="replace").splitlines()[-6:]
                 said = "\n".join([*end, _exit_reason(done.returncode)])
-                write_json(failed, {"code": done.returncode, "said": said})
+                sweep.keep_failure(cell, said, code=done.returncode)
                 return False
     try:
         result = _collect(sweep, cell) | {"seconds": round(time.monotonic() - start, 1)}
     except (KeyError, IndexError, OSError, ValueError) as error:
-        write_json(failed, {"code": 0, "said": f"{type(error).__name__}: {error}"})
+        sweep.keep_failure(cell, f"{type(error).__name__}: {error}", code=0)
         return False
-    write_json(sweep.folder / "cells" / f"{cell.name}.json", result)
-    failed.unlink(missing_ok=True)
+    sweep.keep(cell, result)
     return True
 
 

@@ -21,7 +21,7 @@ from milora_vl.sweep import page
 from milora_vl.sweep.__main__ import _require_same_sweep, main
 from milora_vl.sweep.cells import Cell, make_cells, recipe_of
 from milora_vl.sweep.results import arms, pairs
-from milora_vl.sweep.runner import Sweep, _wait_for_killed_sweep, run_cells
+from milora_vl.sweep.runner import Sweep, _wait_for_killed_sweep, run_sweep
 from milora_vl.train.output import locked
 from milora_vl.train.recipe import Recipe
 from support.drawn import NAMES, draw
@@ -87,7 +87,7 @@ def test_cells_share_the_gpus_and_cores_that_the_sweep_may_use(
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     else:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", inherited)
-    run_cells(sweep, [Cell("lora", rate, None, 7) for rate in (1e-4, 1e-3)], 2, retry=False, on_done=lambda *_: None)
+    run_sweep(sweep, [Cell("lora", rate, None, 7) for rate in (1e-4, 1e-3)], 2, retry=False)
     assert set(lines.read_text().splitlines()) == {f"{device} 3" for device in devices}
 
 
@@ -181,7 +181,7 @@ def test_the_validation_loss_is_that_of_the_weights_that_are_evaluated(
         json.dumps({"benchmarks": [scored], "forgetting": forgotten})
     )
     monkeypatch.setattr(sys, "executable", "true")
-    run_cells(swept, [cell], 1, retry=False, on_done=lambda *_: None)
+    run_sweep(swept, [cell], 1, retry=False)
     assert (swept.result(cell) or swept.failure(cell) or {}).get("validation_loss") == loss
 
 
@@ -279,20 +279,15 @@ def test_own_questions_score_the_cells(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("forked_programs")
-def test_a_failed_cell_is_recorded_and_retried_on_request(sweep: Sweep) -> None:
+def test_a_failed_cell_is_recorded_and_retried_on_request(sweep: Sweep, capsys: pytest.CaptureFixture[str]) -> None:
     """Its data is missing: the training ends with exit code 2, and the cell runs again only with --retry."""
     (cell,) = make_cells(sweep.recipe, ["milora"], [1e-3], None, 1)
-    seen: list[tuple[str, bool, int]] = []
-
-    def run(retry: bool) -> None:
-        run_cells(sweep, [cell], 1, retry=retry, on_done=lambda c, ok, left: seen.append((c.name, ok, left)))
-
     (sweep.folder / "failed").mkdir()
     (sweep.folder / "failed" / f"{cell.name}.json").write_text('{"said": "out of memory"}')
-    run(retry=False)
-    assert seen == []
-    run(retry=True)
-    assert seen == [(cell.name, False, 0)]
+    assert run_sweep(sweep, [cell], 1, retry=False) == [cell]
+    assert "FAILED" not in capsys.readouterr().err, "it did not run again"
+    assert run_sweep(sweep, [cell], 1, retry=True) == [cell]
+    assert f"FAILED  {cell.name}   0 left" in capsys.readouterr().err
     failure = sweep.failure(cell)
     assert failure is not None
     assert (failure["code"], "val.json" in failure["said"]) == (2, True)
