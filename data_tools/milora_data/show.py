@@ -12,14 +12,14 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from milora_data.cards import Card, write_cards
 from milora_data.check import image_folder
 from milora_data.encode.templates import OWN, get_template, place_images, render
 from milora_data.keys import FileKeys, record_key
-from milora_data.pictures.load import ImageError, credit_lines, fitting, load_image, place_of, small
+from milora_data.pictures.load import ImageError, load_image, place_of, small
 from milora_data.records.record import IMAGE, Record
 from milora_data.stream import load_records
 from milora_vl.common.atomic_write import json_lines
-from milora_vl.common.cli import page as html
 from milora_vl.common.cli.console import amount, next_step
 from milora_vl.common.cli.parser import DATA, Command, count, option, positive, shared
 from milora_vl.common.errors import DataError, UserError, with_context
@@ -157,8 +157,8 @@ def _print(record: Record, pieces: Sequence[Piece], folder: Path, *, separate: b
     if separate:
         console.print()
     console.print(f"{record.id or '(no id)'}   {record.source}", style="bold")
-    for picture in _pictures(record, folder):
-        console.print(f"picture: {picture['name']} ({picture['note']})", style="dim")
+    for caption, _ in _pictures(record, folder):
+        console.print(f"picture: {caption}", style="dim")
     for video in record.videos:
         console.print(f"video: {video.file or amount(len(video.frames), 'frame')}", style="dim")
     if record.extra:
@@ -168,43 +168,41 @@ def _print(record: Record, pieces: Sequence[Piece], folder: Path, *, separate: b
     console.print(Text.assemble(*marked))
 
 
-def _pictures(record: Record, folder: Path) -> list[dict[str, Any]]:
-    """Return the pictures of a record; an unreadable one has the reason as its note, and no JPEG."""
-    pictures: list[dict[str, Any]] = []
+def _pictures(record: Record, folder: Path) -> list[tuple[str, bytes | None]]:
+    """Return name and size of each picture of a record, and a small JPEG; of an unreadable one the reason, and None."""
+    pictures: list[tuple[str, bytes | None]] = []
     for name in record.images:
         try:
             image = load_image(place_of(folder, name))
         except ImageError as error:
-            pictures.append({"name": str(name), "note": error.reason, "jpeg": None})
+            pictures.append((f"{name} ({error.reason})", None))
         else:
-            pictures.append({"name": str(name), "note": "{} x {}".format(*image.size), "jpeg": small(image)})
+            pictures.append((f"{name} ({image.width} x {image.height})", small(image)))
     return pictures
 
 
-def _card(record: Record, pieces: Sequence[Piece], folder: Path) -> dict[str, Any]:
-    """Return what the page shows of a record."""
+def _card(record: Record, pieces: Sequence[Piece], folder: Path) -> Card:
     pictures = _pictures(record, folder)
     kind = "with pictures" if pictures else "text only"
-    if any(picture["jpeg"] is None for picture in pictures):
+    if any(jpeg is None for _, jpeg in pictures):
         kind = "with unreadable pictures"
-    return {"id": record.id, "source": record.source, "kind": kind, "pieces": pieces, "pictures": pictures}
+    return Card(f"{record.id or '(no id)'} · {record.source}", pieces, pictures, kinds=[kind])
 
 
-def _write_page(chosen: argparse.Namespace, cards: Sequence[dict[str, Any]], folder: Path, *, is_part: bool) -> None:
-    """Write the page; its pictures take at most 5 MB. Raises `UserError` if the file exists."""
+def _write_page(chosen: argparse.Namespace, cards: Sequence[Card], folder: Path, *, is_part: bool) -> None:
+    """Write the page. Raises `UserError` if the file exists."""
     if chosen.html.exists():
         hint = "nothing was written; name a new file with --html"
         raise UserError(f"{chosen.html} exists already", code="output-exists", hint=hint)
-    pictures = [picture for card in cards for picture in card["pictures"]]
-    for picture, uri in zip(pictures, fitting([picture["jpeg"] for picture in pictures], html.MAX_BYTES), strict=True):
-        picture["uri"] = uri
     count = amount(len(cards), "record") + (", not all of the file," if is_part else "")
-    content = {
-        "title": str(chosen.data),
-        "lede": f"{count} as training sees {'it' if len(cards) == 1 else 'them'}",
-        "records": cards,
-        "credits": credit_lines([chosen.data.parent, folder, folder.parent]),
-    }
-    html.write(chosen.html, html.render(Path(__file__).with_name("show.html.j2"), content))
+    write_cards(
+        chosen.html,
+        cards,
+        kind="records",
+        title=str(chosen.data),
+        lede=f"{count} as training sees {'it' if len(cards) == 1 else 'them'}",
+        note="The supervised text is green and underlined; the model only reads everything else.",
+        credited=[chosen.data.parent, folder, folder.parent],
+    )
     as_json = json.dumps({"page": str(chosen.html), "records": len(cards)})
     sys.stdout.write(as_json + "\n" if chosen.format == "json" else f"{chosen.html}: {amount(len(cards), 'record')}\n")

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from milora_data.keys import file_key
-from milora_data.pictures.load import credit_lines, data_uri, fitting, thumbnail
+from milora_data.cards import Card, fitted
+from milora_data.keys import digest, file_key
+from milora_data.pictures.load import credit_lines, data_uri, thumbnail
 from milora_vl.common.cli import page as pages
 from milora_vl.common.cli.table import Table
 from milora_vl.common.errors import UserError
@@ -71,7 +72,6 @@ def regenerate_report(folder: Path) -> None:
 
 
 def _content(run: RunFiles) -> dict[str, Any]:
-    pictures = [thumbnail(Path(line["images"][0]) if line["images"] else None) for line in run.held_out]
     recipe, plots, found = run.folder / "recipe.yaml", plots_of(run), run.headline()
     return {
         "run": run,
@@ -83,7 +83,7 @@ def _content(run: RunFiles) -> dict[str, Any]:
         "outcome_class": {words: css for css, words in OUTCOMES.items()},
         "earlier": tables.earlier_table(run),
         "gallery": gallery(run),
-        "held_out": list(zip(run.held_out, fitting(pictures, _PICTURES), strict=True)),
+        "held_out": _held_out(run),
         "forgotten": forgotten(run),
         "forgetting_table": tables.forgetting_table(run.forgetting),
         "analysis": _analysis(run.folder / "analysis"),
@@ -201,43 +201,59 @@ def outcomes(comparison: SuiteScores) -> dict[str, int]:
     return {words: sum(each[name] for each in counts) for name, words in OUTCOMES.items()} if counts else {}
 
 
-def sample(items: Sequence[Asked], count: int) -> list[Asked]:
-    """Return `count` representative questions; the choice is deterministic.
-
-    The questions are sorted by type and outcome, and taken at equal distances. Every type and outcome then has about
-    the same share as in all questions.
-    """
-
-    def shuffle(item: Asked) -> str:
-        line = item[1] or item[0] or {}
-        return hashlib.sha256(line["question_key"].encode()).hexdigest()
-
-    def order(item: Asked) -> tuple[Any, ...]:
-        line = item[1] or item[0] or {}
-        marks = [-1.0 if answer is None or answer["correct"] is None else answer["correct"] for answer in item[::-1]]
-        return str(line.get("type") or line.get("benchmark")), *marks, shuffle(item)
-
-    count, ordered = min(count, len(items)), sorted(items, key=order)
-    return sorted((ordered[(2 * i + 1) * len(items) // (2 * count)] for i in range(count)), key=shuffle)
-
-
 def gallery(run: RunFiles) -> dict[str, Any] | None:
-    """Return a sample of the questions of the headline's suite, with pictures as data URIs; None without questions."""
+    """Return cards of some questions of the headline's suite; None without questions.
+
+    The keys of the questions choose them, so the choice does not depend on the model.
+    """
     found = run.headline()
     items = questions(found[0]) if found else []
-    if not items:
-        return None
-    chosen = sample(items, GALLERY_SIZE)
-    lines = [after or before or {} for before, after in chosen]
-    uris = fitting([thumbnail(_picture_of(line)) for line in lines], _PICTURES)
-    cards = [(after or before, before, after, uri) for (before, after), uri in zip(chosen, uris, strict=True)]
-    return {"total": len(items), "cards": cards}
+    chosen = sorted(items, key=lambda item: digest([(item[1] or item[0] or {})["question_key"]]))[:GALLERY_SIZE]
+    cards = [answer_card({"before": before, "after": after}) for before, after in chosen]
+    return {"total": len(items), "cards": fitted(cards, _PICTURES)} if items else None
 
 
-def _picture_of(line: Json) -> str | None:
-    """Return the picture of an answer; None if the file now has another content than what was asked about."""
-    file = line.get("image_file")
-    return file if file and file_key(file) in line.get("content", ())[:1] else None
+def answer_card(answers: Mapping[str, Json | None], kinds: Sequence[str] = ()) -> Card:
+    """Return the card of a question from its stored answers, by the name of who gave them; one of them at least."""
+    line = next(filter(None, reversed(answers.values())))
+    asked = [("context", f"{role}: {_words(text)}\n") for role, text in line.get("context", ())]
+    said = [
+        (who, a["prediction"], None if a["correct"] is None else float(a["correct"])) for who, a in answers.items() if a
+    ]
+    truths = list(dict.fromkeys(map(str, line.get("answers", ()))))[:10]
+    return Card(
+        " · ".join(filter(None, (label(str(line.get(key) or "")) for key in ("benchmark", "type", "id")))),
+        [*asked, ("question", _words(line["question"]))],
+        list(_pictures_of(line)),
+        [*said, ("truth", " / ".join(truths) or "–", None)],
+        kinds,
+    )
+
+
+def _words(text: str) -> str:
+    return text.replace("<image>", "").strip()
+
+
+def _pictures_of(line: Json) -> Iterator[tuple[str, bytes | None]]:
+    """Yield the pictures of a question; a file with another content than what was asked about is not shown."""
+    files = [file for file in (line.get("image_file"), *line.get("more_images", ())) if file]
+    for file, key in zip_longest(files, line.get("content", ())[: len(files)]):
+        jpeg = thumbnail(Path(file)) if file_key(file) == key else None
+        yield (Path(file).name if jpeg else "picture not found"), jpeg
+
+
+def _held_out(run: RunFiles) -> list[Card]:
+    """Return cards of the held-out records that the run learns worst."""
+    cards = []
+    for line in run.held_out:
+        file = next(iter(line["images"]), None)
+        jpeg = thumbnail(None if file is None else Path(file))
+        base = "" if line["base_loss"] is None else f", with the adapter off {line['base_loss']:.2f}"
+        answers = [("answer", line["answer"], None), ("the model's answer", line["reply"].strip(), None)]
+        picture = [(line["source"] if jpeg else "picture not found", jpeg)] if file else []
+        title = f"loss {line['loss']:.2f}{base} · {line['id']}"
+        cards.append(Card(title, [("question", _words(line["question"]))], picture, answers))
+    return fitted(cards, _PICTURES)
 
 
 def _analysis(folder: Path) -> tuple[Table, dict[str, str]] | None:

@@ -18,7 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,15 +81,19 @@ class CellFolder(ABC):
         """Run the cells that are to run, with `run` in the `pool` (None: here), and print a line for each.
 
         `run` returns whether the cell has a result; `on_done` is called after each cell. Returns the cells that failed.
-        A keyboard interrupt cancels the cells that wait. Raises UserError if the system kills a process of the pool.
+        An interrupt, which the running cells receive too, cancels the others.
+        Raises UserError if the system kills a process of the pool.
         """
         todo = self.to_run(cells, retry=retry)
         outcomes = ((cell, run(cell)) for cell in todo) if pool is None else _outcomes(pool, run, todo)
-        with nullcontext() if pool is None else pool:
+        try:
             for left, (cell, is_done) in zip(reversed(range(len(todo))), outcomes, strict=True):
                 status = "done" if is_done else "FAILED" if self.failure(cell) else "stopped"
                 sys.stderr.write(f"{status:<8}{cell.name}   {left:,} left{self.time_left(cells, left, jobs)}\n")
                 on_done()
+        finally:
+            if pool is not None:
+                pool.shutdown(cancel_futures=True)
         failed = [cell for cell in cells if self.failure(cell)]
         for cell in failed:
             file = self.folder / "failed" / f"{cell.name}.json"
@@ -101,9 +105,6 @@ def _outcomes(pool: Executor, run: Callable[[Cell], bool], cells: Sequence[Cell]
     futures = {pool.submit(run, cell): cell for cell in cells}
     try:
         yield from ((futures[future], future.result()) for future in as_completed(futures))
-    except KeyboardInterrupt:  # the running cells receive the signal too
-        pool.shutdown(cancel_futures=True)
-        raise
     except BrokenProcessPool:
         message = "a worker was killed: if no user did this, memory ran out"
         hint = "finished cells are saved; run the same command again, with fewer --jobs to use less memory"

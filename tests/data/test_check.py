@@ -264,11 +264,11 @@ def test_the_page_holds_pictures_and_marks_what_is_learnt(tiny_data: Path, tmp_p
     arguments = ["show", str(tiny_data / "two.json"), "--image_folder", str(tiny_data / "images"), "--limit", "9"]
     assert main([*arguments, "--html", str(out)]) == 0
     page = out.read_text()
-    assert page.count("<article ") == 2
+    assert page.count("<li data-kinds=") == 2
     assert page.count("data:image/jpeg;base64,") == 1
     assert "no.png (no such file)" in page
     assert "Is 1 &lt; 2 &amp; 3?" in page
-    assert "<mark> &lt;b&gt;Yes&lt;/b&gt;&lt;/s&gt;</mark>" in page
+    assert '<span class="learnt"> &lt;b&gt;Yes&lt;/b&gt;&lt;/s&gt;</span>' in page
     assert "<p>Pictures by &lt;me&gt;, licence CC BY 4.0.</p>" in page
     assert "http" not in page.replace("http-equiv", "")
     with raises_code("output-exists"):

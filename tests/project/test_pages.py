@@ -32,6 +32,7 @@ from support.sweep_cells import RECIPE, finish_cell
 BROKEN = "[...document.images].filter((image) => !image.complete || !image.naturalWidth).length"
 
 
+CARDS = ".gallery > li"
 TEXT = "document.body.innerText.replace(/\\s+/g, ' ')"
 
 
@@ -62,8 +63,8 @@ def a_show(folder: Path) -> Path:
 def a_sweep(folder: Path) -> Path:
     sweep = Sweep(folder, Recipe.parse(RECIPE), QuestionSet("emoji"))
     cells = make_cells(sweep.recipe, ["milora", "lora", "random"], [1e-4, 1e-3], None, 2)
-    for place, cell in enumerate(cells[:-1]):
-        finish_cell(sweep, cell, loss=1 - cell.learning_rate, right=[True, place % 2 == 0], forgetting=0.1 + place / 50)
+    for index, cell in enumerate(cells[:-1]):
+        finish_cell(sweep, cell, loss=1 - cell.learning_rate, right=[True, index % 2 == 0], forgetting=0.1 + index / 50)
     failure = folder / "failed" / f"{cells[-1].name}.json"
     failure.parent.mkdir()
     failure.write_text(json.dumps({"said": "error: the data is gone"}))
@@ -117,31 +118,29 @@ def search(tab: browser.Browser, words: str) -> None:
 
 def test_answers_are_filtered_by_what_changed_and_by_words(tab: browser.Browser, tmp_path: Path) -> None:
     tab.open(a_view(tmp_path))
-    assert shown(tab, "#cards li") == 6
+    assert shown(tab, CARDS) == 6
     found = {}
     for kind in ("right", "wrong", "changed", "now right", "now wrong"):
         choose(tab, kind)
-        found[kind] = shown(tab, "#cards li")
+        found[kind] = shown(tab, CARDS)
     assert found["right"] + found["wrong"] == 6
     assert (found["changed"], found["now right"]) == (5, 3)
     choose(tab, "all")
     search(tab, "ALERT(1)")
-    assert shown(tab, "#cards li") == 1
+    assert shown(tab, CARDS) == 1
     assert "1 shown" in tab.run(TEXT)
-    search(tab, "nowhere at all")
-    assert "none" in tab.run("document.getElementById('place').textContent")
     assert tab.said == []
 
 
 def test_records_are_filtered_by_kind_and_by_words(tab: browser.Browser, tmp_path: Path) -> None:
     tab.open(a_show(tmp_path))
-    assert shown(tab, ".record") == 3
+    assert shown(tab, CARDS) == 3
     for kind in ("with pictures", "with unreadable", "text only"):
         choose(tab, kind)
-        assert shown(tab, ".record") == 1
+        assert shown(tab, CARDS) == 1
     choose(tab, "all")
     search(tab, "is 1 < 2")
-    assert shown(tab, ".record") == 2
+    assert shown(tab, CARDS) == 2
     assert tab.said == []
 
 
