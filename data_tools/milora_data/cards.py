@@ -36,13 +36,13 @@ def write_cards(
     page: Path, cards: Sequence[Card], *, kind: str, title: str, lede: str, note: str, credited: Iterable[Path]
 ) -> None:
     """Write a page of cards that can be filtered and searched, with the licences that the `credited` folders name."""
-    text = sum(len(part) for card in cards for _, part, *_ in (*card.text, *card.answers))
+    text = sum(len(str((card.text, card.answers))) + 400 for card in cards)
     content = {
         "kind": kind,
         "title": title,
         "lede": lede,
         "note": note,
-        "cards": fitted(cards, max(MAX_BYTES * 9 // 10 - text - 400 * len(cards), MAX_BYTES // 3)),
+        "cards": fitted(cards, max(MAX_BYTES * 9 // 10 - text, MAX_BYTES // 3)),
         "credits": credit_lines(credited),
     }
     write(page, render(Path(__file__).with_name("cards.html.j2"), content))

@@ -215,7 +215,7 @@ def gallery(run: RunFiles) -> dict[str, Any] | None:
 
 def answer_card(answers: Mapping[str, Json | None], kinds: Sequence[str] = ()) -> Card:
     """Return the card of a question from its stored answers, by the name of who gave them; one of them at least."""
-    line = next(filter(None, reversed(answers.values())))
+    line = next(filter(None, reversed(list(answers.values()))))
     asked = [("context", f"{role}: {_words(text)}\n") for role, text in line.get("context", ())]
     said = [
         (who, a["prediction"], None if a["correct"] is None else float(a["correct"])) for who, a in answers.items() if a
