@@ -39,7 +39,7 @@ from milora_vl.train.recipe import Recipe, checked, differences, flags_of, known
 PROG = "python -m milora_vl.train"
 ADAPTERS = tuple(name for name, method in RULE_METHODS.items() if "rank" in method.fields)
 METHODS = (*ADAPTERS, "full", "projector")
-ADAPTER_FIELDS = ("rank", "alpha", "rslora", "dropout", "sigma", "seed", "protect")
+ADAPTER_FIELDS = ("rank", "alpha", "rslora", "dropout", "seed", "protect")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +76,7 @@ class Request:
 def edited(rules: Sequence[RuleDict] | None, edits: PolicyEdits) -> list[RuleDict]:
     """Return the rules after the flags; `full` and `frozen` rules keep their fields.
 
-    A method drops `protect` and `sigma` of the rules, and milora has the scale 1, so that a method is its authors'.
+    A method drops `protect` of the rules, and milora has the scale 1, so that a method is its authors'.
 
     Raises UserError for a flag without effect.
 
@@ -135,8 +135,7 @@ def _edit_adapter(rule: RuleDict, edits: PolicyEdits) -> None:
     if edits.method in ADAPTERS:
         if "method" in rule:
             rule["method"] = edits.method
-        dropped = {"sigma"} | ({"seed"} - RULE_METHODS[edits.method].fields)  # of the initial factors of the recipe
-        for name in dropped | {"protect"}:
+        for name in {"protect"} | ({"seed"} - RULE_METHODS[edits.method].fields):
             rule.pop(name, None)
         if edits.method == "milora":  # the paper's scale is 1
             rule.pop("rslora", None)

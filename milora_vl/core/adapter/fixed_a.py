@@ -280,7 +280,7 @@ def calibration_key(model: nn.Module, targets: Sequence[Target], calibration: Ca
     """Return a hash of all that decides a fixed A: weights, rules and calibration. Every process calls this."""
     digest = hashlib.sha256(f"{VERSION}".encode())
     for t in targets:
-        digest.update(f"{t.path} {t.tower} {t.method} {t.rank} {t.seed} {t.sigma} {t.protect}\n".encode())
+        digest.update(f"{t.path} {t.tower} {t.method} {t.rank} {t.seed} {t.protect}\n".encode())
     content = BytesIO()
     sources = [] if calibration is None else sources_of(calibration)
     torch.save([[dict(batch) for batch in part] for part in sources], content)

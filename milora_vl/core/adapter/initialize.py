@@ -18,7 +18,7 @@ import time
 import warnings
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -27,16 +27,16 @@ from torch import Tensor, nn
 from milora_vl.common.errors import UserError
 from milora_vl.common.progress import progress_bar
 from milora_vl.core.calibration import FACTORS
-from milora_vl.core.policy.rules import FloorSigma, Sigma, Target
+from milora_vl.core.policy.rules import Target
 from milora_vl.core.svd import Factors
 from milora_vl.core.weights.distributed import broadcast, gather_objects, rank_and_world_size
 from milora_vl.core.weights.matrices import Fingerprint, factor_dtype, fingerprint, for_each_weight
-from milora_vl.core.weights.tensor_files import cached_factors, cached_singular_values
+from milora_vl.core.weights.tensor_files import cached_factors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerReport:
-    """The result of initializing one module. All sigma belong to the weight W, before any floor.
+    """The result of initializing one module. All sigma belong to the weight W.
 
     - `sigma_min`, `sigma_max`: the smallest and largest singular value of the trained components.
     - `sigma_top`: the largest singular value of W; a lower estimate if `svd` is gram or gram64.
@@ -133,7 +133,7 @@ def _initial(W: Tensor, dtype: torch.dtype, target: Target, cache: Path | None) 
         factors = cached_factors(W, target.rank, target.part, cache, seed=seed_of(target))
     except (ValueError, torch.linalg.LinAlgError) as error:
         raise WeightError(str(error), where=target.path) from error
-    A0, B0 = _scaled(factors, W, target.sigma, target.scaling, cache)
+    A0, B0 = factors.lora(target.scaling)  # any scale is allowed, because B0 A0 is subtracted
     report = _report(factors, target, time.perf_counter() - start)
     return Initial(A0.to(dtype), B0.to(dtype), fingerprint(W), report)
 
@@ -141,16 +141,6 @@ def _initial(W: Tensor, dtype: torch.dtype, target: Target, cache: Path | None) 
 def seed_of(target: Target) -> int:
     """Return the seed of a random part. Modules of equal shape must not draw the same positions."""
     return zlib.crc32(target.path.encode(), target.seed) if target.part == "random" else 0
-
-
-def _scaled(factors: Factors, W: Tensor, sigma: Sigma, scaling: float, cache: Path | None) -> tuple[Tensor, Tensor]:
-    """Return A0 and B0. Any scale is allowed, because B0 A0 is subtracted."""
-    if sigma == "none":
-        return factors.Vh, factors.U
-    if isinstance(sigma, FloorSigma):
-        floor = float(sigma.floor * cached_singular_values(W, cache).median())
-        factors = replace(factors, S=factors.S.clamp(min=floor))
-    return factors.lora(scaling)
 
 
 def _report(factors: Factors, target: Target, seconds: float) -> LayerReport:
@@ -172,22 +162,20 @@ def _report(factors: Factors, target: Target, seconds: float) -> LayerReport:
 
 
 def _warn_of_zeros(initial: Mapping[str, Initial], targets: Sequence[Target]) -> None:
-    """Warn about singular values that are zero within float32, after any floor.
+    """Warn about singular values that are zero within float32.
 
     A row of A0 and a column of B0 are then zero, and each has a gradient proportional to the other: a saddle point.
     """
     dead = []
     for target in targets:
         A0, report = initial[target.path].A0, initial[target.path].report
-        if target.sigma != "none":
-            # Row i of A0 and column i of B0 both have the norm sqrt(S_i / s).
-            rows = torch.linalg.vector_norm(A0, dim=1, dtype=torch.float64)
-            if float(rows.min()) ** 2 * target.scaling <= 1e-7 * report.sigma_top:
-                dead.append(target.path)
+        # Row i of A0 and column i of B0 both have the norm sqrt(S_i / s).
+        rows = torch.linalg.vector_norm(A0, dim=1, dtype=torch.float64)
+        if float(rows.min()) ** 2 * target.scaling <= 1e-7 * report.sigma_top:
+            dead.append(target.path)
     if dead:
         warnings.warn(
             f"{len(dead):,} of {len(targets):,} adapters hold singular values at zero (first: {dead[0]}): A and B "
-            "start at 0 there and learn slowly or not at all. Set  sigma: {floor: 0.1}  in their rule (sigma: none if "
-            "the median is zero too), or a lower rank.",
+            "start at 0 there and learn slowly or not at all. Remove  protect: 0,  or set  method: lora  for them.",
             stacklevel=3,
         )

@@ -39,7 +39,7 @@ from milora_vl.core.adapter.folders import (
 from milora_vl.core.adapter.initialize import LayerReport
 from milora_vl.core.adapter.lora import base_layer, base_model_of
 from milora_vl.core.evaluation_mode import keep_weights_readable
-from milora_vl.core.policy.rules import METHODS, FloorSigma, Target
+from milora_vl.core.policy.rules import METHODS, Target
 from milora_vl.core.policy.towers import canonical_names
 from milora_vl.core.weights.matrices import (
     QUANTIZED_EPS,
@@ -183,8 +183,6 @@ def _from_content(content: Mapping[str, Any]) -> Sidecar:
         values = {**entry, "path": path}
         if entry["method"] not in METHODS:
             raise KeyError(f"method {entry['method']!r}")
-        if isinstance(values.get("sigma"), Mapping):
-            values["sigma"] = FloorSigma(**values["sigma"])
         target = _restored(Target, values)
         if target.rank is not None and not are_sizes((target.rank, target.alpha)):
             raise ValueError(f"rank {target.rank} and alpha {target.alpha} of {path}")

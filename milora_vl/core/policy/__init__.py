@@ -1,6 +1,6 @@
 """Policies: rules that select the modules to train, with method and rank, and their resolution on a model."""
 
 from milora_vl.core.policy.policy import Policy
-from milora_vl.core.policy.rules import FloorSigma, PolicyError, Rule, RuleMethod, Target
+from milora_vl.core.policy.rules import PolicyError, Rule, RuleMethod, Target
 
-__all__ = ["FloorSigma", "Policy", "PolicyError", "Rule", "RuleMethod", "Target"]
+__all__ = ["Policy", "PolicyError", "Rule", "RuleMethod", "Target"]

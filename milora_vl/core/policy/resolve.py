@@ -303,9 +303,6 @@ def _target(path: str, plan: _Plan, selector: Selector) -> Target:
     if share and isinstance(module, nn.Embedding):
         hint = "set  protect: 0  for it, or do not select it"
         raise PolicyError("an embedding has no input directions to protect", where=Key.of("protect"), hint=hint)
-    if share and fields.get("sigma", "keep") != "keep":
-        message = "sigma scales the start of A, whose rows have one length under protect"
-        raise PolicyError(message, where=Key.of("sigma"), hint="remove sigma, or set  protect: 0")
     return Target(path=path, shape=shape, tower=tower, **{**fields, "alpha": _alpha(plan), "protect": share})
 
 

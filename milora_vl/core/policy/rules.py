@@ -44,7 +44,7 @@ METHODS: dict[str, Method] = {
     "milora": Method(
         label="MiLoRA",
         trains="A and B, from the minor singular triplets: the last r of the weight (arXiv:2406.09044)",
-        fields=_ADAPTER | {"sigma", "protect"},
+        fields=_ADAPTER | {"protect"},
         protect=0.95,  # docs/results.md
         part="minor",
     ),
@@ -54,13 +54,13 @@ METHODS: dict[str, Method] = {
     "pissa": Method(
         label="PiSSA",
         trains="A and B, from the principal singular triplets: the first r (arXiv:2404.02948)",
-        fields=_ADAPTER | {"sigma", "protect"},
+        fields=_ADAPTER | {"protect"},
         part="principal",
     ),
     "random": Method(
         label="random",
         trains="A and B, from r randomly drawn singular triplets",
-        fields=_ADAPTER | {"sigma", "seed", "protect"},
+        fields=_ADAPTER | {"seed", "protect"},
         part="random",
     ),
     "dora": Method(
@@ -121,15 +121,6 @@ class RulePart(Strict):
 Number = int | float
 
 
-class FloorSigma(RulePart):
-    """Raise the singular values of the adapter to at least `floor` times the median singular value of its weight."""
-
-    floor: Number = Field(gt=0, le=1, description="a share of the median, up to 1")
-
-
-Sigma = Literal["keep", "none"] | FloorSigma
-
-
 class Rule(RulePart):
     """The settings for the modules that `modules` selects. A field of None keeps the value of earlier rules."""
 
@@ -139,7 +130,6 @@ class Rule(RulePart):
     alpha: Number | None = Field(default=None, gt=0, description="a number above 0")
     rslora: bool | None = Field(default=None, description="true or false")
     dropout: Number | None = Field(default=None, ge=0, lt=1, description="a number from 0, below 1")
-    sigma: Sigma | None = Field(default=None, description="keep, none or {floor: share of the median, up to 1}")
     seed: int | None = Field(default=None, ge=0, lt=2**32, description="an integer from 0 to 2**32 - 1")
     protect: Number | None = Field(default=None, ge=0, lt=1, description="a share from 0, below 1")
     learning_rate: Number | None = Field(default=None, gt=0, description="a number above 0")
@@ -166,15 +156,13 @@ class Target:
     alpha: float | None = None
     rslora: bool = False
     dropout: float = 0.0
-    sigma: Sigma = "keep"
     seed: int = 0
     protect: float = 0.0  # the share of the layer's input energy that the update leaves alone; 0: not protected
     learning_rate: float | None = None
     weight_decay: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        sigma = self.sigma if isinstance(self.sigma, str) else self.sigma.model_dump()
-        return {**asdict(self), "sigma": sigma}
+        return asdict(self)
 
     @property
     def scaling(self) -> float:

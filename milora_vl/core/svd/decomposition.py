@@ -226,20 +226,3 @@ def _check(weight: Tensor, rank: int, part: str, method: str, tol: float) -> Non
         raise ValueError(f"method must be one of {', '.join(get_args(Method))}, got {method!r}")
     if not tol > 0:
         raise ValueError(f"tol must be positive, got {tol}")
-
-
-def singular_values(W: Tensor) -> Tensor:
-    """Return the singular values of W (out, in), descending, in float32 (float64 for a float64 weight).
-
-    They come from the eigenvalues of a float64 Gram matrix, except for float64 weights. The error is below 3e-8 of the
-    largest value, less than in a float32 decomposition. Raises ValueError for NaN and infinite values.
-    """
-    if not torch.isfinite(W).all():
-        raise ValueError("the weight contains NaN or infinite values")
-    with full_precision(W.device):
-        W = W.detach() if W.shape[0] >= W.shape[1] else W.detach().T
-        if W.dtype == torch.float64:
-            return torch.linalg.svdvals(W)
-        wide = W.double()
-        squares = torch.linalg.eigvalsh(wide.T @ wide)
-        return squares.clamp(min=0).sqrt().flip(0).float()

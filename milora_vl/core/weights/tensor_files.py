@@ -31,7 +31,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from milora_vl.common.atomic_write import atomic_file
 from milora_vl.common.errors import MALFORMED, Problem, UserError
-from milora_vl.core.svd import Factors, Part, decompose, singular_values
+from milora_vl.core.svd import Factors, Part, decompose
 from milora_vl.core.weights.distributed import gather_objects, rank_and_world_size
 
 AGAIN = "copy or download the file again, or use a checkpoint of the run"
@@ -103,22 +103,6 @@ def cached_factors(W: Tensor, rank: int, part: Part, folder: Path | None, *, see
         metadata = {name: str(getattr(factors, name)) for name in ("norm", "sigma_max", "excess", "method")}
         write_cached(folder, key, tensors, metadata)
     return factors
-
-
-def cached_singular_values(W: Tensor, folder: Path | None) -> Tensor:
-    """Return all singular values of W (out, in), descending, on the CPU, from the cache if it has them.
-
-    Raises ValueError for NaN and infinite values. Warns if the cache cannot be written.
-    """
-    if folder is None:
-        return singular_values(W).cpu()
-    key = cache_key(W, min(W.shape), "values", 0)
-    entry = read_cached(folder, key)
-    if entry is not None:
-        return entry[0]["S"]
-    values = singular_values(W).cpu()
-    write_cached(folder, key, {"S": values}, {})
-    return values
 
 
 def read_cached(folder: Path, name: str) -> tuple[dict[str, Tensor], dict[str, str]] | None:

@@ -132,11 +132,9 @@ def test_layers_of_both_kinds_in_one_policy() -> None:
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("sigma", ["keep", "none", {"floor": 0.5}])
-def test_a_llava_is_unchanged(tiny_llava, training: bool, dtype: torch.dtype, sigma) -> None:
-    rules = [{**LLAVA_POLICY[0], "sigma": sigma}, *LLAVA_POLICY[1:]]
+def test_a_llava_is_unchanged(tiny_llava, training: bool, dtype: torch.dtype) -> None:
     base = tiny_llava()[0].to(dtype).train(training)
-    model = apply_milora(tiny_llava()[0].to(dtype), rules).train(training)
+    model = apply_milora(tiny_llava()[0].to(dtype), LLAVA_POLICY).train(training)
     batch = llava_batch(base)
     assert torch.equal(model(**batch).logits, base(**batch).logits)
     with torch.autocast("cpu", torch.bfloat16):

@@ -121,7 +121,7 @@ def test_loading_under_a_new_name_gives_a_second_adapter_with_an_anchor(model, t
 def test_loading_into_the_adapter_of_the_same_name_puts_difference_and_anchor_back(model, tiny_llama, tmp_path) -> None:
     """What the HF Trainer does on resume and for load_best_model_at_end."""
     save_adapter(model, tmp_path)
-    fresh = apply_milora(tiny_llama()[0], one_rule(alpha=4, sigma="none"))  # other anchors
+    fresh = apply_milora(tiny_llama()[0], one_rule(alpha=4, method="pissa"))  # other anchors
     assert not all(torch.equal(anchors(fresh)[name], anchor) for name, anchor in anchors(model).items())
     fresh.load_adapter(str(tmp_path), "default", is_trainable=True)
     assert all(torch.equal(anchors(fresh)[name], anchor) for name, anchor in anchors(model).items())

@@ -14,7 +14,7 @@ from milora_vl import apply_milora, load_adapter, save_adapter
 from milora_vl.core.adapter.folders import ANCHORS_FILE, AdapterError
 from milora_vl.core.adapter.initialize import LayerReport
 from milora_vl.core.adapter.sidecar import FILE_NAME, Sidecar, locate, read_sidecar
-from milora_vl.core.policy.rules import FloorSigma, Target
+from milora_vl.core.policy.rules import Target
 from milora_vl.core.weights.matrices import fingerprint
 from support.adapter_cases import (
     LLAVA_POLICY,
@@ -28,7 +28,7 @@ from support.problems import raises_code, raises_problem
 
 PATH = "model.language_model.layers.0.mlp.up_proj"
 TARGETS = [
-    Target(path=PATH, shape=(4, 3), tower="language", method="milora", rank=2, alpha=2.0, sigma=FloorSigma(floor=0.1)),
+    Target(path=PATH, shape=(4, 3), tower="language", method="milora", rank=2, alpha=2.0),
     Target(path="lm_head", shape=(9, 3), tower="language", method="full", learning_rate=1e-4),
 ]
 REPORT = LayerReport(
@@ -60,7 +60,7 @@ def test_the_file_says_for_every_module_what_it_is() -> None:
     data = json.loads(sidecar().to_json())
     assert data["format_version"] == 3
     module = data["modules"][PATH]
-    assert (module["rank"], module["alpha"], module["part"], module["sigma"]) == (2, 2.0, "minor", {"floor": 0.1})
+    assert (module["rank"], module["alpha"], module["part"]) == (2, 2.0, "minor")
     assert module["report"]["svd"] == "exact"
     assert len(module["fingerprint"]["values"]) == 8
     assert data["modules"]["lm_head"]["method"] == "full"

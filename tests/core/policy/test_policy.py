@@ -12,21 +12,21 @@ from torch import nn
 
 from milora_vl import apply_milora, load_adapter, save_adapter
 from milora_vl.common.errors import Problem
-from milora_vl.core.policy import FloorSigma, Policy, PolicyError, Rule, Target
+from milora_vl.core.policy import Policy, PolicyError, Rule, Target
 from milora_vl.core.policy.rules import METHODS
 from support.adapter_cases import LLAVA_POLICY, one_rule, token_batch, train_steps
 from support.problems import raises_code, raises_problem
 
 YAML = """
 - {modules: language, method: milora, protect: 0, rank: 128, alpha: 128, dropout: 0.05, learning_rate: 2.0e-4}
-- {modules: "language.layers[0-3].mlp", rank: 64, sigma: {floor: 0.1}}
+- {modules: "language.layers[0-3].mlp", rank: 64, rslora: true}
 - {modules: projector, method: full}
 """
 
 
 def test_yaml_and_plain_data_give_the_same_policy() -> None:
     policy = Policy.parse(YAML)
-    assert policy.rules[1] == Rule(modules="language.layers[0-3].mlp", rank=64, sigma=FloorSigma(floor=0.1))
+    assert policy.rules[1] == Rule(modules="language.layers[0-3].mlp", rank=64, rslora=True)
     assert Policy.parse(policy.to_list()) == policy
     assert Policy.parse(policy) is policy
     assert Policy.parse(list(policy.rules)) == policy
@@ -95,14 +95,12 @@ def test_what_is_no_protection_is_refused(protect) -> None:
         Policy.parse(one_rule(protect=protect))
 
 
-def test_a_later_rule_ends_the_protection_and_sigma_does_not_go_with_it(tiny_llama) -> None:
+def test_a_later_rule_ends_the_protection(tiny_llama) -> None:
     rules = [*one_rule(protect=0.9), {"modules": "language.mlp", "protect": 0}]
     targets = Policy.parse(rules).resolve(tiny_llama()[0])
     assert {target.protect for target in targets if ".mlp." in target.path} == {0}
     assert {target.has_anchor for target in targets if ".mlp." in target.path} == {True}
     assert {target.has_fixed_A for target in targets if ".mlp." not in target.path} == {True}
-    with raises_problem(where="policy[0].sigma"):
-        Policy.parse(one_rule(protect=0.9, sigma="none")).resolve(tiny_llama()[0])
 
 
 @pytest.mark.parametrize(
@@ -124,8 +122,6 @@ def test_a_later_rule_ends_the_protection_and_sigma_does_not_go_with_it(tiny_lla
         ({"dropout": -0.1}, "policy-value", r"got -0.1"),
         ({"learning_rate": "2e-4"}, "policy-value", r"above 0, got '2e-4'(.|\n)*without quotes it is a number:  2e-4"),
         ({"weight_decay": -1}, "policy-value", r"weight_decay: expected a number from 0, got -1"),
-        ({"sigma": "drop"}, "policy-value", r"sigma: expected keep, none or \{floor"),
-        ({"sigma": {"floor": 0.0}}, "policy-value", r"sigma\.floor: expected a share of the median, up to 1, got 0\.0"),
         ({"seed": -1}, "policy-value", r"seed: expected an integer from 0 to 2\*\*32 - 1, got -1"),
         ({"seed": 2**32}, "policy-value", r"seed"),
         ({"seed": False}, "policy-value", r"seed"),
@@ -226,14 +222,14 @@ def test_frozen_rules_take_modules_out_again(tiny_llama) -> None:
 
 def test_a_new_method_drops_what_it_cannot_use_of_earlier_rules(tiny_llama) -> None:
     rules = [
-        {"modules": "language", "method": "milora", "protect": 0, "rank": 4, "sigma": "none", "learning_rate": 1e-3},
+        {"modules": "language", "method": "random", "protect": 0, "rank": 4, "seed": 5, "learning_rate": 1e-3},
         {"modules": "language.mlp", "method": "full"},
         {"modules": "language.attention", "method": "lora"},
     ]
     targets = resolved(tiny_llama()[0], rules)
     mlp, attention = targets["model.layers.0.mlp.up_proj"], targets["model.layers.0.self_attn.q_proj"]
     assert (mlp.rank, mlp.learning_rate) == (None, 1e-3)
-    assert (attention.rank, attention.sigma) == (4, "keep")
+    assert (attention.rank, attention.seed) == (4, 0)
 
 
 def test_norms_and_heads_train_in_full_where_a_rule_names_them(tiny_llama) -> None:

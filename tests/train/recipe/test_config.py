@@ -91,7 +91,7 @@ def test_a_recipe_given_back_is_the_same_recipe() -> None:
         {
             "model": "tiny",
             "data": {"path": "a.json", "bad_images": "skip"},
-            "policy": [{"modules": "language", "method": "milora", "protect": 0, "rank": 4, "sigma": {"floor": 0.1}}],
+            "policy": [{"modules": "language", "method": "milora", "protect": 0, "rank": 4, "rslora": True}],
             "train": {"learning_rate": 2e-5, "warmup_ratio": 0.03, "eval_strategy": "no", "report_to": "none"},
             "eval": {"suites": ["quick"], "limit": 10},
         }

@@ -136,7 +136,7 @@ policy:
   - {modules: language, method: milora, protect: 0, rank: 0, alfa: 3}
   - {modules: "*.nothing", method: milora, protect: 0, rank: 4}
   - {modules: projector.linear_1, method: milora, protect: 0, rank: 4000}
-  - {modules: "language.layers[0]", method: full, sigma: none}
+  - {modules: "language.layers[0]", method: full, seed: 1}
 train: {max_stepps: 3}
 """
 

@@ -23,7 +23,7 @@ def test_a_method_replaces_the_adapters_method(method: str) -> None:
 
 
 def test_method_milora_is_the_papers_whatever_the_recipe_says() -> None:
-    own = [RULES[0] | {"method": "milora", "alpha": 256, "sigma": "none", "rslora": True, "protect": 0.5}]
+    own = [RULES[0] | {"method": "milora", "alpha": 256, "rslora": True, "protect": 0.5}]
     (rule,) = edited(own, PolicyEdits(method="milora"))
     assert rule == RULES[0] | {"method": "milora", "alpha": RULES[0]["rank"]}
 
@@ -35,7 +35,7 @@ def test_another_method_drops_what_only_the_old_one_has() -> None:
     assert "seed" not in edited(drawn, PolicyEdits(method="full"))[0]
     refined = [*drawn, {"modules": "language.mlp", "seed": 5}]
     assert edited(refined, PolicyEdits(method="milora")) == [RULES[0] | {"method": "milora"}]
-    refined = [RULES[0], {"modules": "language.mlp", "rank": 8, "sigma": "none"}]
+    refined = [RULES[0], {"modules": "language.mlp", "rank": 8, "protect": 0.5}]
     assert edited(refined, PolicyEdits(method="lora"))[1] == {"modules": "language.mlp", "rank": 8}
 
 
