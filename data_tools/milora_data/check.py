@@ -153,7 +153,7 @@ def examine(record: Record) -> Iterator[Finding]:
         yield finding("no_answer", f"{amount(len(record.turns), 'turn')}, no answer to train")
     elif exchange[-1].role != "assistant":
         yield finding("unanswered", exchange[-1].text)
-    if len(exchange) < sum(turn.role != "system" for turn in record.turns):
+    if len(exchange) < sum(turn.role not in ("system", "tools") for turn in record.turns):
         yield finding("answer_first", next(turn.text for turn in record.turns if turn.role == "assistant"))
     for number, turn in enumerate(record.turns, start=1):
         where = f"turn {number}"

@@ -239,14 +239,17 @@ def _as_llava(record: Record, identifier: str) -> dict[str, Any]:
             "from": SPEAKERS[turn.role],
             "value": turn.text,
             **({} if turn.weight or turn.role == "user" else {"weight": 0}),
+            **json.loads(turn.keys or "{}"),
         }
         for turn in record.turns
+        if turn.role != "tools"
     ]
     shown = [{key: part for key, part in video._asdict().items() if part} for video in record.videos]
     if any(isinstance(name, StoredPicture) for video in record.videos for name in video.files):
         raise DataError("frames of videos inside a table are not written to files", code="record-videos")
     videos = {"videos": shown} if shown else {}
-    return {"id": record.id or identifier, **images, **videos, "conversations": turns}
+    tools = {"tools": json.loads(record.turns[0].text)} if record.turns and record.turns[0].role == "tools" else {}
+    return {"id": record.id or identifier, **images, **videos, "conversations": turns, **tools}
 
 
 KINDS: dict[str, Converter] = {

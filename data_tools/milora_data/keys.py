@@ -97,5 +97,5 @@ def data_key(keys: Iterable[str]) -> str:
     return digest(list(keys))
 
 
-def _texts(turns: Sequence[Turn]) -> list[tuple[str, str, int]]:
-    return [(turn.role, turn.text, turn.weight) for turn in turns]
+def _texts(turns: Sequence[Turn]) -> list[tuple[str, str, int, str]]:
+    return [(turn.role, turn.text, turn.weight, turn.keys) for turn in turns]

@@ -348,7 +348,7 @@ def _require_written(collate: RecordCollator[Any], records: Sequence[Record]) ->
     """
     seen: set[object] = set()
     for number, record in enumerate(records):
-        form = tuple((turn.role, IMAGE in turn.text) for turn in record.turns), len(record.videos)
+        form = tuple((turn.role, IMAGE in turn.text, turn.keys != "") for turn in record.turns), len(record.videos)
         if number < FIRST or form not in seen or collate.may_refuse(record):
             seen.add(form)
             with suppress(NoSupervisedTokens):  # the collator skips it

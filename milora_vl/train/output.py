@@ -369,7 +369,7 @@ def _shown(
         placed = within(record, data.image_folder)
         last = max(number for number, turn in enumerate(record.turns) if turn.role == "assistant")
         prompts.append(Prompt(record.turns[:last], placed.images, videos=placed.videos))
-        question, answer = (turn.text for turn in record.turns[last - 1 : last + 1])
+        question, answer = (turn.text + turn.keys for turn in record.turns[last - 1 : last + 1])
         lines.append({"id": record.id, "images": placed.images, "question": question, "answer": answer})
     size = 1 if data.bad_images == "replace" else min(trainer.args.per_device_train_batch_size, 8)  # a step held them
     for start in range(0, len(prompts), size):

@@ -154,9 +154,6 @@ NOT_RECORDS: list[tuple[Any, str]] = [
     ({"conversations": [], "image": 3}, '"image" must be'),
     ({"conversations": [], "image": [""]}, '"image" must be'),
     ({"conversations": [{"from": "system", "value": "a"}], "system": "b"}, "only system text"),
-    ({"conversations": [], "tools": [{"type": "function"}]}, "tools, their calls and their results"),
-    ({"messages": [{"role": "tool", "content": "4"}]}, "tools, their calls and their results"),
-    ({"messages": [{"role": "assistant", "content": None, "tool_calls": [{}]}]}, "tools, their calls"),
 ]
 
 

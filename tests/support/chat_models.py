@@ -19,6 +19,34 @@ MARKED = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 SMOLLM2 = MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+# As Qwen3-VL writes tools: a list in the system text, a call in <tool_call>, results of a call in a turn of the user.
+TOOLS_MARKED = (
+    "{% if tools %}{{ '<|im_start|>system\n' }}{% if messages[0].role == 'system' %}{{ messages[0].content + '\n\n' }}"
+    "{% endif %}{{ '# Tools\n<tools>' }}{% for tool in tools %}{{ '\n' + tool | tojson }}{% endfor %}"
+    "{{ '\n</tools><|im_end|>\n' }}{% endif %}{% for m in messages %}"
+    "{% if m.role == 'system' %}{% if not tools %}{{ '<|im_start|>system\n' + m.content + '<|im_end|>\n' }}{% endif %}"
+    "{% elif m.role == 'user' %}{{ '<|im_start|>user\n' + m.content + '<|im_end|>\n' }}"
+    "{% elif m.role == 'assistant' %}{{ '<|im_start|>assistant\n' }}{% generation %}{{ m.content }}"
+    "{% for call in m.tool_calls %}{% if not loop.first or m.content %}{{ '\n' }}{% endif %}"
+    '{{ \'<tool_call>\n{"name": "\' + call.function.name + \'", "arguments": \' }}'
+    "{{ call.function.arguments | tojson + '}\n</tool_call>' }}{% endfor %}{{ '<|im_end|>' }}{% endgeneration %}"
+    "{{ '\n' }}{% elif m.role == 'tool' %}{% if messages[loop.index0 - 1].role != 'tool' %}{{ '<|im_start|>user' }}"
+    "{% endif %}{{ '\n<tool_response>\n' + m.content + '\n</tool_response>' }}"
+    "{% if loop.last or messages[loop.index0 + 1].role != 'tool' %}{{ '<|im_end|>\n' }}{% endif %}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+TOOLS = TOOLS_MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+# As Mistral's: nothing asks for an answer, a call has a name for its result, and `</s>` ends an answer.
+MISTRAL_TOOLS = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m.role == 'user' %}{% if tools and loop.first %}[AVAILABLE_TOOLS] {{ tools | tojson }}"
+    "[/AVAILABLE_TOOLS]{% endif %}{{ '[INST] ' + m.content + '[/INST]' }}"
+    "{% elif m.tool_calls %}[TOOL_CALLS] [{% for call in m.tool_calls %}{{ call.function | tojson }}"
+    "{% if not loop.last %}, {% endif %}{% endfor %}]{{ eos_token }}"
+    "{% elif m.role == 'assistant' %}{{ ' ' + m.content + eos_token }}"
+    "{% elif m.role == 'tool' %}{{ '[TOOL_RESULTS] {\"content\": ' + m.content | tojson + ', \"call_id\": \"' }}"
+    "{{ m.tool_call_id + '\"}[/TOOL_RESULTS]' }}{% endif %}{% endfor %}"
+)
 # For the tiny models: their tokenizer knows `</s>` alone.
 TINY = (
     "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}"

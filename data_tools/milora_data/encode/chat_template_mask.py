@@ -12,6 +12,7 @@ answer, and the special token that ends it.
 from __future__ import annotations
 
 import inspect
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -199,6 +200,45 @@ class _Frame:
     closes: bool
 
 
+class _Dialogue(NamedTuple):
+    """What a chat template gets: messages, and the definitions of tools."""
+
+    messages: list[dict[str, Any]]
+    tools: list[Any] | None
+
+    def up_to(self, number: int) -> _Dialogue:
+        return self._replace(messages=self.messages[:number])
+
+    def form(self) -> str:
+        """Return all that decides the template's own text, if it does not read the texts of messages."""
+        return json.dumps(
+            [[{**message, "content": _kinds(message["content"])} for message in self.messages], self.tools]
+        )
+
+    def marked(self, numbers: Sequence[int]) -> _Dialogue:
+        """Return the dialogue with placeholders as the pieces of the messages `numbers`."""
+        marks, shown = map(_PLACEHOLDER.format, count()), list(self.messages)
+        for number in sorted(numbers):
+            message = shown[number] = dict(shown[number])
+            content = message["content"]
+            if not isinstance(content, str):
+                message["content"] = [{**part, "text": next(marks)} if "text" in part else part for part in content]
+            elif content or "tool_calls" not in message:
+                message["content"] = next(marks)
+            if "tool_calls" in message:
+                message["tool_calls"] = [
+                    {**call, "function": {**call["function"], "name": next(marks)}} for call in message["tool_calls"]
+                ]
+        return self._replace(messages=shown)
+
+
+def _pieces(message: Mapping[str, Any]) -> list[str]:
+    """Return what a message has to be written with: its texts, and the names of the functions that it calls."""
+    content, calls = message["content"], message.get("tool_calls", ())
+    texts = [content] * bool(content or not calls) if isinstance(content, str) else _texts(content)
+    return [*texts, *(call["function"]["name"] for call in calls)]
+
+
 class ImageTemplate:
     """A chat template for conversations whose turns contain pictures. Raises `UserError` if it omits answers."""
 
@@ -218,22 +258,29 @@ class ImageTemplate:
 
         Supervised is what the model has to write: the text after the request for an answer, up to and including the
         special token that ends the answer. If the template has no such token, an EOS is added to the last answer.
-        Raises `DataError` if the template refuses the turns or rewrites an answer.
+        The tool calls of an answer are a part of it. Raises `DataError` if the template refuses the turns, rewrites an
+        answer, or omits tools, calls or results.
         """
         system, exchange = split_turns(turns)
         kept = ([] if system is None else [Turn("system", system)]) + list(exchange)
-        contents = [self._content(turn) for turn in kept]
-        text = self._run(kept, contents, prompt)
+        dialogue = self._dialogue(kept, next((json.loads(turn.text) for turn in turns if turn.role == "tools"), None))
+        text = self._run(dialogue, prompt)
+        if dialogue.tools or any(turn.keys or turn.role == "tool" for turn in kept):
+            self._require_tools(dialogue, text, prompt)
         if prompt or all(turn.role != "assistant" for turn in kept):
             return Rendered(text, ())
-        masked, places, gaps = self._located(text, kept, contents)
+        masked, places, gaps = self._located(text, dialogue)
         ranges, first = [], 0
         for number in masked:
-            last = first + len(_texts(contents[number])) - 1
+            last = first + len(_pieces(dialogue.messages[number])) - 1
             if kept[number].role == "assistant" and kept[number].weight:
-                start = places[first][0] - self._written_by_model(gaps[first])
-                ends = re.match(self.frame.end, gaps[last + 1])
-                ranges.append((start, places[last][1] + (ends.end() if ends else 0)))
+                around = gaps[first], gaps[last + 1]
+                if kept[number].keys:
+                    before, after = self._around_calls(dialogue, number, masked, *around)
+                else:
+                    ends = re.match(self.frame.end, around[1])
+                    before, after = self._written_by_model(around[0]), ends.end() if ends else 0
+                ranges.append((places[first][0] - before, places[last][1] + after))
             first = last + 1
         if not self.frame.closes and kept[-1].role == "assistant":
             text += eos_text(self.tokenizer)
@@ -241,33 +288,69 @@ class ImageTemplate:
                 ranges[-1] = (ranges[-1][0], len(text))
         return Rendered(text, tuple(ranges))
 
-    def _located(
-        self, text: str, turns: Sequence[Turn], contents: Sequence[Any]
-    ) -> tuple[Sequence[int], list[tuple[int, int]], Sequence[str]]:
+    def _require_tools(self, dialogue: _Dialogue, text: str, prompt: bool) -> None:
+        """Raise `DataError` if the template omits the tools, a call or a result."""
+        messages = dialogue.messages
+        used = [place for place, one in enumerate(messages) if one["role"] == "tool" or "tool_calls" in one]
+        marks = sum(len(_pieces(messages[place])) for place in used)
+        marked = _PLACEHOLDERS.findall(self._run(dialogue.marked(used), prompt))
+        lacks = "calls of tools or their results" if len(set(marked)) < marks else ""
+        if dialogue.tools and text == self._run(dialogue._replace(tools=None), prompt):
+            lacks = "tools"
+        if lacks:
+            hint = "use a model whose template writes tools, or remove them from the record"
+            raise DataError(f"the model's chat template omits the {lacks}", code="record-tools", hint=hint)
+
+    def _around_calls(
+        self, dialogue: _Dialogue, number: int, masked: Sequence[int], before: str, after: str
+    ) -> tuple[int, int]:
+        """Return how many characters the model writes before and after the pieces of an answer with calls.
+
+        `before` and `after` are the template's text around them. The model writes what the request for this answer
+        lacks, up to the token that ends the answer where it is the last one.
+        Raises `DataError` if the template writes the answer in another way where turns follow.
+        """
+        earlier = [other for other in masked if other < number]
+        own = self._gaps(dialogue.up_to(number + 1), [*earlier, number])[-1]
+        *_, end = (0, *(match.end() for match in re.finditer(self.frame.end, own)))
+        written, is_known = self._written_by_model(before), bool(end) and after.startswith(own[:end])
+        if not dialogue.messages[number]["content"]:
+            lead = self._gaps(dialogue.up_to(number), earlier, prompt=True)[-1]
+            if not before.startswith(lead):  # a request to think, which the template drops from earlier answers
+                texts = list(dialogue.messages)
+                texts[number] = {"role": "assistant", "content": "a"}
+                lead = self._gaps(dialogue._replace(messages=texts), [*earlier, number])[-2]
+            written, is_known = len(before) - len(lead), is_known and before.startswith(lead)
+        if not is_known:
+            raise DataError(
+                "the chat template writes a tool call before later turns in another form than at the end",
+                code="record-tools",
+                hint="end the record with the call, or use a model with another template",
+            )
+        return written, end
+
+    def _located(self, text: str, dialogue: _Dialogue) -> tuple[Sequence[int], list[tuple[int, int]], Sequence[str]]:
         """Return the numbers of some turns, with all answers; the places of their texts in `text`, and what is around.
 
         What the template writes around all texts is kept for conversations of the same form. Where it depends on a
         text, the template runs again for this conversation, with placeholders as answers alone.
         """
-        form = tuple(
-            (turn.role, None if isinstance(content, str) else tuple(part["type"] for part in content))
-            for turn, content in zip(turns, contents, strict=True)
-        )
-        everything = range(len(turns))
+        form = dialogue.form()
+        everything = range(len(dialogue.messages))
         if form not in self._gaps_of_form:
             if len(self._gaps_of_form) >= _MOST_FORMS:
                 self._gaps_of_form.clear()
             try:
-                self._gaps_of_form[form] = self._gaps(turns, contents, everything)
+                self._gaps_of_form[form] = self._gaps(dialogue, everything)
             except DataError:  # the template reads the texts
                 self._gaps_of_form[form] = []
         gaps = self._gaps_of_form[form]
-        places = _places(text, [piece for content in contents for piece in _texts(content)], gaps)
+        places = _places(text, [piece for message in dialogue.messages for piece in _pieces(message)], gaps)
         if places is not None:
             return everything, places, gaps
-        answers = [number for number, turn in enumerate(turns) if turn.role == "assistant"]
-        gaps = self._gaps(turns, contents, answers)
-        pieces = [piece for number in answers for piece in _texts(contents[number])]
+        answers = [number for number, message in enumerate(dialogue.messages) if message["role"] == "assistant"]
+        gaps = self._gaps(dialogue, answers)
+        pieces = [piece for number in answers for piece in _pieces(dialogue.messages[number])]
         places = _places(text, pieces, gaps)
         if places is None:
             changes = "rewrites" if len(gaps) == len(pieces) + 1 else "omits or repeats"
@@ -277,18 +360,9 @@ class ImageTemplate:
             )
         return answers, places, gaps
 
-    def _gaps(self, turns: Sequence[Turn], contents: Sequence[Any], masked: Sequence[int]) -> list[str]:
+    def _gaps(self, dialogue: _Dialogue, masked: Sequence[int], *, prompt: bool = False) -> list[str]:
         """Return what the template writes before, between and after the texts of the turns `masked`."""
-        marks = map(_PLACEHOLDER.format, count())
-        shown = list(contents)
-        for number in masked:
-            content = contents[number]
-            shown[number] = (
-                next(marks)
-                if isinstance(content, str)
-                else [{**part, "text": next(marks)} if "text" in part else part for part in content]
-            )
-        return _PLACEHOLDERS.split(self._run(turns, shown, False))
+        return _PLACEHOLDERS.split(self._run(dialogue.marked(masked), prompt))
 
     def _written_by_model(self, gap: str) -> int:
         """Return how many characters at the end of a gap the model has to write before an answer."""
@@ -298,23 +372,31 @@ class ImageTemplate:
         written = gap[gap.rfind(request) + len(request) :] if request in gap else ""
         return len(written) if written == lead else 0
 
+    def _dialogue(self, turns: Sequence[Turn], tools: list[Any] | None = None) -> _Dialogue:
+        return _Dialogue(
+            [{"role": turn.role, "content": self._content(turn), **json.loads(turn.keys or "{}")} for turn in turns],
+            tools,
+        )
+
     def _content(self, turn: Turn) -> Any:
         parts = parts_of(turn.text)
+        if turn.role == "assistant" and turn.keys and not turn.text:
+            return ""  # a call without a text
         if self.in_parts or any(part["type"] != "text" for part in parts):
             # The text of an answer gives its position, so an answer of pictures alone gets an empty text.
             needs_text = turn.role == "assistant" and not any("text" in part for part in parts)
             return [*parts, {"type": "text", "text": ""}] if needs_text else parts
         return turn.text
 
-    def _run(self, turns: Sequence[Turn], contents: Sequence[Any], prompt: bool = False) -> str:
+    def _run(self, dialogue: _Dialogue, prompt: bool = False) -> str:
         from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        messages = [{"role": turn.role, "content": content} for turn, content in zip(turns, contents, strict=True)]
         try:
             # What apply_chat_template calls after its checks of the caller's values, which take as long.
             texts, _ = render_jinja_template(  # type: ignore[str-unpack]  # annotated as a text
-                [messages],
+                [dialogue.messages],
+                tools=dialogue.tools,
                 chat_template=self.template,
                 add_generation_prompt=prompt,
                 **self.special_tokens,
@@ -335,11 +417,11 @@ class ImageTemplate:
         for in_parts in self.forms_of_content:
             self.in_parts = in_parts
             try:
-                dialogue = self._run(turns, [self._content(turn) for turn in turns])
+                text = self._run(self._dialogue(turns))
             except DataError as error:
                 refusal = error
                 continue
-            attempts.append(_PLACEHOLDERS.findall(dialogue))
+            attempts.append(_PLACEHOLDERS.findall(text))
             if attempts[-1] == [question, answer]:
                 break
         else:
@@ -351,10 +433,9 @@ class ImageTemplate:
                 code="chat-template-no-answers",
                 hint="use the chat template of an instruction-tuned model",
             )
-        _, between, tail = _PLACEHOLDERS.split(dialogue)
-        contents = [self._content(turns[0])]
-        asked = _PLACEHOLDERS.split(self._run(turns[:1], contents, prompt=True))[-1]
-        closed = _PLACEHOLDERS.split(self._run(turns[:1], contents))[-1]
+        _, between, tail = _PLACEHOLDERS.split(text)
+        asked = _PLACEHOLDERS.split(self._run(self._dialogue(turns[:1]), prompt=True))[-1]
+        closed = _PLACEHOLDERS.split(self._run(self._dialogue(turns[:1])))[-1]
         request = asked.removeprefix(closed) if asked.startswith(closed) else asked
         lead = between.removeprefix(asked) if between.startswith(asked) else ""
         added = {token.content for token in self.tokenizer.added_tokens_decoder.values()}
@@ -373,8 +454,12 @@ class TextTemplate(ImageTemplate):
         return [{"type": "text", "text": turn.text}] if self.in_parts else turn.text
 
 
-def _texts(content: Any) -> list[str]:
-    return [content] if isinstance(content, str) else [part["text"] for part in content if "text" in part]
+def _texts(content: Sequence[Mapping[str, str]]) -> list[str]:
+    return [part["text"] for part in content if "text" in part]
+
+
+def _kinds(content: str | Sequence[Mapping[str, str]]) -> list[str] | None:
+    return None if isinstance(content, str) else [part["type"] for part in content]
 
 
 def _places(text: str, pieces: Sequence[str], gaps: Sequence[str]) -> list[tuple[int, int]] | None:

@@ -113,8 +113,8 @@ def encode_prompt(
     record = record_or_turns if isinstance(record_or_turns, Record) else Record("", (), tuple(record_or_turns))
     turns = list(record.turns[:-1] if record.turns and record.turns[-1].role == "assistant" else record.turns)
     where = record.source or "prompt"
-    if not turns or turns[-1].role != "user":
-        raise DataError("the last turn must be a question", where=where)
+    if not turns or turns[-1].role not in ("user", "tool"):
+        raise DataError("the last turn must be a question, or the result of a tool", where=where)
     num_images = len(record.images) if record is record_or_turns else None
     try:
         traits, turns = tokenizer_traits(tokenizer), place_images(turns, num_images)

@@ -188,8 +188,11 @@ def render(
     """Return the segments of a conversation; with `prompt`, they end where the next answer begins.
 
     The segments joined are the text of the conversation, with `<image>` at the position of each picture.
-    Raises `DataError` if questions and answers do not alternate.
+    Raises `DataError` if questions and answers do not alternate, and for tools.
     """
+    if any(turn.keys or turn.role in ("tools", "tool") for turn in turns):
+        hint = "use --template chat_template with a model whose own template writes tools, or remove them"
+        raise DataError("this prompt format has no form for tools and their calls", code="record-tools", hint=hint)
     system, exchange = split_turns(turns)
     text = template.system if system is None else system
     # A format without a default system text has no frame either, unless the record brings a system turn.
@@ -224,16 +227,17 @@ def render(
 def split_turns(turns: Sequence[Turn]) -> tuple[str | None, list[Turn]]:
     """Return the text of a leading system turn (or None) and the turns that alternate, user first.
 
-    An answer before the first question is dropped, as in LLaVA.
-    Raises `DataError` if two consecutive turns have the same role.
+    An answer before the first question is dropped, as in LLaVA; so are the definitions of tools, which are no turn.
+    Results of tools follow the answer that calls them. Raises `DataError` for another order.
     """
-    exchange = list(turns)
+    exchange = [turn for turn in turns if turn.role != "tools"]
     system = exchange.pop(0).text if exchange and exchange[0].role == "system" else None
     if exchange and exchange[0].role == "assistant":
         exchange.pop(0)
     for number, turn in enumerate(exchange):
-        expected = "assistant" if number % 2 else "user"
-        if turn.role != expected:
+        before = exchange[number - 1] if number else Turn("assistant", "")
+        expected = "assistant" if before.role != "assistant" else "tool" if before.keys else "user"
+        if turn.role != expected and not turn.role == before.role == "tool":
             place = len(turns) - len(exchange) + number + 1
             raise DataError(
                 f"turn {place} is from {turn.role}, expected {expected}: questions and answers must alternate"

@@ -7,6 +7,7 @@ LLaVA's `train.py` defines the format: {"id", "image"?, "conversations": [{"from
 
 from __future__ import annotations
 
+import json
 import math
 import pickle
 from array import array
@@ -18,7 +19,7 @@ from typing import Any, Literal, NamedTuple, overload
 from milora_data.pictures.load import StoredPicture, decoded, described, is_embedded, local_name
 from milora_vl.common.errors import DataError, with_context
 
-Role = Literal["user", "assistant", "system"]
+Role = Literal["user", "assistant", "system", "tools", "tool"]
 
 ROLES: dict[str, Role] = {
     "human": "user",
@@ -26,15 +27,22 @@ ROLES: dict[str, Role] = {
     "gpt": "assistant",
     "assistant": "assistant",
     "system": "system",
+    "tool": "tool",
+    "observation": "tool",  # LLaMA-Factory's names, with function_call; ms-swift's are tool_response and tool_call
+    "tool_response": "tool",
+    "function_call": "assistant",
+    "tool_call": "assistant",
 }
-SPEAKERS = {"user": "human", "assistant": "gpt", "system": "system"}
+SPEAKERS = {"user": "human", "assistant": "gpt", "system": "system", "tool": "tool"}
 IMAGE = "<image>"
 VIDEO = "<video>"  # marks a video in a record that has videos, and is a text like any other elsewhere
 # Characters without a width that are no white space to Python: zero-width space and joiners, word joiner, BOM.
 _ZERO_WIDTH = dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff"))
-KEYS_OF_TURN = ("from", "value", "weight", "loss")
+KEYS_OF_TURN = ("from", "value", "weight", "loss", "tool_calls")
+CALLS = ("function_call", "tool_call")  # turns whose text is a call, as JSON
+KEYS_OF_RESULT = ("name", "tool_call_id")
 EMPTY: tuple[object, ...] = (None, "", [], {})
-KNOWN_KEYS = ("id", "image", "images", "video", "videos", "conversations")
+KNOWN_KEYS = ("id", "image", "images", "video", "videos", "conversations", "tools")
 
 
 class Reply(str):
@@ -51,20 +59,25 @@ class Reply(str):
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One turn; `text` has `<image>` at the position of each picture. An answer of weight 0 is not trained."""
+    """One turn; `text` has `<image>` at the position of each picture. An answer of weight 0 is not trained.
+
+    The turn `tools`, the first of a record with tools, has their definitions as JSON. `keys` has, as JSON, what else a
+    chat template reads of a message: `tool_calls` of an answer, `name` and `tool_call_id` of the result of a tool.
+    """
 
     role: Role
     text: str
     weight: Literal[0, 1] = 1
+    keys: str = ""
 
     @property
     def is_blank(self) -> bool:
-        """Whether the text shows nothing: only `<image>`, white space and zero-width characters.
+        """Whether the turn shows nothing: only `<image>`, white space and zero-width characters, and no tool calls.
 
         >>> Turn("assistant", " \u00a0\u200b").is_blank
         True
         """
-        return not self.text.replace(IMAGE, "").translate(_ZERO_WIDTH).strip()
+        return not self.keys and not self.text.replace(IMAGE, "").translate(_ZERO_WIDTH).strip()
 
 
 class Video(NamedTuple):
@@ -199,15 +212,18 @@ def parse_record(value: object, *, source: str = "", embedded: Literal["read", "
         if videos and not images and VIDEO not in text and text.count(IMAGE) == len(videos):  # LLaVA-Video's marks
             turns = tuple(replace(turn, text=turn.text.replace(IMAGE, VIDEO)) for turn in turns)
         extra = {key: item for key, item in value.items() if key not in KNOWN_KEYS}
-        unread = tuple(
-            key for turn in value["conversations"] for key in turn if key not in KEYS_OF_TURN and turn[key] not in EMPTY
-        )
+        unread = tuple(key for turn in value["conversations"] for key in turn if _is_unread(turn, key))
         record = Record(identifier_of(value, ("id",), ""), images, turns, source, extra, videos, unread)
         if embedded == "read" and any(map(is_embedded, record.files)):
             return with_names(record, lambda name: decoded(name) if is_embedded(name) else name)
         return record
     except DataError as error:
         raise with_context(error, source or "record") from None
+
+
+def _is_unread(turn: Mapping[str, Any], key: str) -> bool:
+    known = (*KEYS_OF_TURN, *KEYS_OF_RESULT) if ROLES[turn["from"]] == "tool" else KEYS_OF_TURN
+    return key not in known and turn[key] not in EMPTY
 
 
 def _pictures(value: Mapping[str, Any]) -> list[Any]:
@@ -270,7 +286,9 @@ def _turns(value: Mapping[str, Any]) -> tuple[Turn, ...]:
         keys = ", ".join(map(str, value)) or "none"
         hint = "records of other formats (tables, Alpaca, ...): python -m milora_data convert --help"
         raise DataError(f'"conversations" must be a list of turns; the keys of this record: {keys}', hint=hint)
-    turns = []
+    turns: list[Turn] = []
+    if value.get("tools") not in (*EMPTY, "[]"):
+        turns.append(Turn("tools", json.dumps(_definitions(value["tools"]), ensure_ascii=False)))
     for number, turn in enumerate(listed, start=1):
         if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
             raise DataError(f'turn {number} must be {{"from": ..., "value": text}}, got {_short(turn)}')
@@ -278,8 +296,50 @@ def _turns(value: Mapping[str, Any]) -> tuple[Turn, ...]:
         if role is None:
             expected = ", ".join(ROLES)
             raise DataError(f'turn {number}: unknown "from": {turn.get("from")!r}; expected {expected}')
-        turns.append(Turn(role, turn["value"], _weight(turn, role, number)))
+        text, more, weight = turn["value"], dict[str, Any](), _weight(turn, role, number)
+        if turn["from"] in CALLS or turn.get("tool_calls"):
+            more["tool_calls"] = _calls(text if turn["from"] in CALLS else turn["tool_calls"], role, number)
+        elif role == "tool":
+            more = {key: turn[key] for key in KEYS_OF_RESULT if turn.get(key)}
+        if turn["from"] in CALLS:
+            # ms-swift has a message for each call, and one for the text before them.
+            before = turns.pop() if turns and turns[-1].role == "assistant" else Turn("assistant", "", weight)
+            text, weight = before.text, min(weight, before.weight)
+            more["tool_calls"] = [*json.loads(before.keys or "{}").get("tool_calls", ()), *more["tool_calls"]]
+        turns.append(Turn(role, text, weight, json.dumps(more, ensure_ascii=False) if more else ""))
     return tuple(turns)
+
+
+def _definitions(tools: object) -> list[object]:
+    """Return the definitions of tools, a list or its JSON, in OpenAI's form. Raises `DataError`."""
+    listed = _from_json(tools)
+    is_list = isinstance(listed, list)
+    functions = [tool.get("function", tool) if isinstance(tool, dict) else {} for tool in listed] if is_list else []
+    if not is_list or not all(isinstance(one, dict) and one.get("name") for one in functions):
+        hint = '"tools": [{"type": "function", "function": {"name": "NAME", "parameters": {...}}}]'
+        raise DataError(f"not a list of tools: {_short(tools)}", code="record-tools", hint=hint)
+    return [{"type": "function", "function": function} for function in functions]
+
+
+def _calls(value: object, role: Role, number: int) -> list[object]:
+    """Return the tool calls of a turn in OpenAI's form, with arguments as objects, as chat templates read them."""
+    listed, calls = _from_json(value), list[object]()
+    for call in listed if isinstance(listed, list) else [listed]:
+        function = call.get("function", call) if isinstance(call, dict) else {}
+        name, arguments = function.get("name"), _from_json(function.get("arguments") or {})
+        if role != "assistant" or not name or not isinstance(name, str) or not isinstance(arguments, dict):
+            hint = 'an answer may have  "tool_calls": [{"function": {"name": "NAME", "arguments": {...}}}]'
+            raise DataError(f"turn {number}: not a tool call: {_short(call)}", code="record-tools", hint=hint)
+        identity = {"id": call["id"]} if call.get("id") else {}
+        calls.append({**identity, "type": "function", "function": {"name": name, "arguments": arguments}})
+    return calls
+
+
+def _from_json(value: Any) -> Any:
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        return None
 
 
 def _weight(turn: Mapping[str, Any], role: Role, number: int) -> Literal[0, 1]:
@@ -298,16 +358,6 @@ def _weight(turn: Mapping[str, Any], role: Role, number: int) -> Literal[0, 1]:
     return 1
 
 
-def _refuse_tools(value: Mapping[str, Any], turns: Sequence[Any]) -> None:
-    used = any(
-        isinstance(turn, Mapping) and (turn.get("tool_calls") or "tool" in (turn.get("role"), turn.get("from")))
-        for turn in turns
-    )
-    if used or value.get("tools") not in (None, [], "", "[]"):
-        hint = "remove the tools and their turns from the record"
-        raise DataError("tools, their calls and their results are not supported", code="record-tools", hint=hint)
-
-
 def as_llava(value: dict[str, Any], identifier: object = "") -> dict[str, Any]:
     """Return a record with `conversations`, from `messages` or from TRL's prompt and completion; others unchanged.
 
@@ -315,7 +365,7 @@ def as_llava(value: dict[str, Any], identifier: object = "") -> dict[str, Any]:
     "system", as in ShareGPT's records, becomes the first turn. `identifier` is the default id. Pictures are named by
     the parts of a message ({"type": "image", "image": path}) or, in order, by "images". Base64 pictures are kept
     unchanged (pictures/load.py).
-    Raises `DataError` if a role or a part is unknown, and for tools.
+    Raises `DataError` if a role or a part is unknown.
     """
     turns = value.get("conversations")
     if isinstance(turns, list) and turns and isinstance(turns[0], dict) and "role" in turns[0]:
@@ -328,13 +378,9 @@ def as_llava(value: dict[str, Any], identifier: object = "") -> dict[str, Any]:
     if "messages" in value and "conversations" not in value:
         if not isinstance(value["messages"], list):
             raise DataError('"messages" must be a list')
-        _refuse_tools(value, value["messages"])
         value = _from_messages(value, identifier)
     turns = value.get("conversations")
-    if not isinstance(turns, list):
-        return value
-    _refuse_tools(value, turns)
-    if not value.get("system"):
+    if not isinstance(turns, list) or not value.get("system"):
         return value
     system = {"from": "system", "value": value["system"]}
     first = turns[0] if turns and isinstance(turns[0], dict) else {}
@@ -409,12 +455,14 @@ def _message_turn(message: object, place: int, named: list[str], videos: list[An
     if not isinstance(message, dict) or not isinstance(role, str) or role not in ROLES:
         raise DataError(f"message {place}: unknown role {role!r}; expected {', '.join(SPEAKERS)}")
     content = message.get("content")
+    if content is None and message.get("tool_calls"):
+        content = ""
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
         raise DataError(f'message {place}: "content" must be a text or a list of parts, which are objects')
     others = {key: value for key, value in message.items() if key not in ("role", "content")}
     value = "".join(_part(part, place, named, videos) for part in parts)
-    return {"from": SPEAKERS[ROLES[role]], "value": value, **others}
+    return {"from": role if role in CALLS else SPEAKERS[ROLES[role]], "value": value, **others}
 
 
 def _part(part: dict[str, Any], place: int, named: list[str], videos: list[Any]) -> str:
