@@ -175,7 +175,7 @@ def _item(row: Any, number: int, path: Path, data_dir: Path, read: KeyOf) -> Ite
     record = parse_record(row if is_record else _as_record(row, where), source=where, embedded="keep")
     turns, answers = record.turns, row.get("answers", row.get("answer"))
     if any(turn.keys or turn.role == "tools" for turn in turns):
-        raise DataError("calls of tools are not scored", code="record-tools", where=place, hint="remove the record")
+        raise DataError("calls of tools are not scored", code="record-tools", where=where, hint="remove the record")
     answers = answers if isinstance(answers, list) else [] if answers is None else [answers]
     if turns and turns[-1].role == "assistant":
         turns, answers = turns[:-1], answers if row.get("answers") else [turns[-1].text]
