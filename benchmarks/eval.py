@@ -20,7 +20,7 @@ from benchmarks.timing import alternately, timed
 from milora_data.records.record import Turn
 from milora_eval.benchmarks import vqa
 from milora_vl.interop.load_model import load_model
-from milora_vl.models.generate import Prompt, generate
+from milora_vl.models.generate import Prompt, Reply, generate
 
 ROUNDS, QUESTIONS, BATCH = 2, 6, 32
 THINGS = ("dog", "chair", "cup", "person", "tree", "car", "bottle", "bird", "table", "book")
@@ -52,7 +52,7 @@ def asking(name: str, num_pictures: int) -> dict[str, Any]:
         "batched": {"batch_size": BATCH, "share_pictures": False},
         "batch1": {"batch_size": 1, "share_pictures": False},
     }
-    said: dict[str, list[str]] = {}
+    said: dict[str, list[Reply]] = {}
 
     def ask(way: str) -> None:
         said[way] = generate(model, processor, prompts, **ways[way], **options)

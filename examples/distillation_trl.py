@@ -47,7 +47,7 @@ def questions(chosen: Chosen) -> Dataset:
     rows = []
     for record in load_records(chosen.data_path):
         question = record.turns[0].text.replace("<image>", "").strip()
-        pictures = [str(Path(chosen.image_folder, name)) for name in record.images]
+        pictures = list(map(str, record.within(Path(chosen.image_folder)).images))
         rows.append({"prompt": [{"role": "user", "content": question}], "images": pictures})
     return Dataset.from_list(rows).cast_column("images", List(Image()))
 

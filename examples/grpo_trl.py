@@ -50,7 +50,7 @@ def questions(chosen: Chosen) -> Dataset:
         if [turn.role for turn in record.turns[:2]] != ["user", "assistant"]:
             sys.exit(f"{record.source}: the first two turns must be a question and its answer")
         question, answer = (turn.text.replace("<image>", "").strip() for turn in record.turns[:2])
-        pictures = [str(Path(chosen.image_folder, name)) for name in record.images]
+        pictures = list(map(str, record.within(Path(chosen.image_folder)).images))
         rows.append({"prompt": [{"role": "user", "content": question}], "images": pictures, "answer": answer})
     return Dataset.from_list(rows).cast_column("images", List(Image()))
 

@@ -21,7 +21,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from milora_data.keys import file_key, record_key
+from milora_data.keys import FileKeys, record_key
 from milora_data.records.record import Record
 from milora_vl import merge
 from milora_vl.common.atomic_write import atomic_file
@@ -119,7 +119,8 @@ def _trained(task: AnswerTask, study: Study, cell: Cell, model: Any, factors: Pa
     if not isinstance(model, PeftModel):
         model = adapted(task, study, cell, model, factors)
     single = study.model_copy(update={"then": []})
-    records = [record_key(record, file_key) for record in task.train]
+    key_of = FileKeys()
+    records = [record_key(record, key_of) for record in task.train]
     content = [before, single.key(cell), records, _digest(task.calibration())]
     done = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:20]
     file = factors / "trained" / f"{done}.pt"

@@ -22,11 +22,9 @@ from milora_data.keys import FileKeys, answered, digest, file_key, record_key
 from milora_data.pictures.load import (
     ImageError,
     ImagePolicy,
-    OutsidePicture,
-    StoredPicture,
+    Picture,
     described,
     load_image,
-    place_of,
 )
 from milora_data.pictures.videos import require_pyav, require_whole_video
 from milora_data.records.record import IMAGE, Record
@@ -79,7 +77,7 @@ _SENTENCES = ("broken_json", "not_a_record", "turn_order", "placeholders")
 _STORED_AT_ONCE = 256  # pictures of shards and tables that are kept until they are decoded together
 KEY_BYTES = 4  # of the key of each record and picture, by which a resumed run names the first that differs
 COMPARED = 2**30  # bytes of picture files that a resumed run compares by content, evenly spread
-_Records: TypeAlias = dict[str, list[tuple[str, str]]]  # picture or video -> place and id of each record with it
+_Records: TypeAlias = dict[Picture, list[tuple[str, str]]]  # picture or video -> place and id of each record with it
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +174,7 @@ def scan(path: Path, folder: Path) -> Report:
     report = Report(str(path), str(folder))
     used: _Records = {}
     stored: _Records = {}
-    videos: set[str] = set()
+    videos: set[Picture] = set()
     contents: dict[str, dict[str, str]] = {}  # file -> id -> the key of its first record
     places: dict[str, str] = {}  # the key of a record -> its first place
     answers: dict[str, tuple[str, str]] = {}  # the key of a question -> its first answer and its place
@@ -187,8 +185,8 @@ def scan(path: Path, folder: Path) -> Report:
         report.with_videos += bool(record.videos)
         report.findings += examine(record)
         videos.update(record.video_files)
-        if is_json(path) and (first := next((name for name in record.files if isinstance(name, StoredPicture)), None)):
-            size = f"{len(first.content):,} bytes"
+        if is_json(path) and (embedded := next(filter(None, (file.content for file in record.files)), None)):
+            size = f"{len(embedded):,} bytes"
             report.findings.append(Finding("embedded_picture", record.source, size, record.id))
         key, of_file = record_key(record, key_of), contents.setdefault(record.source.rpartition(":")[0], {})
         if record.id and of_file.setdefault(record.id, key) != key:
@@ -200,9 +198,9 @@ def scan(path: Path, folder: Path) -> Report:
             if answer != other:
                 message = f'"{answer}", but "{other}" in {place}'
                 report.findings.append(Finding("contradiction", record.source, message, record.id))
-        for name in record.files:
-            of_kind = stored if isinstance(name, StoredPicture) else used
-            of_kind.setdefault(name, []).append((record.source, record.id))
+        for file in record.files:
+            of_kind = used if file.content is None else stored
+            of_kind.setdefault(file, []).append((record.source, record.id))
         if len(stored) >= _STORED_AT_ONCE:  # their contents are in memory
             _scan_pictures(stored, folder, videos, report)
             stored = {}
@@ -226,48 +224,49 @@ def readable(source: str | Path, report: Report) -> Iterator[Record]:
         report.findings.append(Finding(kind, str(item.first.where), message))
 
 
-def _scan_pictures(used: _Records, folder: Path, videos: Collection[str], report: Report) -> None:
-    def add(kind: str, name: str, message: str) -> None:
-        report.findings += [Finding(kind, where, message, identifier) for where, identifier in used[name]]
+def _scan_pictures(used: _Records, folder: Path, videos: Collection[Picture], report: Report) -> None:
+    def add(kind: str, file: Picture, message: str) -> None:
+        report.findings += [Finding(kind, where, message, identifier) for where, identifier in used[file]]
 
     report.picture_files += len(used)
     missing = find_missing(used, folder)
-    for name in missing:
-        place = place_of(folder, name)
-        if _num_bytes(place) == 0:
-            add("corrupt_video" if name in videos else "corrupt_picture", name, f"{name}: the file is empty")
+    for file in missing:
+        place = file.within(folder).place
+        if _num_bytes(file, folder) == 0:
+            add("corrupt_video" if file in videos else "corrupt_picture", file, f"{file}: the file is empty")
             continue
-        shown, why = name, OUTSIDE if isinstance(place, OutsidePicture) else _cause(place)
-        if web_address(name) is not None:
-            shown, why = described(name), WEB
+        shown, why = str(file), OUTSIDE if place is None else _cause(place)
+        if web_address(file.name) is not None:
+            shown, why = described(file.name), WEB
         report.num_missing += 1
-        add("missing_picture", name, shown + why)
+        add("missing_picture", file, shown + why)
     gone = set(missing)
-    for name, kind, message in _find_faults([name for name in used if name not in gone], folder, videos):
-        add(kind, name, f"{name}: {message}")
+    for file, kind, message in _find_faults([file for file in used if file not in gone], folder, videos):
+        add(kind, file, f"{file}: {message}")
 
 
-def find_missing(names: Iterable[str], folder: Path) -> list[str]:
-    return [name for name in names if not _num_bytes(place_of(folder, name))]
+def find_missing(files: Iterable[Picture], folder: Path) -> list[Picture]:
+    return [file for file in files if not _num_bytes(file, folder)]
 
 
-def _num_bytes(path: str | Path) -> int | None:
-    """Return the size of a picture file, or of a stored picture, in bytes; None if there is no file."""
-    if isinstance(path, StoredPicture):
-        return len(path.content)
+def _num_bytes(file: Picture, folder: Path) -> int | None:
+    """Return the size of a picture or video in bytes; None if there is no file."""
+    if file.content is not None:
+        return len(file.content)
+    place = file.within(folder).place
     try:
-        status = path.stat() if isinstance(path, Path) else None
+        status = None if place is None else place.stat()
     except (OSError, ValueError):  # for example, a name that is too long for the file system
         return None
     return status.st_size if status is not None and stat.S_ISREG(status.st_mode) else None
 
 
-def _cause(path: str | Path) -> str:
+def _cause(path: Path) -> str:
     """Return why there is no file at `path`, behind its name: a broken link, or another case; "" if neither."""
     try:
-        if isinstance(path, Path) and path.is_symlink():
+        if path.is_symlink():
             return f": a broken link to {path.readlink()}"
-        near = _names_in(path.parent).get(path.name.lower()) if isinstance(path, Path) else None
+        near = _names_in(path.parent).get(path.name.lower())
     except (OSError, ValueError):  # no such folder, or a name that is too long for the file system
         return ""
     return f": the folder has {near}, in another case" if near else ""
@@ -278,17 +277,19 @@ def _names_in(folder: Path) -> dict[str, str]:
     return {file.name.lower(): file.name for file in folder.iterdir()}
 
 
-def _find_faults(names: Sequence[str], folder: Path, videos: Collection[str]) -> Iterator[tuple[str, str, str]]:
-    """Yield (name, kind of finding, details) of each bad picture or video; shows a progress bar on a terminal."""
+def _find_faults(
+    files: Sequence[Picture], folder: Path, videos: Collection[Picture]
+) -> Iterator[tuple[Picture, str, str]]:
+    """Yield (file, kind of finding, details) of each bad picture or video; shows a progress bar on a terminal."""
     from tqdm import tqdm
 
     with ThreadPoolExecutor(8) as pool:
-        results = pool.map(lambda name: _fault(place_of(folder, name), name in videos), names)
-        bar = tqdm(results, "pictures", len(names), disable=None, leave=False)
-        yield from ((name, *fault) for name, fault in zip(names, bar, strict=True) if fault)
+        results = pool.map(lambda file: _fault(file.within(folder), file in videos), files)
+        bar = tqdm(results, "pictures", len(files), disable=None, leave=False)
+        yield from ((file, *fault) for file, fault in zip(files, bar, strict=True) if fault)
 
 
-def _fault(path: str | Path, is_video: bool) -> tuple[str, str] | None:
+def _fault(path: Picture, is_video: bool) -> tuple[str, str] | None:
     try:
         if is_video:
             require_whole_video(path)
@@ -303,11 +304,12 @@ def _fault(path: str | Path, is_video: bool) -> tuple[str, str] | None:
 class MissingImages(DataError):
     """Records name pictures that are missing or empty; `used` maps each picture to the first record that names it."""
 
-    def __init__(self, missing: Sequence[str], used: Mapping[str, str], folder: Path, beside: Path | None) -> None:
-        places = {name: place_of(folder, name) for name in missing}
-        shown = [described(name) if web_address(name) else name for name in missing[:5]]
+    def __init__(
+        self, missing: Sequence[Picture], used: Mapping[Picture, str], folder: Path, beside: Path | None
+    ) -> None:
+        shown = [described(file.name) if web_address(file.name) else str(file) for file in missing[:5]]
         is_here = str(folder) == "."
-        empty = sum(_num_bytes(place) == 0 for place in places.values())
+        empty = sum(_num_bytes(file, folder) == 0 for file in missing)
         state = "missing or empty" if empty else "missing"
         more = ", ..." if len(missing) > 5 else ""
         place = "in the current folder" if is_here else f"in {folder}"
@@ -316,9 +318,9 @@ class MissingImages(DataError):
             hints.append(f"{amount(empty, 'empty file')} (0 bytes): copy or download again")
         if (other := _elsewhere(missing, folder, beside)) is not None:
             hints.append(f"files with these names exist in another folder: --image_folder {other}")
-        if addresses := sum(web_address(name) is not None for name in missing):
+        if addresses := sum(web_address(file.name) is not None for file in missing):
             hints.append(f"{addresses:,} at a web address: download the pictures, and name the files")
-        if outside := sum(isinstance(place, OutsidePicture) for place in places.values()):
+        if outside := sum(file.within(folder).place is None for file in missing):
             hints.append(f"{outside:,} lead out of that folder and are never read; absolute paths: --image_folder /")
         hints.append("skip their records: --bad_images skip; show a plain picture instead: --bad_images replace")
         super().__init__(
@@ -329,16 +331,16 @@ class MissingImages(DataError):
         )
 
 
-def _elsewhere(missing: Sequence[str], folder: Path, beside: Path | None) -> Path | None:
+def _elsewhere(missing: Sequence[Picture], folder: Path, beside: Path | None) -> Path | None:
     """Return a folder near `folder` or beside the data that contains one of the first missing pictures, or None."""
     candidates = [folder.parent, *([beside, beside / "images"] if beside else []), folder / "images"]
     near = (place for place in candidates if place != folder)
-    return next((place for place in near if any(_num_bytes(place_of(place, name)) for name in missing[:5])), None)
+    return next((place for place in near if any(_num_bytes(file, place) for file in missing[:5])), None)
 
 
-def files_of(record: Record) -> list[str]:
-    """Return the names of the pictures and videos of a record that lie in files of their own."""
-    return [name for name in record.files if not (isinstance(name, StoredPicture) and name.content)]
+def files_of(record: Record) -> list[Picture]:
+    """Return the pictures and videos of a record that lie in files of their own."""
+    return [file for file in record.files if not file.content]
 
 
 class TrainingCheck:
@@ -351,8 +353,8 @@ class TrainingCheck:
         self.unlearnable: list[int] = []  # the places of records without an answer; the collator skips them
         self.keys = bytearray()  # KEY_BYTES of each record: of its texts and its stored pictures
         self._errors: list[Finding] = []
-        self._used: dict[str, str] = {}  # picture or video in a file -> the first record with it
-        self._sizes: dict[str, int | None] = {}
+        self._used: dict[Picture, str] = {}  # picture or video in a file -> the first record with it
+        self._sizes: dict[Picture, int | None] = {}
         self._reads_video_files = False
 
     def passing(self, records: Iterable[Record]) -> Iterator[Record]:
@@ -369,10 +371,10 @@ class TrainingCheck:
         self.num_with_videos += bool(record.videos)
         self.unread.update(record.unread)
         self._reads_video_files = self._reads_video_files or bool(record.video_files)
-        key = record_key(record, lambda name: file_key(name) if isinstance(name, StoredPicture) else "")
+        key = record_key(record, lambda file: "" if file.content is None else file_key(file))
         self.keys += bytes.fromhex(key)[:KEY_BYTES]
-        for name in files_of(record):
-            self._used.setdefault(name, record.source)
+        for file in files_of(record):
+            self._used.setdefault(file, record.source)
 
     def without(self, kept: Iterable[Record]) -> TrainingCheck:
         """Return the check of some of the records, after `finish`."""
@@ -384,13 +386,15 @@ class TrainingCheck:
 
     def picture_keys(self, image_folder: str | Path | None) -> bytes:
         """Return KEY_BYTES of each picture file, after `finish`: of its size and, for a GB of them, its content."""
-        keys, step = bytearray(), -(-sum(self._sizes[name] or 0 for name in self._used) // COMPARED) or 1
-        for number, name in enumerate(self._used):
-            content = "" if number % step else file_key(place_of(Path(image_folder or ""), name))
-            keys += bytes.fromhex(digest([self._sizes[name], content]))[:KEY_BYTES]
+        keys, step = bytearray(), -(-sum(self._sizes[file] or 0 for file in self._used) // COMPARED) or 1
+        for number, file in enumerate(self._used):
+            content = "" if number % step else file_key(file.within(Path(image_folder or "")))
+            keys += bytes.fromhex(digest([self._sizes[file], content]))[:KEY_BYTES]
         return bytes(keys)
 
-    def finish(self, image_folder: str | Path | None, bad_images: ImagePolicy, path: Path | None = None) -> set[str]:
+    def finish(
+        self, image_folder: str | Path | None, bad_images: ImagePolicy, path: Path | None = None
+    ) -> set[Picture]:
         """Return the pictures that are missing or empty.
 
         Raises `DataError` with the count, the first cases and a hint if there are no records, if turns are out of
@@ -406,8 +410,8 @@ class TrainingCheck:
             raise DataError(problems=[no_records(path or "the data")])
         if self._errors:
             raise _broken(self._errors)
-        self._sizes = {name: _num_bytes(place_of(folder, name)) for name in self._used}
-        missing = [name for name, size in self._sizes.items() if not size]
+        self._sizes = {file: _num_bytes(file, folder) for file in self._used}
+        missing = [file for file, size in self._sizes.items() if not size]
         if missing and bad_images == "raise":
             raise MissingImages(missing, self._used, folder, path.parent if path else None)
         return set(missing)
@@ -424,11 +428,11 @@ def image_folder(data: Path, option: Path | None) -> Path:
             raise UserError(problems=[no_folder(option)])
         return option
     try:
-        first = next((record.files[0] for record in load_records(data) if record.files), "")
+        first = next((record.files[0] for record in load_records(data) if record.files), None)
     except DataError:
         return data.parent  # the command itself reports the error
     places = (data.parent, data.parent / "images")
-    return next((place for place in places if first and (place / first).is_file()), data.parent)
+    return next((place for place in places if first and _num_bytes(first, place) is not None), data.parent)
 
 
 def no_folder(folder: Path) -> Problem:

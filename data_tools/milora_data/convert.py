@@ -28,7 +28,7 @@ from milora_data.formats.tables import (
 )
 from milora_data.hold_out import PICTURE, RECORD, held_out, shared_pictures
 from milora_data.keys import FileKeys, file_key
-from milora_data.pictures.load import ImageError, StoredPicture, picture_suffix, stored_pictures
+from milora_data.pictures.load import ImageError, Picture, picture_suffix, stored_pictures
 from milora_data.records.record import SPEAKERS, Record, as_llava, parse_record
 from milora_data.stream import load_records
 from milora_vl.common.cli.console import amount, next_step
@@ -178,7 +178,7 @@ def _fits_json(value: object) -> bool:
         json.dumps(value)
     except (TypeError, ValueError):
         return False
-    return not isinstance(value, StoredPicture)
+    return True
 
 
 def output_exists(path: Path) -> UserError:
@@ -209,17 +209,18 @@ class PictureFolder:
             shutil.rmtree(self.path, ignore_errors=True)
 
     def _written(self, picture: Any) -> Any:
-        if not isinstance(picture, StoredPicture):
-            return picture
+        if not isinstance(picture, Picture) or picture.content is None:
+            return str(picture)
         key = file_key(picture)
         if key not in self._names:
             self._names[key] = self._write(picture)
         return self._names[key]
 
-    def _write(self, picture: StoredPicture) -> str:
+    def _write(self, picture: Picture) -> str:
+        assert picture.content is not None
         if not self.is_mine and self.path.exists():
             raise output_exists(self.path)
-        original = Path(picture.replace("\0", ""))  # file systems allow no NUL and at most 255 bytes
+        original = Path(picture.name.replace("\0", ""))  # file systems allow no NUL and at most 255 bytes
         stem, suffix = original.stem[:60] or "picture", original.suffix[:12] or picture_suffix(picture.content)
         name = wanted = f"{stem}{suffix}"
         while name in self._used:
@@ -244,8 +245,8 @@ def _as_llava(record: Record, identifier: str) -> dict[str, Any]:
         for turn in record.turns
         if turn.role != "tools"
     ]
-    shown = [{key: part for key, part in video._asdict().items() if part} for video in record.videos]
-    if any(isinstance(name, StoredPicture) for video in record.videos for name in video.files):
+    shown = [video.as_json() for video in record.videos]
+    if any(file.content is not None for video in record.videos for file in video.files):
         raise DataError("frames of videos inside a table are not written to files", code="record-videos")
     videos = {"videos": shown} if shown else {}
     tools = {"tools": json.loads(record.turns[0].text)} if record.turns and record.turns[0].role == "tools" else {}

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import xxhash
 
-from milora_data.pictures.load import StoredPicture, opened, place_of
+from milora_data.pictures.load import Picture, PictureFile, opened
 from milora_data.records.record import IMAGE, Record, Turn, Video
 
-KeyOf = Callable[[str], str | None]
-"""Returns the key of a picture or video from its name in a record; None without a file."""
+KeyOf = Callable[[Picture], str | None]
+"""Returns the key of a picture or video of a record; None without a file."""
 
 
 def digest(value: object) -> str:
@@ -31,7 +31,7 @@ def digest(value: object) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(value, sort_keys=True, default=str).encode())
 
 
-def file_key(place: str | Path) -> str | None:
+def file_key(place: PictureFile) -> str | None:
     """Return the key of a picture or video: a hash of its bytes. None for a file that is missing or may not be read."""
     total = xxhash.xxh3_128()
     try:
@@ -48,27 +48,27 @@ class FileKeys:
     """Returns the key of each picture or video of a record, and reads each file once; without folders, names are paths.
 
     A name is looked for in each folder. Where there is no readable file, its path below the first folder is the key,
-    and `missing` has its name.
+    and `missing` has it.
     """
 
     def __init__(self, *folders: str | Path) -> None:
         self._folders = [Path(folder) for folder in folders] or [Path()]
-        self._keys: dict[str, str] = {}
-        self.missing: set[str] = set()
+        self._keys: dict[Picture, str] = {}
+        self.missing: set[Picture] = set()
 
-    def __call__(self, name: str) -> str:
-        if isinstance(name, StoredPicture):
-            return str(file_key(name))  # `_keys` would keep its bytes
-        if name not in self._keys:
-            found = next(filter(None, (file_key(place_of(folder, name)) for folder in self._folders)), None)
+    def __call__(self, picture: Picture) -> str:
+        if picture.content is not None:
+            return str(file_key(picture))  # `_keys` would keep its bytes
+        if picture not in self._keys:
+            found = next(filter(None, (file_key(picture.within(folder)) for folder in self._folders)), None)
             if found is None:
-                self.missing.add(name)
-                found = f"no file {os.path.relpath(self._folders[0] / name, self._folders[0])}"
-            self._keys[name] = found
-        return self._keys[name]
+                self.missing.add(picture)
+                found = f"no file {os.path.relpath(self._folders[0] / str(picture), self._folders[0])}"
+            self._keys[picture] = found
+        return self._keys[picture]
 
 
-def shown_keys(images: Sequence[str], videos: Sequence[Video], key_of: KeyOf) -> list[object]:
+def shown_keys(images: Sequence[Picture], videos: Sequence[Video], key_of: KeyOf) -> list[object]:
     """Return what identifies pictures and videos: the key of each file, and how a video is sampled."""
     return [*map(key_of, images), *([*map(key_of, video.files), video.fps, video.num_frames] for video in videos)]
 

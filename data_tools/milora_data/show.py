@@ -16,7 +16,7 @@ from milora_data.cards import Card, write_cards
 from milora_data.check import image_folder
 from milora_data.encode.templates import OWN, get_template, place_images, render
 from milora_data.keys import FileKeys, record_key
-from milora_data.pictures.load import ImageError, load_image, place_of, small
+from milora_data.pictures.load import ImageError, load_image, small
 from milora_data.records.record import IMAGE, Record
 from milora_data.stream import load_records
 from milora_vl.common.atomic_write import json_lines
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _write_page(chosen, [_card(record, pieces, folder) for record, pieces in shown], folder, is_part=is_part)
     for number, (record, pieces) in enumerate(shown if chosen.html is None else ()):
         if chosen.format == "json":
-            sys.stdout.write(json.dumps(_content(record, pieces), ensure_ascii=False) + "\n")
+            sys.stdout.write(json.dumps(_content(record, pieces), ensure_ascii=False, default=str) + "\n")
         else:
             _print(record, pieces, folder, separate=number > 0)
     pictures = ["--image_folder", folder] if chosen.image_folder else []
@@ -142,8 +142,8 @@ def _content(record: Record, pieces: Sequence[Piece]) -> dict[str, Any]:
     return {
         "id": record.id,
         "source": record.source,
-        "images": record.images,
-        **({"videos": [video._asdict() for video in record.videos]} if record.videos else {}),
+        "images": list(map(str, record.images)),
+        **({"videos": [video.as_json() for video in record.videos]} if record.videos else {}),
         "pieces": [piece._asdict() for piece in pieces],
         **({"extra": dict(record.extra)} if record.extra else {}),
     }
@@ -162,7 +162,7 @@ def _print(record: Record, pieces: Sequence[Piece], folder: Path, *, separate: b
     for video in record.videos:
         console.print(f"video: {video.file or amount(len(video.frames), 'frame')}", style="dim")
     if record.extra:
-        console.print(f"more keys: {json.dumps(dict(record.extra), ensure_ascii=False)}", style="dim")
+        console.print(f"more keys: {json.dumps(dict(record.extra), ensure_ascii=False, default=str)}", style="dim")
     # Brackets mark the supervised text without colours too.
     marked = [(f"[[{text}]]" if kind == "learnt" else text, STYLES[kind]) for kind, text in pieces]
     console.print(Text.assemble(*marked))
@@ -171,13 +171,13 @@ def _print(record: Record, pieces: Sequence[Piece], folder: Path, *, separate: b
 def _pictures(record: Record, folder: Path) -> list[tuple[str, bytes | None]]:
     """Return name and size of each picture of a record, and a small JPEG; of an unreadable one the reason, and None."""
     pictures: list[tuple[str, bytes | None]] = []
-    for name in record.images:
+    for picture in record.images:
         try:
-            image = load_image(place_of(folder, name))
+            image = load_image(picture.within(folder))
         except ImageError as error:
-            pictures.append((f"{name} ({error.reason})", None))
+            pictures.append((f"{picture} ({error.reason})", None))
         else:
-            pictures.append((f"{name} ({image.width} x {image.height})", small(image)))
+            pictures.append((f"{picture} ({image.width} x {image.height})", small(image)))
     return pictures
 
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from milora_data.keys import KeyOf, file_key, question_key, shown_keys
+from milora_data.keys import file_key, question_key, shown_keys
+from milora_data.pictures.load import PictureFile
 from milora_data.records.record import Turn, Video
 from milora_eval.stats import clustered_stderr, mean, stratified_mean, stratified_stderr
 from milora_vl.common.atomic_write import write_text
@@ -271,9 +272,9 @@ def grouped(
     return groups
 
 
-def content_of(item: Item, read: KeyOf = file_key) -> list[Any]:
+def content_of(item: Item, read: Callable[[PictureFile], str | None] = file_key) -> list[Any]:
     """Return what identifies the pictures and videos of an item; `read` returns the key of each file."""
-    return shown_keys(item.images, item.videos, read)
+    return [*map(read, item.images), *shown_keys((), item.videos, read)]
 
 
 def key_of_question(benchmark: Benchmark, item: Item, content: Sequence[Any]) -> str:

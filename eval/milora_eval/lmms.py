@@ -52,7 +52,7 @@ class Milora(lmms):
         for _, same_options in groupby(order, key=lambda index: repr(requests[index].args[1])):
             chosen = list(same_options)
             options = requests[chosen[0]].args[1]
-            texts = generate(
+            replies = generate(
                 self.loaded,
                 self.processor,
                 [self._prompt(*requests[index].args[:1], *requests[index].args[2:]) for index in chosen],
@@ -62,8 +62,8 @@ class Milora(lmms):
                 num_beams=_beams(options),
                 batch_size=self.batch_size,
             )
-            for index, text in zip(chosen, texts, strict=True):
-                answers[index] = _until(text, options.get("until", ()))
+            for index, reply in zip(chosen, replies, strict=True):
+                answers[index] = _until(reply.text, options.get("until", ()))
         return answers
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:

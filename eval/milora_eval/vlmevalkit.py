@@ -80,6 +80,6 @@ def milora_vlm(base: type, model: str, adapter: str | None, template: str | None
                 template=prompts.template, image_aspect_ratio=prompts.image_aspect_ratio, batch_size=1,
                 max_new_tokens=LONGEST if benchmark is None else benchmark.max_new_tokens,
             )  # fmt: skip
-            return answer
+            return answer.text
 
     return MiloraVLM()

@@ -17,10 +17,10 @@ from PIL import Image
 from transformers import TextIteratorStreamer, TextStreamer
 
 from milora_data.batches.processor_inputs import ProcessorInputs
-from milora_data.pictures.load import load_image
+from milora_data.pictures.load import Picture, load_image
 from milora_data.pictures.pixels import AspectRatio
 from milora_data.pictures.videos import Frames, require_one_size, require_pyav
-from milora_data.records.record import IMAGE, VIDEO, Reply, Turn, Video
+from milora_data.records.record import IMAGE, VIDEO, Turn, Video
 from milora_vl.common.cli.console import beside, report
 from milora_vl.common.cli.web import web_address
 from milora_vl.common.errors import UserError, at_flag, first_line
@@ -29,7 +29,7 @@ from milora_vl.forgetting.measure import can_recover_base
 from milora_vl.interop.load_model import load_by_flags, update_since
 from milora_vl.interop.scale import Update
 from milora_vl.models.base import find_base
-from milora_vl.models.generate import Prompt, generate, require_prompts, require_shown
+from milora_vl.models.generate import Prompt, Reply, generate, require_prompts, require_shown
 from milora_vl.models.image_tokens import uses_processor
 from milora_vl.models.loading import split_processor
 from milora_vl.models.prompts import prompts_of
@@ -62,7 +62,7 @@ def open_video(place: Path, fps: float | None = None, num_frames: int | None = N
     """
     if place.is_file():
         require_pyav()
-        return Video((), fps, str(place), num_frames)
+        return Video((), fps, Picture(str(place), place), num_frames)
     if not place.is_dir():
         raise UserError("no such file or folder", where=str(place), hint=beside(place))
     if num_frames is not None:
@@ -170,7 +170,8 @@ class Chat:
         turns = [self.user_turn(question, pictures, [], videos)]
         base = {"base": self.reply(turns, pictures, None, base=True)} if self.compare else {}
         replies = base | {"answer": self.reply(turns, pictures, None, base=False)}
-        return {"question": question, **replies, "truncated": any(reply.truncated for reply in replies.values())}
+        texts = {name: reply.text for name, reply in replies.items()}
+        return {"question": question, **texts, "truncated": any(reply.truncated for reply in replies.values())}
 
     @staticmethod
     def user_turn(
@@ -223,7 +224,7 @@ class Chat:
         reply = self.reply(self.turns, self.pictures, streamer, base=base)
         if reply.truncated:
             sys.stderr.write(f"(truncated at {self.max_new_tokens} tokens: use a larger --max_new_tokens)\n")
-        return reply
+        return reply.text
 
     @property
     def tokenizer(self) -> Any:
@@ -398,13 +399,13 @@ def page_answers(
             turns.append(chat.answer_turn(unescape(text.removeprefix(TUNED).removesuffix(cut))))
     messages: list[dict[str, str]] = []
     for label, base in ((BASE, True), (TUNED, False)) if chat.compare else (("", False),):
-        for text in _partial_answers(chat, turns, pictures, base=base):
-            end = cut if isinstance(text, Reply) and text.truncated else ""
+        for reply in _partial_answers(chat, turns, pictures, base=base):
+            text, end = reply.text, cut if reply.truncated else ""
             yield [*messages, {"role": "assistant", "content": label + escape(text) + end}]
         messages.append({"role": "assistant", "content": label + escape(text) + end})
 
 
-def _partial_answers(chat: Chat, turns: list[Turn], pictures: Sequence[Image.Image], *, base: bool) -> Iterator[str]:
+def _partial_answers(chat: Chat, turns: list[Turn], pictures: Sequence[Image.Image], *, base: bool) -> Iterator[Reply]:
     """Yield growing prefixes of an answer; the last one is complete. Raises the errors of the model."""
     streamer = TextIteratorStreamer(chat.tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[no-untyped-call]
     with ThreadPoolExecutor(max_workers=1) as pool:
@@ -413,5 +414,5 @@ def _partial_answers(chat: Chat, turns: list[Turn], pictures: Sequence[Image.Ima
         text = ""
         for piece in streamer:
             text += piece
-            yield text.lstrip()
+            yield Reply(text.lstrip())
         yield answer.result()

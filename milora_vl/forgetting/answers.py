@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image, ImageDraw
 
 from milora_data.encode.tokens import IGNORE
-from milora_data.pictures.load import place_of
+from milora_data.pictures.load import Picture
 from milora_data.pictures.pixels import AspectRatio
-from milora_data.records.record import IMAGE, Record, Turn, renamed_video
+from milora_data.records.record import IMAGE, Record, Turn
 from milora_vl.forgetting.measure import ProbeBatch
 from milora_vl.models.collator_for import collator_for
 from milora_vl.models.generate import Prompt, generate
@@ -41,7 +41,7 @@ def drawn_questions(folder: Path) -> list[Record]:
             name = f"{colour}_{shape}.png"
             _draw(shape, code).save(folder / name)
             records += [
-                Record(f"{name}:{number}", (name,), (Turn("user", f"{IMAGE}\n{question}"),), source=name)
+                Record(f"{name}:{number}", (Picture(name),), (Turn("user", f"{IMAGE}\n{question}"),), source=name)
                 for number, question in enumerate(_QUESTIONS)
             ]
     return records
@@ -64,26 +64,19 @@ def answer_batches(
     Questions about one picture belong to one document, because they are not independent. A record without a picture is
     a separate document. `without_adapter` asks the base model of a PeftModel. The answers in the records are ignored.
     """
-
-    def path_of(name: str) -> str:
-        location = place_of(image_folder, name)
-        return str(location) if isinstance(location, Path) else location
-
-    asked = [replace(record, turns=(*_until_question(record),)) for record in records]
-    paths = [tuple(place_of(image_folder, name) for name in record.images) for record in asked]
-    videos = [tuple(renamed_video(video, path_of) for video in record.videos) for record in asked]
+    asked = [replace(record, turns=(*_until_question(record),)).within(image_folder) for record in records]
     context: AbstractContextManager[None] = model.disable_adapter() if without_adapter else nullcontext()
     with context:
         answers = generate(
             model, processor,
-            [Prompt(r.turns, p, videos=v) for r, p, v in zip(asked, paths, videos, strict=True)],
+            [Prompt(record.turns, record.images, videos=record.videos) for record in asked],
             template=template, max_new_tokens=max_new_tokens, batch_size=batch_size,
             image_aspect_ratio=image_aspect_ratio,
         )  # fmt: skip
     own = uses_processor(model.config)
     options: dict[str, Any] = {} if own else {"template": template, "image_aspect_ratio": image_aspect_ratio}
     collate = collator_for(model, processor, image_folder=image_folder, **options)
-    answered = [replace(r, turns=(*r.turns, Turn("assistant", a))) for r, a in zip(asked, answers, strict=True)]
+    answered = [replace(r, turns=(*r.turns, Turn("assistant", a.text))) for r, a in zip(asked, answers, strict=True)]
     # Separate batches for records with and without pictures, because a batch has pictures in all rows or in none.
     for group in ([r for r in answered if r.images], [r for r in answered if not r.images]):
         for start in range(0, len(group), batch_size):
@@ -93,7 +86,7 @@ def answer_batches(
 def _batch(collate: Any, records: Sequence[Record]) -> ProbeBatch:
     inputs: dict[str, Tensor] = collate(records)
     labels = inputs.pop("labels")
-    documents = [" ".join(record.images) or f"{record.source} {record.id}" for record in records]
+    documents = [" ".join(map(str, record.images)) or f"{record.source} {record.id}" for record in records]
     return ProbeBatch(inputs, labels[:, 1:] != IGNORE, documents)
 
 

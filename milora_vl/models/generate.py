@@ -10,9 +10,10 @@ import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from itertools import groupby, takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,9 +25,10 @@ from milora_data.encode.chat_template_mask import Rendered, parts_of, segments_o
 from milora_data.encode.labels import encode_prompt
 from milora_data.encode.templates import no_videos
 from milora_data.encode.tokens import IGNORE, bos_ids, fast_backend
-from milora_data.pictures.load import expand_to_square, load_image, picture_size, to_rgb
+from milora_data.keys import file_key
+from milora_data.pictures.load import Picture, expand_to_square, load_image, picture_size, to_rgb
 from milora_data.pictures.videos import Frames
-from milora_data.records.record import IMAGE, VIDEO, Record, Reply, Turn, Video
+from milora_data.records.record import IMAGE, VIDEO, Record, Turn, Video
 from milora_vl.common.cli.console import amount
 from milora_vl.common.errors import DataError, UserError, first_line, with_context
 from milora_vl.core.evaluation_mode import evaluated
@@ -39,12 +41,26 @@ if TYPE_CHECKING:
     from PIL import Image
     from transformers.generation.streamers import BaseStreamer
 
+Shown: TypeAlias = "str | Path | Picture | Image.Image"  # a path, a picture of a record with its path, or its pixels
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A model's answer. `truncated` is whether the model was stopped at its largest length, before it ended."""
+
+    text: str
+    truncated: bool = False
+
+    def __str__(self) -> str:
+        return self.text
+
+
 OnBatch = Callable[[list[int], list[Reply]], object]
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A conversation up to a question, and its pictures: paths or PIL images, one for each `<image>` in the turns.
+    """A conversation up to a question, and its pictures, one for each `<image>` in the turns.
 
     `videos` has the frames of each `<video>`, or the files (`Video`, with paths), for models whose processor takes
     videos.
@@ -56,7 +72,7 @@ class Prompt:
     """
 
     turns: tuple[Turn, ...]
-    images: tuple[str | Path | Image.Image, ...] = ()
+    images: tuple[Shown, ...] = ()
     form: Literal["training", "exact", "raw"] = "training"
     videos: tuple[Frames | Video, ...] = ()
     source: str = ""
@@ -67,8 +83,8 @@ class _Row:
     """An encoded prompt, with an id for each token of a picture. Equal pictures have an equal `picture`."""
 
     ids: Sequence[int]
-    images: tuple[str | Path | Image.Image, ...]
-    picture: tuple[str | int, ...]
+    images: tuple[Shown, ...]
+    picture: tuple[str | int | None, ...]
 
 
 def generate(
@@ -90,8 +106,8 @@ def generate(
     `model` is a vision-language model or a text-only causal model, or a PeftModel of one. A model whose own processor
     prepares the pictures is asked in its own chat template; `template`, `image_aspect_ratio` and `share_pictures` are
     for LLaVA and text-only models. A LLaVA-1.6 model tiles its pictures and ignores `image_aspect_ratio`.
-    `on_batch(places, texts)` is called after each batch with the indices of its prompts. transformers' `streamer` gets
-    the tokens of a single prompt.
+    `on_batch(places, replies)` is called after each batch with the indices of its prompts. transformers' `streamer`
+    gets the tokens of a single prompt.
 
     Raises UserError for a picture if the model reads only text, and ValueError for a streamer with several prompts or a
     batch size below 1.
@@ -104,11 +120,11 @@ def generate(
     if not prompts:
         return answers
 
-    def keep(places: list[int], texts: list[Reply]) -> None:
-        for place, text in zip(places, texts, strict=True):
-            answers[place] = text
+    def keep(places: list[int], replies: list[Reply]) -> None:
+        for place, reply in zip(places, replies, strict=True):
+            answers[place] = reply
         if on_batch is not None:
-            on_batch(places, texts)
+            on_batch(places, replies)
 
     reader = reader_of(model, processor, template, image_aspect_ratio, share_pictures and num_beams == 1)
     config = _greedy(reader, max_new_tokens, num_beams)
@@ -136,7 +152,7 @@ def prompt_ids(
     """
     if prompt.form == "training":
         return encode_prompt(
-            Record("", ("",) * len(prompt.images), prompt.turns, source=prompt.source or "prompt"),
+            Record("", (Picture(""),) * len(prompt.images), prompt.turns, source=prompt.source or "prompt"),
             tokenizer,
             template=template,
             image_token_id=image_token_id,
@@ -260,7 +276,7 @@ class ProcessorReader:
             for one in batch if len(batch) > 1 else ():
                 self.processed([one])  # names the prompt that is refused alone
             prompt = batch[0]
-            paths = [str(image) for image in prompt.images if isinstance(image, str | Path)]
+            paths = [str(image) for image in prompt.images if isinstance(image, str | Path | Picture)]
             raise UserError(
                 f"the processor refuses this question, or a picture or video of it: {first_line(error)}",
                 where=": ".join([prompt.source] * bool(prompt.source) + paths) or _named(prompt),
@@ -306,12 +322,12 @@ class ProcessorReader:
             raise with_context(error, prompt.source) from None
 
 
-def _opened(image: str | Path | Image.Image) -> Any:
-    return load_image(image) if isinstance(image, str | Path) else to_rgb(image)
+def _opened(image: Shown) -> Any:
+    return load_image(image) if isinstance(image, str | Path | Picture) else to_rgb(image)
 
 
-def _size(image: str | Path | Image.Image) -> tuple[int, int]:
-    return picture_size(image) if isinstance(image, str | Path) else (image.height, image.width)
+def _size(image: Shown) -> tuple[int, int]:
+    return picture_size(image) if isinstance(image, str | Path | Picture) else (image.height, image.width)
 
 
 def _named(prompt: Prompt) -> str:
@@ -352,23 +368,24 @@ class LlavaReader:
         self.image_tokens = 0 if images is None else image_tokens(model.config)
         self.tiling = None if images is None else tiling_of(model.config)
         self.pad = pad_id_of(self.tokenizer)
+        self._key_of = cache(file_key)
 
     def batches(self, prompts: Sequence[Prompt], batch_size: int) -> Iterator[list[int]]:
         """Yield batches with the same number of pictures, grouped by picture and then by length.
 
         Longest first: a batch too large for memory fails at once, and the remaining time is not underestimated.
         """
-        lengths, names = [self.length(prompt) for prompt in prompts], [_picture_name(prompt) for prompt in prompts]
-        longest: dict[tuple[str | int, ...], int] = {}
-        for name, tokens in zip(names, lengths, strict=True):
-            longest[name] = max(tokens, longest.get(name, 0))
+        lengths, keys = [self.length(prompt) for prompt in prompts], list(map(self._picture_keys, prompts))
+        longest: dict[tuple[str | int | None, ...], int] = {}
+        for key, tokens in zip(keys, lengths, strict=True):
+            longest[key] = max(tokens, longest.get(key, 0))
 
         def rank(place: int) -> tuple[int, int, str, int]:
-            name = names[place]
-            return len(name), longest[name], str(name), lengths[place]
+            key = keys[place]
+            return len(key), longest[key], str(key), lengths[place]
 
         order = sorted(range(len(prompts)), key=rank, reverse=True)
-        yield from _in_batches(order, lambda place: len(names[place]), batch_size)
+        yield from _in_batches(order, lambda place: len(keys[place]), batch_size)
 
     def inputs(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
         rows = [self.row(prompt) for prompt in prompts]
@@ -411,7 +428,9 @@ class LlavaReader:
     def row(self, prompt: Prompt) -> _Row:
         counts = map(self._num_tokens, prompt.images)
         repeats = ((token, next(counts, 1) if token == self.image_token else 1) for token in self._ids(prompt))
-        return _Row([token for token, count in repeats for _ in range(count)], prompt.images, _picture_name(prompt))
+        return _Row(
+            [token for token, count in repeats for _ in range(count)], prompt.images, self._picture_keys(prompt)
+        )
 
     def length(self, prompt: Prompt) -> int:
         if prompt.videos:
@@ -439,12 +458,17 @@ class LlavaReader:
         inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
         return {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
 
-    def _num_tokens(self, image: str | Path | Image.Image) -> int:
+    def _picture_keys(self, prompt: Prompt) -> tuple[str | int | None, ...]:
+        return tuple(
+            self._key_of(image) if isinstance(image, str | Path | Picture) else id(image) for image in prompt.images
+        )
+
+    def _num_tokens(self, image: Shown) -> int:
         if self.tiling is None:
             return self.image_tokens
         return self.tiling.num_tokens(*_size(image))
 
-    def _picture(self, image: str | Path | Image.Image) -> Any:
+    def _picture(self, image: Shown) -> Any:
         picture = _opened(image)
         if self.tiling is not None or self.image_aspect_ratio == "plain":
             return picture
@@ -461,10 +485,6 @@ def _in_batches(order: Sequence[int], kind: Callable[[int], Any], batch_size: in
         places = list(group)
         for start in range(0, len(places), batch_size):
             yield places[start : start + batch_size]
-
-
-def _picture_name(prompt: Prompt) -> tuple[str | int, ...]:
-    return tuple(str(image) if isinstance(image, str | Path) else id(image) for image in prompt.images)
 
 
 def _decoded(tokenizer: Any, rows: Tensor, ends: Collection[int]) -> list[Reply]:

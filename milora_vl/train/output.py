@@ -26,7 +26,6 @@ from transformers import TrainerCallback, TrainingArguments
 
 from milora_data.keys import FileKeys, record_key
 from milora_data.records.record import Record
-from milora_data.stream import within
 from milora_vl.common.cli.console import command_line
 from milora_vl.common.cli.screen import Screen
 from milora_vl.common.errors import DataError, UserError, first_line
@@ -365,12 +364,13 @@ def _shown(
 ) -> dict[str, Mapping[str, Any]]:
     """Return what the report shows of each record, by key: its last question and answer, and the model's own."""
     data, lines, prompts = run.recipe.data, list[dict[str, Any]](), list[Prompt]()
+    folder = Path(data.image_folder).absolute() if data.image_folder else Path()
     for record in records.values():
-        placed = within(record, data.image_folder)
+        placed = record.within(folder)
         last = max(number for number, turn in enumerate(record.turns) if turn.role == "assistant")
         prompts.append(Prompt(record.turns[:last], placed.images, videos=placed.videos))
         question, answer = (turn.text + turn.keys for turn in record.turns[last - 1 : last + 1])
-        lines.append({"id": record.id, "images": placed.images, "question": question, "answer": answer})
+        lines.append({"id": record.id, "images": list(map(str, placed.images)), "question": question, "answer": answer})
     size = 1 if data.bad_images == "replace" else min(trainer.args.per_device_train_batch_size, 8)  # a step held them
     for start in range(0, len(prompts), size):
         with suppress(DataError), trainer.compute_loss_context_manager():  # a picture that --bad_images replaced
@@ -379,5 +379,5 @@ def _shown(
                 max_new_tokens=MAX_NEW_TOKENS, image_aspect_ratio=data.image_aspect_ratio,
             )  # fmt: skip
             for line, reply in zip(lines[start : start + size], replies, strict=True):
-                line["reply"] = reply
+                line["reply"] = reply.text
     return {key: line for key, line in zip(records, lines, strict=True) if "reply" in line}

@@ -949,7 +949,7 @@ def require_same_records(folder: Path, data: RunData) -> list[str]:
     before = read_start(folder, RECORDS)
     require_same("records", before["records"], data.keys, lambda number: data.train[number].source)
     names = lambda: list(dict.fromkeys(chain.from_iterable(map(files_of, data.train))))  # noqa: E731
-    require_same("pictures", before["pictures"], data.picture_keys, lambda number: names()[number])
+    require_same("pictures", before["pictures"], data.picture_keys, lambda number: str(names()[number]))
     unread = f"of the stream, only the first {len(data.train):,} records and pictures were compared with the run's"
     return [unread] if data.streamed else []
 
@@ -1253,7 +1253,7 @@ def _first_batch(records: Sequence[Record], collate: RecordCollator[Any], image_
     """
     out = []
     for record in records[:SHOWN]:
-        out.append(f"{record.source or record.id}  {' '.join(record.images) or '(no image)'}")
+        out.append(f"{record.source or record.id}  {' '.join(map(str, record.images)) or '(no image)'}")
         for supervised, pieces in groupby(collate.segments(record), attrgetter("supervised")):
             text = "".join(piece.text for piece in pieces).replace("\n", "\\n")
             text = text.replace(IMAGE, f"<image x {image_tokens}>" if image_tokens else IMAGE)

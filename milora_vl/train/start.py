@@ -26,7 +26,7 @@ from milora_data.assets import cache_dir
 from milora_data.batches.record_collator import RecordCollator
 from milora_data.check import KEY_BYTES
 from milora_data.keys import FileKeys, file_key, record_key
-from milora_data.pictures.load import ImageError, load_image, place_of
+from milora_data.pictures.load import ImageError, load_image
 from milora_data.records.record import IMAGE, Record, Turn
 from milora_data.stream import load_records
 from milora_vl.common.atomic_write import write_json
@@ -265,7 +265,7 @@ def _is_usable(collate: RecordCollator[Any], record: Record) -> bool:
 def _is_readable(folder: Path, record: Record) -> bool:
     """Return whether the picture of a record can be read; the training handles others as `bad_images` says."""
     try:
-        return all(load_image(place_of(folder, name)) for name in record.images)
+        return all(map(load_image, record.within(folder).images))
     except ImageError:
         return False
 
@@ -276,7 +276,7 @@ def _is_of_probe(record: Record) -> bool:
 
 def _captions(sources: _Sources, records: Sequence[Record], folder: Path) -> list[str]:
     recipe = sources.recipe
-    pictures = [tuple(place_of(folder, name) for name in record.images) for record in records]
+    pictures = [record.within(folder).images for record in records]
     tokens = sources.base.tokens_of_a_picture
     at_once = 16 if tokens is None else max(16, rows_at_once(sources.model, tokens + PROMPT_TOKENS))
     parts = [pictures[begin : begin + at_once] for begin in range(0, len(pictures), at_once)]
@@ -292,7 +292,7 @@ def _captions(sources: _Sources, records: Sequence[Record], folder: Path) -> lis
             batch_size=at_once,
             on_batch=lambda places, _: on_work(len(places)),
         )
-        return [*answers]
+        return list(map(str, answers))
 
     asked = f"{recipe.template} {recipe.data.image_aspect_ratio} {CAPTION_TOKENS} {QUESTION}"
     jobs = [_Job(f"{asked} {[[file_key(path) for path in paths] for paths in part]}", len(part)) for part in parts]

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from milora_data.batches.image_text_collator import ImageTextCollator
+from milora_data.pictures.load import Picture
 from milora_data.records.record import IMAGE, Record, Turn
 from milora_data.stream import load_records
 from milora_vl.core.calibration.bases import Calibration, sources_of
@@ -71,10 +72,10 @@ class PictureQuestions(AnswerTask):
         """Pictures of the training set with captions that the base model writes."""
         chosen = with_pictures(self.train, CALIBRATION_PICTURES)
         asks = Turn("user", f"{IMAGE}\n{QUESTION}")
-        prompts = [Prompt((asks,), tuple(self.folder / "images" / name for name in record.images)) for record in chosen]
+        prompts = [Prompt((asks,), record.within(self.folder / "images").images) for record in chosen]
         captions = generate(self.base, self.processor, prompts, max_new_tokens=CAPTION_TOKENS)
         records = [
-            replace(record, turns=(asks, Turn("assistant", caption)))
+            replace(record, turns=(asks, Turn("assistant", caption.text)))
             for record, caption in zip(chosen, captions, strict=True)
         ]
         batches = (self.collator(records[start : start + ROWS]) for start in range(0, len(records), ROWS))
@@ -103,7 +104,7 @@ def _photos(folder: Path) -> list[Record]:
             name = f"photo_{number}_{place}.png"
             Image.fromarray(photograph[top : top + 160, left : left + 213]).save(folder / name)
             turn = Turn("user", f"{IMAGE}\nDescribe this picture in one sentence.")
-            records.append(Record(name, (name,), (turn,), source=name))
+            records.append(Record(name, (Picture(name),), (turn,), source=name))
     return records
 
 

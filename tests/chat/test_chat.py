@@ -53,7 +53,7 @@ def ask(*words: str | Path) -> int:
 def answer(question: str, *images: Path, folder: Path | None = None) -> str:
     model, processor = load_model("tiny", adapter=folder)
     turns = (Turn("user", "<image>\n" * len(images) + question),)
-    return generate(model, processor, [Prompt(turns, images)], max_new_tokens=8)[0]
+    return generate(model, processor, [Prompt(turns, images)], max_new_tokens=8)[0].text
 
 
 def test_the_answer_alone_is_on_stdout_and_is_what_an_evaluation_gets(picture: Path, capsys: Captured) -> None:
@@ -128,7 +128,7 @@ def test_a_conversation_remembers_until_it_is_reset(
     assert seen == answer("What?", picture)
     model, processor = load_model("tiny")
     turns = (Turn("user", "What?"), Turn("assistant", first), Turn("user", "Why?"))
-    assert second == generate(model, processor, [Prompt(turns)], max_new_tokens=8)[0]
+    assert second == generate(model, processor, [Prompt(turns)], max_new_tokens=8)[0].text
     assert "unknown command /imag" in err
     assert err.count("/add FILE    show one more") == 2
     assert "9.png: no such picture" in err
@@ -151,7 +151,7 @@ def test_prompt_and_pictures_are_those_of_the_training_also_with_a_checkpoint_of
     model, processor = load_model("tiny", adapter=checkpoint)
     prompt = Prompt((Turn("user", "<image>\nWhat is it?"),), (wide,))
     for recipe, options in zip(said, ({}, {"template": "plain"}, {"image_aspect_ratio": "plain"}), strict=True):
-        assert said[recipe].strip() == generate(model, processor, [prompt], max_new_tokens=8, **options)[0]
+        assert said[recipe].strip() == generate(model, processor, [prompt], max_new_tokens=8, **options)[0].text
     assert len(set(said.values())) == 3
 
 
@@ -176,7 +176,7 @@ def test_a_model_trained_in_full_is_compared_with_its_base(
     base = answer("What is it?", picture)
     model, processor = load_model(trained_in_full)
     prompt = Prompt((Turn("user", "<image>\nWhat is it?"),), (picture,))
-    (tuned,) = generate(model, processor, [prompt], max_new_tokens=8)
+    tuned = generate(model, processor, [prompt], max_new_tokens=8)[0].text
     assert base != tuned
     assert capsys.readouterr().out == f"base   {base}\ntuned  {tuned}\n"
     chat.main([*words, "--scale", "0", "What is it?"])

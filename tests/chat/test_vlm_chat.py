@@ -84,7 +84,7 @@ def test_answers_are_those_of_the_pipeline_at_any_batch_size(name: str, pictures
     prompts = questions(pictures)
     seen: list[int] = []
     together = generate(model, processor, prompts, max_new_tokens=5, on_batch=lambda places, texts: seen.extend(places))
-    assert together == [of_pipeline(model, processor, prompt) for prompt in prompts]
+    assert [reply.text for reply in together] == [of_pipeline(model, processor, prompt) for prompt in prompts]
     assert together == generate(model, processor, prompts, max_new_tokens=5, batch_size=1)
     assert sorted(seen) == list(range(len(prompts)))
 
@@ -98,7 +98,7 @@ def test_a_plain_prompt_is_a_question_with_its_picture(pictures: Path) -> None:
     ids = model.generate(**inputs, max_new_tokens=5, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     prompt = Prompt((Turn("user", "<image>\nWhat is it?"),), (image,))
     (answer,) = generate(model, processor, [prompt], max_new_tokens=5)
-    assert answer == processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
+    assert answer.text == processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
 def test_a_raw_prompt_is_the_text_alone(pictures: Path) -> None:
@@ -109,7 +109,7 @@ def test_a_raw_prompt_is_the_text_alone(pictures: Path) -> None:
     ids = model.generate(**inputs, max_new_tokens=5, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     prompt = Prompt((Turn("user", "A: <image> B:"),), (image,), "raw")
     (answer,) = generate(model, processor, [prompt], max_new_tokens=5)
-    assert answer == processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
+    assert answer.text == processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
 def asked(qwen: Path, *words: str | Path) -> int:
@@ -120,7 +120,7 @@ def answer_to(qwen: Path, pictures: Path, *texts: str, images: tuple[int, ...]) 
     model, processor = load_model(qwen)
     turns = [Turn(("user", "assistant")[number % 2], text) for number, text in enumerate(texts)]
     files = tuple(pictures / f"{number}.png" for number in images)
-    return generate(model, processor, [Prompt(tuple(turns), files)], max_new_tokens=5)[0]
+    return generate(model, processor, [Prompt(tuple(turns), files)], max_new_tokens=5)[0].text
 
 
 @pytest.fixture
@@ -195,7 +195,7 @@ def test_chat_shows_the_frames_of_a_folder_as_a_video(
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(typed)))
     assert asked(tmp_path, "--video", clip, "--fps", 2) == 0
     of_picture = generate(model, processor, [Prompt((Turn("user", "<image>\nWhat?"),), (picture,))], max_new_tokens=5)
-    assert capsys.readouterr().out == f"{expected}\n{expected}\n{of_picture[0]}\n{expected}\n"
+    assert capsys.readouterr().out == f"{expected}\n{expected}\n{of_picture[0].text}\n{expected}\n"
 
 
 def test_chat_shows_a_video_file(qwen: Path, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,13 +204,14 @@ def test_chat_shows_a_video_file(qwen: Path, tmp_path: Path, capsys: Captured, m
     processor.chat_template = video_template("qwen2_5_vl")
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
-    expected = [
-        generate(model, processor, [Prompt((Turn("user", "<video>\nWhat?"),), videos=(video,))], max_new_tokens=5)[0]
-        for video in (
-            read_video(film, sampler(processor.video_processor, num_frames=4)),
-            read_video(other, sampler(processor.video_processor, num_frames=4)),
+    prompts = [
+        Prompt(
+            (Turn("user", "<video>\nWhat?"),),
+            videos=(read_video(file, sampler(processor.video_processor, num_frames=4)),),
         )
+        for file in (film, other)
     ]
+    expected = [generate(model, processor, [prompt], max_new_tokens=5)[0].text for prompt in prompts]
     words = ("--video", film, "--num_frames", 4)
     assert asked(tmp_path / "model", *words, "What?") == 0
     assert capsys.readouterr().out == expected[0] + "\n"
@@ -236,7 +237,7 @@ def test_a_chat_has_the_limits_of_the_training(qwen: Path, pictures: Path, tmp_p
     (tmp_path / "recipe.yaml").write_text("{template: chat_template, data: {max_pixels: 256}}")
     processor.image_processor.size = type(processor.image_processor.size)(shortest_edge=256, longest_edge=256)
     prompt = Prompt((Turn("user", "<image>\nWhat?"),), (pictures / "1.png",))
-    expected = generate(load_model(qwen)[0], processor, [prompt], max_new_tokens=5)[0]
+    expected = generate(load_model(qwen)[0], processor, [prompt], max_new_tokens=5)[0].text
     asked(qwen, "--adapter", tmp_path, "--image", pictures / "1.png", "What?")
     assert capsys.readouterr().out == expected + "\n"
 

@@ -13,7 +13,7 @@ from milora_data.batches.lengths import lengths_of
 from milora_data.batches.record_collator import RecordCollator
 from milora_data.encode.labels import NoSupervisedTokens
 from milora_data.encode.tokens import IGNORE
-from milora_data.pictures.load import StoredPicture
+from milora_data.pictures.load import Picture
 from milora_data.records.record import parse_record
 from milora_vl.models.collator_for import collator_for
 from milora_vl.models.tiny import tiny_llama, tiny_llava
@@ -93,7 +93,7 @@ def test_lengths_follow_an_image_of_another_size(kind: str, make: Make, tmp_path
     after = lengths_of(records, collate, beside=tmp_path / "data.json")
     assert after[1] == collate.num_tokens(records[1]) != before[1]
     assert after[2] == before[2]
-    stored = [replace(records[1], images=(StoredPicture("same.png", encoded("red", size)),)) for size in SIZES]
+    stored = [replace(records[1], images=(Picture("same.png", content=encoded("red", size)),)) for size in SIZES]
     counted = [lengths_of([record], collate, beside=tmp_path / "data.json") for record in stored]
     assert counted == [[collate.num_tokens(record)] for record in stored]
     assert counted[0] != counted[1]

@@ -18,7 +18,7 @@ from tokenizers.processors import TemplateProcessing
 
 from milora_data.batches.processor_collator import ProcessorCollator
 from milora_data.encode.chat_template_mask import VIDEO_MARK, parts_of
-from milora_data.pictures.load import ImageError, StoredPicture
+from milora_data.pictures.load import ImageError, Picture
 from milora_data.records.record import ROLES, Record, Turn, parse_record
 from milora_vl.common.compat.transformers import pass_texts_unchanged
 from milora_vl.common.errors import DataError
@@ -177,10 +177,10 @@ PIECE = st.one_of(TEXTS, st.tuples(SIDE, SIDE))  # a text, or a picture of a wid
 TURN = st.lists(PIECE, min_size=1, max_size=4)
 
 
-def picture(width: int, height: int) -> StoredPicture:
+def picture(width: int, height: int) -> Picture:
     file = BytesIO()
     Image.new("RGB", (width, height), (width, height, 90)).save(file, "PNG")
-    return StoredPicture(f"{width}x{height}.png", file.getvalue())
+    return Picture(f"{width}x{height}.png", content=file.getvalue())
 
 
 @pytest.mark.parametrize("name", ANSWERS)
@@ -299,7 +299,7 @@ def test_a_picture_that_cannot_be_used_stops_is_skipped_or_replaced(name: str, m
 )
 def test_a_record_that_does_not_fit_is_named(turns: Any, images: list[str], code: str, make: Any) -> None:
     collator = make()
-    value = Record("r", tuple(images), parse_record(record(turns, images)).turns, source="data.json:7")
+    value = Record("r", tuple(map(Picture, images)), parse_record(record(turns, images)).turns, source="data.json:7")
     with pytest.raises(DataError) as error:
         collator.num_tokens(value)
     assert (error.value.first.code, error.value.first.where) == (code, "data.json:7")

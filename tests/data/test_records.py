@@ -17,7 +17,7 @@ import pytest
 
 from milora_data.formats.jsonfile import read_objects, write_objects
 from milora_data.keys import FileKeys, data_key, question_key, record_key, shown_keys
-from milora_data.pictures.load import StoredPicture
+from milora_data.pictures.load import Picture
 from milora_data.records.record import CompactRecords, Record, Turn, Video, parse_record
 from milora_data.stream import load_records
 from milora_vl.common.errors import DataError
@@ -36,7 +36,7 @@ def test_a_record_keeps_what_the_format_does_not_know() -> None:
     record = parse_record(RECORD, source="x.json:3")
     assert record == Record(
         id="17",
-        images=("a/b.jpg",),
+        images=(Picture("a/b.jpg"),),
         turns=(Turn("user", "<image>\nHi é😀"), Turn("assistant", "Hello")),
         source="x.json:3",
         extra={"type": "naming", "answers": ["x"]},
@@ -58,7 +58,7 @@ def test_messages_under_conversations_and_ms_swifts_form_are_read() -> None:
     forms += [{"prompt": [{"role": "user", "content": parts}], "completion": said[1:]}]
     for value in (*forms, swift, swift | {"query": "<image>\nHi?", "history": []}):
         record = parse_record(value)
-        assert (record.turns, record.images) == (turns, ("a.jpg",))
+        assert (record.turns, record.images) == (turns, (Picture("a.jpg"),))
     longer = parse_record(swift | {"images": [], "system": "Be short.", "history": [["A?", "B"]]})
     assert [turn.role for turn in longer.turns] == ["system", *["user", "assistant"] * 2]
     assert [turn.text for turn in longer.turns] == ["Be short.", "A?", "B", "Hi?", "Yes."]
@@ -184,7 +184,7 @@ def test_a_file_url_is_the_path_of_a_picture() -> None:
     part = {"type": "image_url", "image_url": {"url": "file:///photos/a%20cat.jpg"}}
     said = [{"role": "user", "content": [part]}, {"role": "assistant", "content": "A cat."}]
     for value in ({"messages": said}, RECORD | {"image": "file:///photos/a%20cat.jpg"}):
-        assert parse_record(value).images == ("/photos/a cat.jpg",)
+        assert parse_record(value).images == (Picture("/photos/a cat.jpg"),)
 
 
 def test_a_large_list_is_read_in_little_memory(tmp_path: Path) -> None:
@@ -211,7 +211,8 @@ MEGABYTE = 1 << 20
 
 
 def many(count: int) -> list[Record]:
-    return [Record(str(i), (f"{i}.png",), (Turn("user", f"{i} " * 50), Turn("assistant", "b"))) for i in range(count)]
+    turns = ((Turn("user", f"{i} " * 50), Turn("assistant", "b")) for i in range(count))
+    return [Record(str(i), (Picture(f"{i}.png"),), exchange) for i, exchange in enumerate(turns)]
 
 
 def test_it_is_a_sequence_of_the_same_records() -> None:
@@ -257,19 +258,20 @@ def test_a_record_is_known_by_its_texts_and_the_bytes_it_shows(tmp_path: Path) -
     for name, content in {"a.png": b"one", "b.png": b"two", "sub/a.png": b"one"}.items():
         (tmp_path / name).write_bytes(content)
     turns = (Turn("user", "<image>\nHi \ud83d?"), Turn("assistant", "Yes."))
-    record = Record("1", ("a.png",), turns, "train.json:1", {"type": "x"})
+    record = Record("1", (Picture("a.png"),), turns, "train.json:1", {"type": "x"})
 
     def key(record: Record) -> str:
         return record_key(record, FileKeys(tmp_path))
 
-    same = [replace(record, id="2", source="moved.json:7", extra={}), replace(record, images=("sub/../sub/a.png",))]
-    same.append(replace(record, images=(StoredPicture("c.png", b"one"),)))
+    same = [replace(record, id="2", source="moved.json:7", extra={}), record.within(tmp_path)]
+    same += [replace(record, images=(p,)) for p in (Picture("sub/../sub/a.png"), Picture("c.png", content=b"one"))]
     assert {key(record)} == set(map(key, same))
     others = [
-        replace(record, images=images) for images in (("b.png",), ("none.png",), ("../a.png",), ("a.png", "b.png"))
+        replace(record, images=tuple(map(Picture, names)))
+        for names in (("b.png",), ("none.png",), ("../a.png",), ("a.png", "b.png"))
     ]
     others += [replace(record, turns=turns[:1]), replace(record, turns=(Turn("system", turns[0].text), turns[1]))]
-    others += [replace(record, videos=(Video(("b.png",), fps),)) for fps in (None, 2.0)]
+    others += [replace(record, videos=(Video((Picture("b.png"),), fps),)) for fps in (None, 2.0)]
     keys = list(map(key, others))
     assert len({key(record), *keys}) == 1 + len(others)
     assert data_key([key(record), keys[0]]) != data_key([keys[0], key(record)])

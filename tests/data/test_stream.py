@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from milora_data.__main__ import main as command
-from milora_data.pictures.load import StoredPicture
+from milora_data.pictures.load import Picture
 from milora_data.records.record import Record
 from milora_data.stream import Source
 from milora_data.stream.dataset import record_stream
@@ -113,7 +113,7 @@ def test_shards_of_pictures_stream_with_their_bytes(tmp_path: Path) -> None:
     found = list(islice(record_stream(tmp_path / "part-*.parquet", shuffle_buffer=2), 6))
     pictures = [item.images[0] for item in found if isinstance(item, Record)]
     assert len(pictures) == 6
-    assert all(isinstance(picture, StoredPicture) and picture.content[:4] == b"\x89PNG" for picture in pictures)
+    assert all(isinstance(picture, Picture) and picture.content[:4] == b"\x89PNG" for picture in pictures)
 
 
 def shard(path: Path, texts: list[bytes]) -> Path:

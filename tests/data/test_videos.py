@@ -14,7 +14,7 @@ from transformers.video_utils import load_video
 
 from milora_data.__main__ import main
 from milora_data.batches.processor_collator import ProcessorCollator
-from milora_data.batches.processor_inputs import ProcessorInputs, as_named
+from milora_data.batches.processor_inputs import ProcessorInputs
 from milora_data.pictures.load import ImageError
 from milora_data.records.record import parse_record
 from milora_data.stream import load_records
@@ -268,9 +268,9 @@ def test_the_batch_is_that_of_apply_chat_template_for_the_file(
     for key in expected.keys() - {"input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"}:
         assert torch.equal(torch.as_tensor(batch[key]), torch.as_tensor(expected[key])), key
     again = ProcessorInputs(processor)
-    shown = again.frames(parse_record(value).videos[0], lambda name: folder / name)
+    shown = again.frames(parse_record(value).within(folder).videos[0])
     before = str(shown.metadata())
-    again._of_video(shown, as_named)
+    again._of_video(shown)
     assert str(shown.metadata()) == before
     labels = batch["labels"][0]
     assert processor.tokenizer.decode(labels[labels != -100]).lstrip().startswith("A cat.")
@@ -369,6 +369,6 @@ def test_check_names_broken_and_missing_files(folder: Path, tmp_path: Path, caps
     assert report["with_videos"] == 7
     assert all(finding["where"].startswith(f"{data}:") for finding in report["findings"])
     assert "early.mp4: it " in str(report["findings"])  # with one thread of FFmpeg other words follow than with two
-    assert [record.videos[0].file for record in load_records(fixed)] == ["a.mp4", "short.mp4"]
+    assert [str(record.videos[0].file) for record in load_records(fixed)] == ["a.mp4", "short.mp4"]
     assert main(["show", str(fixed)]) == 0
     assert "video: a.mp4" in capsys.readouterr().out

@@ -32,6 +32,7 @@ from milora_eval.stats import (
     stratified_stderr,
 )
 from milora_vl.common.errors import UserError
+from milora_vl.models.generate import Reply
 from milora_vl.report.read_run import read_run
 from milora_vl.report.tables import change, score_tables
 from support.drawn import encoded
@@ -57,8 +58,9 @@ def evaluated(folder: Path, questions: Path, right: dict[str, int], *, skip: int
     for name, num_right in right.items():
         benchmark = find_benchmark(str(questions / f"{name}.json"))
         items = benchmark.load(questions)[skip:]
-        texts = ["yes" if place < num_right else "no" for place in range(len(items))]
-        lines += [to_line(benchmark, item, text, item.id, questions) for item, text in zip(items, texts, strict=True)]
+        replies = [Reply("yes" if place < num_right else "no") for place in range(len(items))]
+        pairs = zip(items, replies, strict=True)
+        lines += [to_line(benchmark, item, reply, item.id, questions) for item, reply in pairs]
     Store(folder).finish(lines)
     limits = {"max_new_tokens": dict.fromkeys(right, 128)}
     about = {"suite": "s", "which": folder.name, "generation": SETTINGS | limits | settings}
@@ -188,7 +190,7 @@ def data_of_gqa(tmp_path: Path) -> list[Path]:
     folders = []
     for name in ("gqa", "gqa@official"):
         benchmark = find_benchmark(name)
-        lines = [to_line(benchmark, item, "red", item.id, tmp_path) for item in benchmark.load(tmp_path / "gqa")]
+        lines = [to_line(benchmark, item, Reply("red"), item.id, tmp_path) for item in benchmark.load(tmp_path / "gqa")]
         Store(tmp_path / name).finish(lines)
         write_results(tmp_path / name, {"suite": "gqa", "which": name} | numbers(tmp_path / name, "gqa"))
         folders.append(tmp_path / name)
@@ -204,7 +206,7 @@ def answered(data: Path, right: set[str]) -> list[dict[str, Any]]:
     """Return an answer to every item, right if its id is in `right`."""
     benchmark = Emoji()
     return [
-        to_line(benchmark, item, item.answers[0] if item.id in right else "nonsense", item.id, data)
+        to_line(benchmark, item, Reply(item.answers[0] if item.id in right else "nonsense"), item.id, data)
         for item in benchmark.load(data)
     ]
 

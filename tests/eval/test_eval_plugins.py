@@ -156,7 +156,7 @@ def test_vlmevalkit_runs_a_local_table_on_base_and_adapter(adapter: Path, tmp_pa
     pictures = sorted((tmp_path / "images" / "Colours").iterdir())  # it has written the table's as JPEG
     assert len(pictures) == len(colors)
     asked = [Prompt((turn,), (picture,), "exact") for picture in pictures]
-    said = generate(*loaded, asked, max_new_tokens=LONGEST)
+    said = [reply.text for reply in generate(*loaded, asked, max_new_tokens=LONGEST)]
     # VLMEvalKit's Excel file has control characters as _x0005_, which is no part of an answer.
     assert [re.sub("_x00[01][0-9A-F]_", "", text) for text in found] == [re.sub("[\0-\x1f]", "", text) for text in said]
 
@@ -172,7 +172,7 @@ def test_the_likeliest_answer_is_the_greedy_one(tiny_llava: Callable[..., Made])
     turns = (Turn("user", "USER: <image>\nWhat? ASSISTANT:"),)
     prompt = Prompt(turns, (official_data.picture("red"),), "raw")
     for model, processor in map(tiny_llava, range(20)):
-        said = generate(model, processor, [prompt], max_new_tokens=1)[0]
+        said = generate(model, processor, [prompt], max_new_tokens=1)[0].text
         if said not in ("", "Q") and said.isascii():  # not a part of a letter
             break
     pairs = [(prompt, said), (prompt, "Q")]

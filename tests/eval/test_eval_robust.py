@@ -12,6 +12,7 @@ from milora_eval.benchmarks import math_answers
 from milora_eval.benchmarks.own_data import METRICS
 from milora_eval.data_files import load_items
 from milora_eval.registry import BENCHMARKS, find_benchmark, folder_of
+from milora_vl.models.generate import Reply
 from support import official_data
 from support.problems import raises_code
 
@@ -49,7 +50,7 @@ def items_of(name: str, data: Path) -> list[Item]:
 def test_strange_answers_are_scored_stored_and_read_back(name: str, data: Path, tmp_path: Path) -> None:
     benchmark, items = find_benchmark(name), items_of(name, data)
     for number, text in enumerate(STRANGE):
-        lines = [to_line(benchmark, item, text, f"{number}", data) for item in items]
+        lines = [to_line(benchmark, item, Reply(text), f"{number}", data) for item in items]
         assert all(line["correct"] is None or 0.0 <= line["correct"] <= 1.0 for line in lines)
         store = Store(tmp_path / str(number))
         store.append(lines)

@@ -16,6 +16,7 @@ from milora_eval.benchmark import MissingData
 from milora_eval.registry import SUITES, find_benchmark, folder_of
 from milora_eval.scores.compare import compare
 from milora_eval.scores.results import numbers, read_results, write_results
+from milora_vl.models.generate import Reply
 from support import official_data
 
 pytestmark = pytest.mark.usefixtures("picture_cache")
@@ -34,7 +35,7 @@ def stored(suite: str, data: Path, folder: Path, right_every: int) -> Path:
         items = benchmark.load(folder_of(benchmark, data))
         for number, item in enumerate(items):
             text = item.answers[0] if item.answers and number % right_every == 0 else "Not this one"
-            lines.append(to_line(benchmark, item, text, f"{name}/{item.id}", data))
+            lines.append(to_line(benchmark, item, Reply(text), f"{name}/{item.id}", data))
     Store(folder).finish(lines)
     about = {"suite": suite, "which": folder.name, "data": str(data), "limit": None, "model": "m"}
     write_results(folder, about | numbers(folder, suite))

@@ -72,7 +72,7 @@ def test_the_server_reads_a_timm_tower_by_the_code_beside_it(run: Path, tmp_path
         for question, pictures in (("<image>\nWhat?", (picture,)), ("Why?", ())):
             (wanted,) = generate(model, processor, [Prompt((Turn("user", question),), pictures)], max_new_tokens=8)
             asked = question.removeprefix("<image>\n")
-            assert ask(address, tmp_path / "merged", asked, *pictures) == wanted
+            assert ask(address, tmp_path / "merged", asked, *pictures) == wanted.text
 
 
 def redraw(folder: Path) -> None:

@@ -42,7 +42,7 @@ def test_they_are_written_once_each_with_the_suffix_of_their_format(tmp_path: Pa
     dump_lines(data, [asked(picture) for picture in pictures])
     assert convert(data, out) == 0
     records = list(load_records(out / "data.json"))
-    names = [record.images[0] for record in records]
+    names = [record.images[0].name for record in records]
     assert [Path(name).suffix for name in names] == [".png", ".jpg", ".png", ".webp", ".ppm"]
     assert names[0] == names[2]
     assert sorted(path.name for path in (out / "images").iterdir()) == sorted(set(names))
@@ -67,7 +67,7 @@ def test_every_form_that_names_pictures_may_hold_them(kind: str, tmp_path: Path)
         assert load_image(stored.images[0]).size == (48, 32)
     assert convert(data, out, kind) == 0
     (record,) = load_records(out / "data.json")
-    assert load_image(out / "images" / record.images[0]).size == (48, 32)
+    assert load_image(out / "images" / record.images[0].name).size == (48, 32)
     assert record.turns[0].text.startswith("<image>\n") or kind == "messages"
 
 

@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
+from milora_data.pictures.load import Picture
 from milora_data.records.record import IMAGE, Record, Turn
 from milora_data.stream import load_records
 from milora_vl import load_adapter
@@ -162,7 +163,7 @@ def test_captions_are_cached_by_the_content_of_the_pictures(tiny_data: Path, tmp
         (tmp_path / project / "images").mkdir(parents=True)
         shutil.copy(tiny_data / "images" / name, tmp_path / project / "images" / "0.png")
         monkeypatch.chdir(tmp_path / project)
-        records = [Record("0", ("0.png",), (Turn("user", f"{IMAGE}\nWhat?"), Turn("assistant", "It.")))]
+        records = [Record("0", (Picture("0.png"),), (Turn("user", f"{IMAGE}\nWhat?"), Turn("assistant", "It.")))]
         data = {"path": str(tiny_data / "train.json"), "image_folder": "images"}
         settings = Recipe.parse({"model": "tiny", "data": data, "policy": RULES, "calibration": {"pictures": 1}})
         calibrated(settings, records)

@@ -11,6 +11,7 @@ import yaml
 from PIL import Image
 
 from milora_data.batches.processor_inputs import ProcessorInputs
+from milora_data.pictures.load import Picture
 from milora_data.records.record import Turn, Video
 from milora_eval.__main__ import main as evaluate
 from milora_vl.chat.__main__ import main as chat
@@ -101,14 +102,14 @@ def test_a_run_keeps_how_it_read_its_videos(run: Path) -> None:
 def test_chat_and_evaluation_read_the_same_frames(run: Path, model: Path, data: Path, capsys: Captured) -> None:
     tuned, processor = load_model(str(run))
     prompts_of(str(model), run).limit(processor)
-    video = Video((), None, str(data / "0.mp4"))
+    video = Video((), None, Picture("0.mp4", data / "0.mp4"))
     assert len(ProcessorInputs(processor).frames(video).frames) == 6
     prompt = Prompt((Turn("user", "<video>\nWhat is 0?"),), videos=(video,))
     (expected,) = generate(tuned, processor, [prompt], max_new_tokens=8)
     capsys.readouterr()
     ask = ["--model", str(model), "--adapter", str(run), "--video", str(data / "0.mp4"), "--max_new_tokens", "8"]
     assert chat([*ask, "What is 0?"]) == 0
-    assert capsys.readouterr().out == expected + "\n"
+    assert capsys.readouterr().out == f"{expected}\n"
     out = data / "out"
     benchmark = ["--benchmarks", str(data / "train.json"), "--output_dir", str(out)]
     assert evaluate(["run", "--model", str(model), "--adapter", str(run), *benchmark]) == 0

@@ -18,7 +18,7 @@ from milora_data.encode.chat_template_mask import require_template
 from milora_data.encode.labels import IGNORE, Encoded, encode, record_segments
 from milora_data.encode.templates import OWN, Segment, template_name
 from milora_data.encode.tokens import fast_backend, own_template
-from milora_data.pictures.load import ImageError, ImagePolicy, place_of
+from milora_data.pictures.load import ImageError, ImagePolicy, Picture
 from milora_data.pictures.pixels import AspectRatio, PixelMaker, Tiling
 from milora_data.records.record import IMAGE, Record
 from milora_vl.common.errors import DataError, UserError, with_context
@@ -132,7 +132,7 @@ class ImageTextCollator(RecordCollator[Row]):
         """Return the number of tokens of each image of a record."""
         if self.tiling is None:
             return [self.image_tokens] * len(record.images)
-        return [self.tiling.num_tokens(*self._size(name)) for name in record.images]
+        return [self.tiling.num_tokens(*self._size(picture)) for picture in record.images]
 
     def _usual_tokens(self) -> int:
         """Return the tokens of a picture in LLaVA-1.5. Raises UserError if the pictures have another size there."""
@@ -200,7 +200,7 @@ class ImageTextCollator(RecordCollator[Row]):
         if self.image_processor is None:
             self._require_no_pictures(record, num_images)
         # max_length may have cut off the last pictures: do not read them.
-        return [self._image(place_of(self.image_folder, name)) for name in record.images[:num_images]]
+        return list(map(self._image, record.images[:num_images]))
 
     @staticmethod
     def _require_no_pictures(record: Record, num_images: int) -> None:
@@ -209,9 +209,9 @@ class ImageTextCollator(RecordCollator[Row]):
             hint = "train a vision-language model, or remove the pictures and <image> from the records"
             raise DataError(message, code="model-reads-only-text", where=record.place, hint=hint)
 
-    def _image(self, path: str | Path) -> Any:
+    def _image(self, picture: Picture) -> Any:
         try:
-            return self.maker().read(path)
+            return self.maker().read(picture.within(self.image_folder))
         except ImageError as error:
             if self.bad_images != "replace":
                 raise

@@ -18,7 +18,7 @@ from torch.utils.data import Sampler
 from milora_data.batches.record_collator import RecordCollator
 from milora_data.encode.labels import NoSupervisedTokens
 from milora_data.keys import digest, file_key, record_key
-from milora_data.pictures.load import place_of
+from milora_data.pictures.load import Picture
 from milora_data.records.record import Record
 from milora_vl.common.atomic_write import atomic_file
 
@@ -63,11 +63,11 @@ def _key(records: Sequence[Record], collate: RecordCollator[Any]) -> str:
     A stored picture counts by its content. A file counts by its size and its last change, which any other content is.
     """
 
-    def key_of(name: str) -> str | None:
-        place = place_of(collate.image_folder, name)
+    def key_of(picture: Picture) -> str | None:
+        picture = picture.within(collate.image_folder)
         if not collate.length_by_size:
             return None
-        return _state(place) if isinstance(place, Path) else file_key(place)
+        return _state(picture.place) if picture.place is not None else file_key(picture)
 
     return digest([collate.length_settings(), *(record_key(record, key_of) for record in records)])[:12]
 

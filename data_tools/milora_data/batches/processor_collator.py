@@ -33,7 +33,7 @@ from milora_data.encode.chat_template_mask import VIDEO_MARK, Rendered
 from milora_data.encode.labels import NoSupervisedTokens
 from milora_data.encode.templates import Segment
 from milora_data.encode.tokens import IGNORE
-from milora_data.pictures.load import ImageError, ImagePolicy, load_image
+from milora_data.pictures.load import ImageError, ImagePolicy, Picture, load_image
 from milora_data.pictures.videos import Frames, require_one_size
 from milora_data.records.record import IMAGE, VIDEO, Record, Turn, Video
 from milora_vl.common.cli.console import amount
@@ -108,9 +108,8 @@ class ProcessorCollator(RecordCollator[ProcessorSample]):
         return int(self.inputs.plain_picture["input_ids"].shape[1])
 
     def full_length(self, record: Record) -> int:
-        rendered = self._rendered(record)
-        sizes = [self._size(name) for name in record.images]
-        return self.inputs.num_tokens(rendered, sizes, record.videos, self._place)
+        rendered, videos = self._rendered(record), record.within(self.image_folder).videos
+        return self.inputs.num_tokens(rendered, list(map(self._size, record.images)), videos)
 
     def num_supervised(self, record: Record) -> int:
         rendered = self._rendered(record)
@@ -199,33 +198,33 @@ class ProcessorCollator(RecordCollator[ProcessorSample]):
         return self._cut(_rows(batch, [sample])[0], self.max_length)
 
     def _with_images(self, text: tuple[Record, Rendered]) -> ProcessorSample:
-        record, rendered = text
+        record, rendered = text[0].within(self.image_folder), text[1]
         images = tuple(map(self._image, record.images))
         return ProcessorSample(record, rendered, images, tuple(self._frames(record, video) for video in record.videos))
 
     def num_frames(self, record: Record) -> list[int]:
-        return [self.inputs.num_frames(video, self._place) for video in record.videos]
+        return list(map(self.inputs.num_frames, record.within(self.image_folder).videos))
 
     def _frames(self, record: Record, video: Video) -> Frames:
         if video.file is not None:
             try:
-                return self.inputs.frames(video, self._place)
+                return self.inputs.frames(video)
             except ImageError as error:
                 self._replaced(error)
                 return self.inputs.plain_video(video)
             except DataError as error:
                 raise with_context(error, record.place) from None
         frames: list[Any] = []
-        for name in video.frames:
+        for picture in video.frames:
             try:
-                frames.append(load_image(self._place(name)))
+                frames.append(load_image(picture))
             except ImageError as error:
                 frames.append(self._replaced(error, like=frames[-1] if frames else None))
         return Frames(require_one_size(frames, record.place), video.fps)
 
-    def _image(self, name: str) -> Any:
+    def _image(self, picture: Picture) -> Any:
         try:
-            return load_image(self._place(name))
+            return load_image(picture)
         except ImageError as error:
             return self._replaced(error)
 
@@ -344,22 +343,22 @@ class ProcessorCollator(RecordCollator[ProcessorSample]):
             raise
         except PROCESSOR_ERRORS as error:
             images = [
-                self._accepted(image, self._place(name))
-                for image, name in zip(sample.images, sample.record.images, strict=False)
+                self._accepted(image, picture)
+                for image, picture in zip(sample.images, sample.record.images, strict=False)
             ]
             if all(new is old for new, old in zip(images, sample.images, strict=True)):
                 message = f"the processor refuses this record: {first_line(error)}"
                 raise DataError(message, code="record-processor-refuses", where=sample.where) from None
             return self._checked(replace(sample, images=tuple(images)))
 
-    def _accepted(self, image: Any, place: str | Path) -> Any:
+    def _accepted(self, image: Any, picture: Picture) -> Any:
         try:
             self.inputs.processor.image_processor(images=[image], return_tensors="pt")
         except PROCESSOR_ERRORS as error:
             reason = f"{image.width} x {image.height} pixels: {first_line(error)}"
             hint = "save it again as RGB, in a usual size and aspect ratio"
             message = f"the processor refuses this picture: {reason}"
-            return self._replaced(ImageError(message, reason, where=str(place), hint=hint))
+            return self._replaced(ImageError(message, reason, where=str(picture), hint=hint))
         return image
 
     def _cut(self, row: _Row, limit: int) -> ProcessorSample:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,10 +24,6 @@ from milora_vl.common.errors import DataError, UserError
 PROCESSOR_ERRORS = (ValueError, TypeError, IndexError, KeyError, RuntimeError, StopIteration, ZeroDivisionError)
 PLACES = "places_of_images"
 _PLAIN_FRAMES = 4  # of the video that replaces a file without pixels
-
-
-def as_named(name: str) -> str:
-    return name
 
 
 def takes_videos(processor: Any) -> bool:
@@ -287,10 +282,9 @@ class ProcessorInputs:
         rendered: Rendered,
         sizes: Sequence[tuple[int, int]],
         videos: Sequence[Frames | Video],
-        place: Callable[[str], str | Path] = as_named,
     ) -> int:
         """Return the number of tokens of a text with its images, of which it needs (height, width), and its videos."""
-        shown = sum(self._of_image(size) for size in sizes) + sum(self._of_video(video, place) for video in videos)
+        shown = sum(self._of_image(size) for size in sizes) + sum(map(self._of_video, videos))
         return self.num_text_tokens(rendered) + shown
 
     def _of_image(self, size: tuple[int, int]) -> int:
@@ -304,10 +298,10 @@ class ProcessorInputs:
             self._image_counts[size] = self._measured(grey, []) if counted is None else counted + self._frame
         return self._image_counts[size]
 
-    def _of_video(self, video: Frames | Video, place: Callable[[str], str | Path]) -> int:
+    def _of_video(self, video: Frames | Video) -> int:
         """Return the tokens of a video, counted with grey frames of its size; an unreadable one is a small one."""
         try:
-            grey = self._grey_video(video, place)
+            grey = self._grey_video(video)
         except ImageError:  # the collator skips the record, or replaces the video by a plain one
             grey = self.plain_video(video)
         key = (len(grey.frames), grey.frames[0].size, repr(grey.metadata()))
@@ -339,16 +333,15 @@ class ProcessorInputs:
     def _alone(self, text: str) -> Rendered:
         return Rendered((self.tokenizer.bos_token or "") + text, ())
 
-    def frames(self, video: Frames | Video, place: Callable[[str], str | Path] = as_named) -> Frames:
-        """Return the frames of a video whose files are at `place(name)`. Raises `ImageError`."""
+    def frames(self, video: Frames | Video) -> Frames:
+        """Return the frames of a video whose files have their paths. Raises `ImageError`."""
         if isinstance(video, Frames):
             return video
         if video.file is not None:
-            return read_video(place(video.file), self._sampler(video))
-        places = [place(name) for name in video.frames]
-        return Frames(require_one_size([load_image(path) for path in places], str(places[0])), video.fps)
+            return read_video(video.file, self._sampler(video))
+        return Frames(require_one_size(list(map(load_image, video.frames)), str(video.frames[0])), video.fps)
 
-    def num_frames(self, video: Frames | Video, place: Callable[[str], str | Path] = as_named) -> int:
+    def num_frames(self, video: Frames | Video) -> int:
         """Return the number of frames of a video, where it decides which videos fit into one batch, else 1 of a file.
 
         A file is opened only if its own length decides.
@@ -361,7 +354,7 @@ class ProcessorInputs:
         if chooser.num_frames is not None:
             return int(chooser.num_frames)
         try:
-            return len(outline(place(video.file), chooser)[1])
+            return len(outline(video.file, chooser)[1])
         except ImageError:  # the collator reports it
             return 1
 
@@ -371,13 +364,13 @@ class ProcessorInputs:
             count = self._sampler(video).num_frames or _PLAIN_FRAMES
         return Frames((self.blank(*BLANK),) * count, video.fps)
 
-    def _grey_video(self, video: Frames | Video, place: Callable[[str], str | Path]) -> Frames:
+    def _grey_video(self, video: Frames | Video) -> Frames:
         """Return a video of the same size with grey frames. Raises `ImageError` for a broken one."""
         if isinstance(video, Frames):
             return video._replace(frames=(self.blank(*video.frames[0].size[::-1]),) * len(video.frames))
         if video.file is None:
-            return Frames((self.blank(*picture_size(place(video.frames[0]))),) * len(video.frames), video.fps)
-        metadata, places = outline(place(video.file), self._sampler(video))
+            return Frames((self.blank(*picture_size(video.frames[0])),) * len(video.frames), video.fps)
+        metadata, places = outline(video.file, self._sampler(video))
         grey = self.blank(metadata.height or 0, metadata.width or 0)
         return Frames((grey,) * len(places), None, {**metadata, "frames_indices": places})
 

@@ -15,7 +15,7 @@ from torch.utils.data import get_worker_info
 from milora_data.encode.labels import NoSupervisedTokens
 from milora_data.encode.templates import Segment
 from milora_data.encode.tokens import IGNORE
-from milora_data.pictures.load import ImageError, ImagePolicy, picture_size, place_of
+from milora_data.pictures.load import ImageError, ImagePolicy, Picture, picture_size
 from milora_data.records.record import Record, parse_record
 from milora_vl.common.compat.torch import FailedBatch
 from milora_vl.common.errors import DataError, UserError, with_context
@@ -89,13 +89,10 @@ class RecordCollator(ABC, Generic[Sample]):
         length = self.full_length(record)
         return length if self.max_length is None else min(length, self.max_length)
 
-    def _place(self, name: str) -> str | Path:
-        return place_of(self.image_folder, name)
-
-    def _size(self, name: str) -> tuple[int, int]:
+    def _size(self, picture: Picture) -> tuple[int, int]:
         """Return (height, width) of an image; one that cannot be read, which a batch skips or replaces, is small."""
         try:
-            return picture_size(self._place(name))
+            return picture_size(picture.within(self.image_folder))
         except ImageError:
             return BLANK
 

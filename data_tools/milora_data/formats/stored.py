@@ -1,6 +1,6 @@
 """Read records from parquet and arrow files, webdataset shards and hub data sets, row by row with `datasets`.
 
-Pictures are not decoded: each is a `StoredPicture`, a name with the bytes of the file.
+Pictures are not decoded: each is a `Picture` with the bytes of the file.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from milora_data.formats.jsonfile import missing_file
 from milora_data.formats.tables import COLUMNS, TableOptions, row_record
-from milora_data.pictures.load import StoredPicture
+from milora_data.pictures.load import Picture
 from milora_data.records.record import Record, parse_record
 from milora_vl.common.cli.web import hub_is_known
 from milora_vl.common.errors import DataError, UserError, first_line, with_context
@@ -182,7 +182,7 @@ def _inner(feature: Any) -> Any:
 
 
 def _plain(row: Mapping[str, Any], number: str) -> dict[str, Any]:
-    """Return a row with pictures as `StoredPicture`, and with webdataset's column names replaced by ours."""
+    """Return a row with pictures as `Picture`, and with webdataset's column names replaced by ours."""
     plain: dict[str, Any] = {}
     for key, value in row.items():
         if key == "json" and isinstance(value, Mapping):
@@ -207,7 +207,7 @@ def _is_picture(value: Any) -> bool:
     return isinstance(value, Mapping) and set(value) == {"bytes", "path"}
 
 
-def _picture(value: Mapping[str, Any], number: str) -> str:
+def _picture(value: Mapping[str, Any], number: str) -> str | Picture:
     if value["bytes"] is None:
         return str(value["path"])
-    return StoredPicture(Path(value["path"] or number).name or number, value["bytes"])
+    return Picture(Path(value["path"] or number).name or number, content=value["bytes"])

@@ -83,14 +83,14 @@ def field_of(row: Mapping[str, Any], name: str) -> Any:
     return row[name]
 
 
-def record(identifier: Any, images: str | Sequence[str] | None, exchanges: Iterable[tuple[str, str]]) -> dict[str, Any]:
+def record(identifier: Any, images: Any, exchanges: Iterable[tuple[str, str]]) -> dict[str, Any]:
     """Return a LLaVA record of questions and answers, with an `<image>` for each picture before the first question."""
     turns = []
     for question, answer in exchanges:
         turns += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
     if not images:
         return {"id": str(identifier), "conversations": turns}
-    names = [images] if isinstance(images, str) else list(images)
+    names = images if isinstance(images, list) else [images]
     turns[0]["value"] = f"{IMAGE}\n" * len(names) + turns[0]["value"]
     return {"id": str(identifier), "image": names[0] if len(names) == 1 else names, "conversations": turns}
 

@@ -1,6 +1,6 @@
 """Load picture files of any format as RGB (rotation, transparency, size limits), pad them; base64 pictures; thumbnails.
 
-A picture of a record is a name below the image folder, a path that is placed already, or the bytes of its file.
+A `Picture` of a record is a name below the image folder, the path of a file, or the bytes of one.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
 from milora_vl.common.cli.console import command_line
@@ -32,32 +33,31 @@ ImagePolicy = Literal["raise", "skip", "replace"]
 """What to do with an unreadable picture: stop, skip its record, or replace it by a plain picture."""
 
 
-class StoredPicture(str):
-    """The name of a picture inside a data set, and the bytes of its file; many sets give all pictures one name."""
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A picture or video file of a record: its name, and the path of the file or the bytes of one inside a data set.
 
-    content: bytes
+    `within` adds the path. A picture without path and bytes is never read: its name leads out of the image folder.
+    """
 
-    def __new__(cls, name: str, content: bytes) -> StoredPicture:
-        picture = super().__new__(cls, name)
-        picture.content = content
-        return picture
+    name: str
+    place: Path | None = None
+    content: bytes | None = field(default=None, repr=False)
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, StoredPicture) and str.__eq__(self, other) and self.content == other.content
+    def __str__(self) -> str:
+        return str(self.place or self.name)
 
-    def __hash__(self) -> int:
-        return hash((str(self), self.content))
+    def within(self, folder: Path) -> Picture:
+        """Return the picture with its path below `folder`; unchanged if it has a path or bytes already.
 
-    def __reduce__(self) -> tuple[type[StoredPicture], tuple[str, bytes]]:
-        return type(self), (str(self), self.content)
-
-
-class PlacedPicture(str):
-    """The path of a picture that already includes the image folder of its source; it may be outside other folders."""
+        Data is not trusted: a name that leads out of the folder gets no path.
+        """
+        if self.place is not None or self.content is not None or leads_outside(folder, self.name):
+            return self
+        return replace(self, place=folder / self.name)
 
 
-class OutsidePicture(str):
-    """The name of a picture outside the image folder; it is never read."""
+PictureFile: TypeAlias = str | Path | Picture
 
 
 def local_name(name: str) -> str:
@@ -84,18 +84,6 @@ def leads_outside(folder: Path, name: str) -> bool:
     return not place.is_relative_to(os.path.normpath(folder.absolute()))
 
 
-def place_of(folder: Path, name: str) -> str | Path:
-    """Return the argument of `load_image` for the picture `name` of a record: a file below `folder`, or stored bytes.
-
-    Data is not trusted: a name that leads out of the folder becomes an `OutsidePicture`, which is never read.
-    """
-    if isinstance(name, StoredPicture):
-        return name
-    if not isinstance(name, PlacedPicture) and leads_outside(folder, name):
-        return OutsidePicture(name)
-    return folder / name
-
-
 class ImageError(DataError):
     """A picture is missing or cannot be decoded. `reason` is the message without the name of the picture."""
 
@@ -104,7 +92,7 @@ class ImageError(DataError):
         self.reason = reason or message
 
 
-def load_image(path: str | Path) -> Image.Image:
+def load_image(path: PictureFile) -> Image.Image:
     """Return the picture in `path` as RGB, turned upright (EXIF); alpha is dropped as in LLaVA.
 
     16-bit grey is scaled to 8 bits (PIL alone would clip it to white). An animation gives its first frame.
@@ -118,7 +106,7 @@ def load_image(path: str | Path) -> Image.Image:
             ImageOps.exif_transpose(image, in_place=True)  # without a copy of an upright picture
             return to_rgb(image)
     except FileNotFoundError:
-        problem = url_problem(path)
+        problem = url_problem(str(path))
         if problem is not None:
             raise ImageError(problem.message, "a URL", code=problem.code, hint=problem.hint) from None
         reason = "no such file"
@@ -138,18 +126,18 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in Image.ID if name not in _NOT_DECODED_HERE)
 
 
-def opened_picture(path: str | Path) -> Image.Image:
+def opened_picture(path: PictureFile) -> Image.Image:
     """Return the picture in `path` with its pixels not yet decoded. Raises what PIL raises, and OSError."""
     from PIL import Image
 
     return Image.open(opened(path), formats=_formats())
 
 
-def _unreadable(path: str | Path, reason: str) -> ImageError:
+def _unreadable(path: PictureFile, reason: str) -> ImageError:
     return ImageError(f"cannot read this picture: {reason}", reason, code="image-unreadable", where=str(path))
 
 
-def picture_size(path: str | Path) -> tuple[int, int]:
+def picture_size(path: PictureFile) -> tuple[int, int]:
     """Return (height, width) of the upright picture in `path`, read from its header. Raises `ImageError`."""
     try:
         with opened_picture(path) as image:
@@ -162,24 +150,26 @@ def picture_size(path: str | Path) -> tuple[int, int]:
 def picture_suffix(content: bytes) -> str:
     """Return the suffix for the content of a picture file, such as ".png"; ".img" if it is not a picture."""
     try:
-        with opened_picture(StoredPicture("", content)) as image:
+        with opened_picture(Picture("", content=content)) as image:
             return _SUFFIXES.get(str(image.format), f".{image.format}".lower())
     except Exception:  # see load_image
         return ".img"
 
 
-def opened(path: str | Path) -> str | Path | BytesIO:
-    """Return the path or the bytes of a stored picture for PIL to open. Raises `OSError` if it must not be read."""
-    if isinstance(path, StoredPicture):
-        return BytesIO(path.content)
-    if isinstance(path, OutsidePicture):
-        raise PermissionError("it is outside the image folder")
+def opened(path: PictureFile) -> str | Path | BytesIO:
+    """Return the path or the bytes of a picture for PIL to open. Raises `OSError` if it must not be read."""
+    if isinstance(path, Picture):
+        if path.content is not None:
+            return BytesIO(path.content)
+        if path.place is None:
+            raise PermissionError("it is outside the image folder")
+        path = path.place
     if not Path(path).is_file():
         raise FileNotFoundError(path)  # PIL would block for ever on a named pipe
     return path
 
 
-def content_of(path: str | Path) -> bytes:
+def content_of(path: PictureFile) -> bytes:
     file = opened(path)
     return file.getvalue() if isinstance(file, BytesIO) else Path(file).read_bytes()
 
@@ -207,7 +197,7 @@ def expand_to_square(image: Image.Image, color: tuple[int, int, int]) -> Image.I
 
 
 def is_embedded(name: object) -> bool:
-    return isinstance(name, str) and not isinstance(name, StoredPicture) and name[:5].lower() == "data:"
+    return isinstance(name, str) and name[:5].lower() == "data:"
 
 
 def described(name: str) -> str:
@@ -239,7 +229,7 @@ def convert_words(file: str, form: str) -> tuple[str, ...]:
     return "convert", "--from", form, file, "--output_dir", "OUT"
 
 
-def decoded(name: str) -> StoredPicture:
+def decoded(name: str) -> Picture:
     """Return an embedded picture as a stored picture, named by a hash of its content. Raises `ImageError`."""
     header, comma, body = name.partition(",")
     if not comma or not header.lower().endswith(";base64"):
@@ -252,7 +242,7 @@ def decoded(name: str) -> StoredPicture:
     suffix = picture_suffix(content)
     if suffix == ".img":
         raise _broken(name, "not a picture" if content else "it is empty")
-    return StoredPicture(hashlib.blake2b(content, digest_size=8).hexdigest() + suffix, content)
+    return Picture(hashlib.blake2b(content, digest_size=8).hexdigest() + suffix, content=content)
 
 
 def stored_pictures(value: Mapping[str, Any], place: str, left_out: list[str]) -> Iterator[dict[str, Any]]:
@@ -301,7 +291,7 @@ def data_uri(content: bytes, mime: str) -> str:
     return f"data:{mime};base64,{base64.b64encode(content).decode('ascii')}"
 
 
-def thumbnail(place: str | Path | None, side: int = SIDE) -> bytes | None:
+def thumbnail(place: PictureFile | None, side: int = SIDE) -> bytes | None:
     """Return a picture, loaded like a model's input, as a small JPEG; None if it is missing or cannot be read."""
     try:
         return None if place is None else small(load_image(place), side)

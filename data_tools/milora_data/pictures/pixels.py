@@ -11,13 +11,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from milora_data.pictures.load import expand_to_square, load_image
+from milora_data.pictures.load import PictureFile, expand_to_square, load_image
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -45,7 +44,7 @@ class PixelMaker:
             return {"pixel_values": torch.stack(list(images))}
         return dict(self.image_processor(images=list(images), return_tensors="pt"))
 
-    def read(self, path: str | Path) -> Any:
+    def read(self, path: PictureFile) -> Any:
         """Return the picture in `path` as `prepare` does. Raises `ImageError` if the file cannot be read."""
         return self.prepare(load_image(path))
 

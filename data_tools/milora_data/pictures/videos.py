@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from milora_data.pictures.load import ImageError, opened
+from milora_data.pictures.load import ImageError, PictureFile, opened
 from milora_vl.common.cli.web import url_problem
 from milora_vl.common.errors import DataError, UserError, first_line
 
@@ -99,7 +99,7 @@ def _sampled(video_processor: Any, metadata: VideoMetadata) -> list[int]:
     return [int(index) for index in chosen]
 
 
-def _load(place: str | Path, choose: Callable[[VideoMetadata], Sequence[int]]) -> tuple[np.ndarray, VideoMetadata]:
+def _load(place: PictureFile, choose: Callable[[VideoMetadata], Sequence[int]]) -> tuple[np.ndarray, VideoMetadata]:
     """Return the chosen frames of a file (frames, height, width, 3) and its metadata, as transformers reads them.
 
     Raises `UserError` without PyAV, `ImageError` for a file that is missing, damaged or shorter than it says.
@@ -122,7 +122,7 @@ def _load(place: str | Path, choose: Callable[[VideoMetadata], Sequence[int]]) -
     except UserError:
         raise
     except FileNotFoundError:
-        if (problem := url_problem(place)) is not None:
+        if (problem := url_problem(str(place))) is not None:
             raise ImageError(problem.message, "a URL", code=problem.code, hint=problem.hint) from None
         raise _unreadable(place, "no such file") from None
     except Exception as error:  # PyAV raises errors of many types, as Pillow does
@@ -137,7 +137,7 @@ def _load(place: str | Path, choose: Callable[[VideoMetadata], Sequence[int]]) -
     return video, metadata
 
 
-def outline(place: str | Path, video_processor: Any) -> tuple[VideoMetadata, list[int]]:
+def outline(place: PictureFile, video_processor: Any) -> tuple[VideoMetadata, list[int]]:
     """Return the metadata of a file and the places of the frames that `video_processor` reads. Decodes one frame.
 
     Raises `ImageError` like `read_video`.
@@ -146,7 +146,7 @@ def outline(place: str | Path, video_processor: Any) -> tuple[VideoMetadata, lis
     return metadata, _chosen(place, video_processor, metadata)
 
 
-def read_video(place: str | Path, video_processor: Any) -> Frames:
+def read_video(place: PictureFile, video_processor: Any) -> Frames:
     """Return the frames of a file that `video_processor` (of `sampler`) chooses.
 
     Raises `ImageError` for a file that is missing, damaged, or too short for the sampler, and `UserError` without PyAV.
@@ -164,12 +164,12 @@ def read_video(place: str | Path, video_processor: Any) -> Frames:
     return Frames(tuple(frames[index] for index in places), None, {**metadata, "frames_indices": places})
 
 
-def require_whole_video(place: str | Path) -> None:
+def require_whole_video(place: PictureFile) -> None:
     """Raise `ImageError` for a video file that is damaged or ends early; it decodes the whole file."""
     _load(place, lambda metadata: [0, max(0, metadata.total_num_frames - 1)])
 
 
-def _chosen(place: str | Path, video_processor: Any, metadata: VideoMetadata) -> list[int]:
+def _chosen(place: PictureFile, video_processor: Any, metadata: VideoMetadata) -> list[int]:
     why = ""
     try:
         if indices := _sampled(video_processor, metadata):
@@ -185,6 +185,6 @@ def _chosen(place: str | Path, video_processor: Any, metadata: VideoMetadata) ->
     )
 
 
-def _unreadable(place: str | Path, reason: str) -> ImageError:
+def _unreadable(place: PictureFile, reason: str) -> ImageError:
     where = re.sub(r"(https?:/[^?]*)\?.*", r"\1", str(place))  # without tokens
     return ImageError(f"cannot read this video: {reason}", reason, code="video-unreadable", where=where)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, overload
 
-from milora_data.pictures.load import StoredPicture, decoded, described, is_embedded, local_name
+from milora_data.pictures.load import Picture, decoded, described, is_embedded, local_name
 from milora_vl.common.errors import DataError, with_context
 
 Role = Literal["user", "assistant", "system", "tools", "tool"]
@@ -43,18 +43,6 @@ CALLS = ("function_call", "tool_call")  # turns whose text is a call, as JSON
 KEYS_OF_RESULT = ("name", "tool_call_id")
 EMPTY: tuple[object, ...] = (None, "", [], {})
 KNOWN_KEYS = ("id", "image", "images", "video", "videos", "conversations", "tools")
-
-
-class Reply(str):
-    """A model's answer. `truncated` is whether the model was stopped at its largest length, before it ended."""
-
-    __slots__ = ("truncated",)
-    truncated: bool
-
-    def __new__(cls, text: str, truncated: bool = False) -> Reply:
-        reply = super().__new__(cls, text)
-        reply.truncated = truncated
-        return reply
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,14 +75,24 @@ class Video(NamedTuple):
     `num_frames` the number to read in all; without both, the settings of the training or of the processor count.
     """
 
-    frames: tuple[str, ...] = ()
+    frames: tuple[Picture, ...] = ()
     fps: float | None = None
-    file: str | None = None
+    file: Picture | None = None
     num_frames: int | None = None
 
     @property
-    def files(self) -> tuple[str, ...]:
+    def files(self) -> tuple[Picture, ...]:
         return self.frames if self.file is None else (self.file,)
+
+    def with_files(self, change: Callable[[Picture], Picture]) -> Video:
+        file = None if self.file is None else change(self.file)
+        return self._replace(frames=tuple(map(change, self.frames)), file=file)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the object that `parse_video` reads: its files by their paths, or names, and how it is sampled."""
+        files = {"file": str(self.file)} if self.file is not None else {"frames": list(map(str, self.frames))}
+        sampled = {"fps": self.fps, "num_frames": self.num_frames}
+        return {**files, **{key: value for key, value in sampled.items() if value is not None}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +103,7 @@ class Record:
     """
 
     id: str
-    images: tuple[str, ...]
+    images: tuple[Picture, ...]
     turns: tuple[Turn, ...]
     source: str = ""
     extra: Mapping[str, object] = field(default_factory=dict)
@@ -113,18 +111,26 @@ class Record:
     unread: tuple[str, ...] = ()
 
     @property
-    def files(self) -> tuple[str, ...]:
-        """The names of all pictures and videos, with the frames of videos."""
-        return self.images + tuple(name for video in self.videos for name in video.files)
+    def files(self) -> tuple[Picture, ...]:
+        """All pictures and videos, with the frames of videos."""
+        return self.images + tuple(file for video in self.videos for file in video.files)
 
     @property
-    def video_files(self) -> tuple[str, ...]:
+    def video_files(self) -> tuple[Picture, ...]:
         return tuple(video.file for video in self.videos if video.file is not None)
 
     @property
     def place(self) -> str:
         """File and line of the record, else its id, for error messages."""
         return self.source or f"record {self.id!r}"
+
+    def with_files(self, change: Callable[[Picture], Picture]) -> Record:
+        videos = tuple(video.with_files(change) for video in self.videos)
+        return replace(self, images=tuple(map(change, self.images)), videos=videos)
+
+    def within(self, folder: Path) -> Record:
+        """Return the record with the paths of its pictures and videos below `folder` (`Picture.within`)."""
+        return self.with_files(lambda picture: picture.within(folder)) if self.files else self
 
 
 class CompactRecords(Sequence[Record]):
@@ -185,16 +191,6 @@ def identifier_of(row: Mapping[str, Any], keys: Sequence[str], default: object) 
     return str(next((row[key] for key in keys if row.get(key) not in (None, "")), default))
 
 
-def with_names(record: Record, new_name: Callable[[str], str]) -> Record:
-    videos = tuple(renamed_video(video, new_name) for video in record.videos)
-    return replace(record, images=tuple(map(new_name, record.images)), videos=videos)
-
-
-def renamed_video(video: Video, new_name: Callable[[str], str]) -> Video:
-    file = None if video.file is None else new_name(video.file)
-    return video._replace(frames=tuple(map(new_name, video.frames)), file=file)
-
-
 def parse_record(value: object, *, source: str = "", embedded: Literal["read", "keep"] = "read") -> Record:
     """Return the `Record` of one decoded LLaVA dict; raises `DataError` at `source` if it is not a record.
 
@@ -214,9 +210,7 @@ def parse_record(value: object, *, source: str = "", embedded: Literal["read", "
         extra = {key: item for key, item in value.items() if key not in KNOWN_KEYS}
         unread = tuple(key for turn in value["conversations"] for key in turn if _is_unread(turn, key))
         record = Record(identifier_of(value, ("id",), ""), images, turns, source, extra, videos, unread)
-        if embedded == "read" and any(map(is_embedded, record.files)):
-            return with_names(record, lambda name: decoded(name) if is_embedded(name) else name)
-        return record
+        return record.with_files(_decoded) if embedded == "read" and record.files else record
     except DataError as error:
         raise with_context(error, source or "record") from None
 
@@ -231,11 +225,20 @@ def _pictures(value: Mapping[str, Any]) -> list[Any]:
     return field if isinstance(field, list) else [] if field is None else [field]
 
 
-def _images(value: Mapping[str, Any]) -> tuple[str, ...]:
-    names = _pictures(value)
-    if not all(isinstance(name, str) and name for name in names):
-        raise DataError(f'"image" must be a file name or a list of file names, got {_short(names)}')
-    return tuple(map(local_name, names))
+def _images(value: Mapping[str, Any]) -> tuple[Picture, ...]:
+    named = _pictures(value)
+    if not all(isinstance(name, str | Picture) and name for name in named):
+        raise DataError(f'"image" must be a file name or a list of file names, got {_short(named)}')
+    return tuple(map(_picture, named))
+
+
+def _picture(value: object) -> Picture:
+    file = _file(value)
+    return Picture(file) if isinstance(file, str) else file
+
+
+def _decoded(picture: Picture) -> Picture:
+    return decoded(picture.name) if picture.content is None and is_embedded(picture.name) else picture
 
 
 def _videos(value: Mapping[str, Any]) -> tuple[Video, ...]:
@@ -243,10 +246,10 @@ def _videos(value: Mapping[str, Any]) -> tuple[Video, ...]:
     listed = value.get("videos")
     if listed is None:
         listed = [] if value.get("video") is None else [value["video"]]
-    return tuple(map(_video, listed if isinstance(listed, list) else [listed]))
+    return tuple(map(parse_video, listed if isinstance(listed, list) else [listed]))
 
 
-def _video(value: object) -> Video:
+def parse_video(value: object) -> Video:
     """Return a video from a file or a list of frames, or from an object with one of them, "fps" and "num_frames"."""
     field: Mapping[str, Any] = value if isinstance(value, Mapping) else {"frames": value}
     fps, num_frames = field.get("fps"), field.get("num_frames")
@@ -270,9 +273,9 @@ def _video(value: object) -> Video:
         raise DataError(wrong)
     fps = None if fps is None else float(fps)
     if isinstance(shown, str):
-        return Video((), fps, local_name(shown), num_frames)
+        return Video((), fps, _picture(shown), num_frames)
     assert isinstance(shown, list)
-    return Video(tuple(map(_file, shown)), fps)
+    return Video(tuple(map(_picture, shown)), fps)
 
 
 def _short(value: object) -> str:
@@ -392,7 +395,7 @@ def as_llava(value: dict[str, Any], identifier: object = "") -> dict[str, Any]:
 
 
 def _from_messages(value: Mapping[str, Any], identifier: object) -> dict[str, Any]:
-    named: list[str] = []
+    named: list[str | Picture] = []
     videos: list[Any] = []
     turns = [_message_turn(message, place, named, videos) for place, message in enumerate(value["messages"], start=1)]
     listed = list(map(_file, _pictures(value)))
@@ -450,7 +453,7 @@ def earlier(row: Mapping[str, Any], place: str = "") -> list[tuple[str, str]]:
     return [(str(question), str(answer)) for question, answer in history]
 
 
-def _message_turn(message: object, place: int, named: list[str], videos: list[Any]) -> dict[str, Any]:
+def _message_turn(message: object, place: int, named: list[str | Picture], videos: list[Any]) -> dict[str, Any]:
     role = message.get("role") if isinstance(message, dict) else message
     if not isinstance(message, dict) or not isinstance(role, str) or role not in ROLES:
         raise DataError(f"message {place}: unknown role {role!r}; expected {', '.join(SPEAKERS)}")
@@ -465,7 +468,7 @@ def _message_turn(message: object, place: int, named: list[str], videos: list[An
     return {"from": role if role in CALLS else SPEAKERS[ROLES[role]], "value": value, **others}
 
 
-def _part(part: dict[str, Any], place: int, named: list[str], videos: list[Any]) -> str:
+def _part(part: dict[str, Any], place: int, named: list[str | Picture], videos: list[Any]) -> str:
     kind, text = part.get("type"), part.get("text")
     if kind in ("text", "input_text", "output_text") and isinstance(text, str):
         return text
@@ -483,12 +486,12 @@ def _part(part: dict[str, Any], place: int, named: list[str], videos: list[Any])
     raise DataError(f"message {place}: unsupported part of type {kind!r}; expected text, an image or a video")
 
 
-def _file(image: object) -> str:
-    if isinstance(image, StoredPicture):
+def _file(image: object) -> str | Picture:
+    if isinstance(image, Picture):
         return image
     name = (image.get("path") or image.get("url")) if isinstance(image, dict) else image
     if isinstance(image, dict) and isinstance(image.get("bytes"), bytes):  # a picture of a table
-        return StoredPicture(Path(str(name or "picture")).name, image["bytes"])
+        return Picture(Path(str(name or "picture")).name, content=image["bytes"])
     if not isinstance(name, str):
         raise DataError(f"a picture must be a file name, got {type(image).__name__}")
     return local_name(name)

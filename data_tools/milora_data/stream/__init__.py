@@ -16,9 +16,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from milora_data.formats.jsonfile import missing_file, not_utf8, read_objects
 from milora_data.formats.stored import is_stored, stored_items
-from milora_data.pictures.load import PlacedPicture, StoredPicture, leads_outside
-from milora_data.records.record import Record, parse_record, with_names
-from milora_vl.common.cli.web import web_address
+from milora_data.records.record import Record, parse_record
 from milora_vl.common.errors import DataError
 from milora_vl.common.strict_models import Strict, problems_of
 from milora_vl.common.yaml_text import YamlTextError, parse_yaml
@@ -148,17 +146,10 @@ def mixed_records(
 
 
 def within(record: AnyItem, image_folder: str | None) -> AnyItem:
-    """Return a record (not an error) whose picture names include the image folder of its source, if the source has one.
+    """Return a record (not an error) whose pictures are in the image folder of its source, if the source has one.
 
     A name that leads out of that folder is not changed; it is then relative to the image folder of the training.
     """
     if image_folder is None or isinstance(record, DataError):
         return record
-    folder = Path(image_folder)
-
-    def placed(name: str) -> str:
-        if isinstance(name, StoredPicture) or web_address(name) or leads_outside(folder, name):
-            return name
-        return PlacedPicture((folder / name).absolute())
-
-    return with_names(record, placed)
+    return record.within(Path(image_folder).absolute())

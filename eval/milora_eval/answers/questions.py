@@ -215,7 +215,7 @@ def _check_ids(benchmark: Benchmark, items: Sequence[Item]) -> None:
 
 def _check_pictures(benchmark: Benchmark, items: Sequence[Item]) -> None:
     pictures = {image for item in items for image in item.images}
-    videos = {name for item in items for video in item.videos for name in video.files}
+    videos = {str(file) for item in items for video in item.videos for file in video.files}
     missing = sorted(name for name in pictures | videos if not Path(name).is_file())
     if missing:
         shown = [*missing[:3], *(["..."] if len(missing) > 3 else [])]

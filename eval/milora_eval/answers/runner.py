@@ -15,13 +15,12 @@ from typing import Any
 import torch
 
 from milora_data.encode.tokens import IGNORE
-from milora_data.records.record import Reply
 from milora_eval.answers.questions import EvaluationPlan, Question, shard_of
 from milora_eval.answers.store import Store, to_line, unscored_line
 from milora_eval.benchmark import Benchmark, Item
 from milora_eval.registry import folder_of
 from milora_vl.common.progress import progress_bar
-from milora_vl.models.generate import Prompt, Reader, generate, reader_of
+from milora_vl.models.generate import Prompt, Reader, Reply, generate, reader_of
 from milora_vl.models.prompts import Prompts
 
 Keep = Callable[[Sequence[Question], Sequence[Reply]], None]
@@ -49,7 +48,7 @@ def ask(asker: Asker, plan: EvaluationPlan, questions: Sequence[Question], folde
 
         def keep(done: Sequence[Question], answers: Sequence[Reply]) -> None:
             pairs = zip(done, answers, strict=True)
-            store.append([unscored_line(*_answered(plan, question, text)) for question, text in pairs])
+            store.append([unscored_line(*_answered(plan, question, reply)) for question, reply in pairs])
             bar.update(len(done))
 
         asker(todo, keep)
@@ -76,8 +75,8 @@ def ask_model(model: Any, processor: Any, plan: EvaluationPlan, todo: Sequence[Q
     for benchmark, group in groupby(todo, key=lambda question: question.benchmark):
         part = list(group)
 
-        def on_batch(numbers: list[int], texts: list[Reply], part: Sequence[Question] = part) -> None:
-            keep([part[number] for number in numbers], texts)
+        def on_batch(numbers: list[int], replies: list[Reply], part: Sequence[Question] = part) -> None:
+            keep([part[number] for number in numbers], replies)
 
         generate(
             model,
@@ -93,10 +92,10 @@ def ask_model(model: Any, processor: Any, plan: EvaluationPlan, todo: Sequence[Q
 
 
 def _answered(
-    plan: EvaluationPlan, question: Question, text: str
-) -> tuple[Benchmark, Item, str, str, Path, Sequence[Any]]:
+    plan: EvaluationPlan, question: Question, reply: Reply
+) -> tuple[Benchmark, Item, Reply, str, Path, Sequence[Any]]:
     folder = folder_of(question.benchmark, plan.data_dir)
-    return question.benchmark, question.item, text, question.key, folder, question.content
+    return question.benchmark, question.item, reply, question.key, folder, question.content
 
 
 def loglikelihoods(

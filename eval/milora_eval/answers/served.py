@@ -27,13 +27,12 @@ from milora_data.encode.chat_template_mask import parts_of
 from milora_data.encode.templates import no_videos
 from milora_data.keys import digest
 from milora_data.pictures.load import ORIENTATION, content_of, load_image, opened_picture
-from milora_data.records.record import Reply
 from milora_eval.answers.questions import EvaluationPlan, Items, Question, group_order, questions_of
 from milora_eval.answers.runner import Keep, prompt_of
 from milora_vl.common.cli.console import did_you_mean, suggest
 from milora_vl.common.errors import MALFORMED, Problem, UserError, first_line, with_context
 from milora_vl.common.secrets import HIDDEN
-from milora_vl.models.generate import Prompt
+from milora_vl.models.generate import Prompt, Reply
 
 RETRIES = 6
 SECONDS = 600.0  # for one answer
@@ -148,9 +147,11 @@ def served_settings(server: ChatServer, plan: EvaluationPlan, items: Items, crea
     if not isinstance(created, int) or created <= 0 or abs(time.time() - created) < 60:
         probes = sorted(questions_of(plan, items), key=lambda each: (group_order(each.item.group), each.key))[:PROBES]
         answers: dict[str, str] = {}
-        ask_server(
-            server, replace(plan, batch_size=1), probes, lambda asked, texts: answers.update({asked[0].key: texts[0]})
-        )
+
+        def keep(asked: Sequence[Question], replies: Sequence[Reply]) -> None:
+            answers[asked[0].key] = replies[0].text
+
+        ask_server(server, replace(plan, batch_size=1), probes, keep)
         known = {"probe": digest(answers)}
     return {"served_model": plan.model_name, **known, "decoding": "temperature 0", "milora_vl": version("milora-vl")}
 

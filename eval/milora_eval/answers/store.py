@@ -15,11 +15,12 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from milora_data.records.record import Reply, Turn, Video
+from milora_data.records.record import Turn, parse_video
 from milora_eval.benchmark import Answer, Benchmark, Item, content_of, key_of_question
 from milora_eval.registry import reference
 from milora_vl.common.atomic_write import atomic_file, json_lines
 from milora_vl.common.errors import UserError, expected_format
+from milora_vl.models.generate import Reply
 
 Line = dict[str, Any]
 RESTORE = "evaluate again, or restore the file"
@@ -89,16 +90,19 @@ class Store:
         return [self.folder / SPARE, *sorted(self.folder.glob("predictions*.jsonl"))]
 
 
-def to_line(benchmark: Benchmark, item: Item, text: str, key: str, data_dir: Path, content: Sequence[Any] = ()) -> Line:
+def to_line(
+    benchmark: Benchmark, item: Item, reply: Reply, key: str, data_dir: Path, content: Sequence[Any] = ()
+) -> Line:
     """Return the scored line of one answer; `correct` stays empty (None) if a server or an official script scores it.
 
     `content` identifies the pictures; without it they are read.
     """
-    return unscored_line(benchmark, item, text, key, data_dir, content) | {"correct": benchmark.score(item, text)}
+    line = unscored_line(benchmark, item, reply, key, data_dir, content)
+    return line | {"correct": benchmark.score(item, reply.text)}
 
 
 def unscored_line(
-    benchmark: Benchmark, item: Item, text: str, key: str, data_dir: Path, content: Sequence[Any]
+    benchmark: Benchmark, item: Item, reply: Reply, key: str, data_dir: Path, content: Sequence[Any]
 ) -> Line:
     """Return the line of one answer without its score; one that was stopped at `max_new_tokens` is marked."""
     picture, root = next(iter(item.images), None), data_dir.absolute()
@@ -111,7 +115,7 @@ def unscored_line(
         "question": turns[-1].text,
         "image": Path(picture).relative_to(root).as_posix() if picture and is_inside else picture,
         "image_file": picture,
-        "prediction": text,
+        "prediction": reply.text,
         "answers": list(item.answers),
         "correct": None,
         "baseline": item.baseline,
@@ -119,14 +123,14 @@ def unscored_line(
         "key": key,
         "question_key": key_of_question(benchmark, item, content or content_of(item)),
     }
-    if isinstance(text, Reply) and text.truncated:
+    if reply.truncated:
         line["truncated"] = True
     if len(turns) > 1:
         line["context"] = [[turn.role, turn.text] for turn in turns[:-1]]
     if len(item.images) > 1:
         line["more_images"] = list(item.images[1:])
     if item.videos:
-        line["videos"] = [video._asdict() for video in item.videos]
+        line["videos"] = [video.as_json() for video in item.videos]
     if content := content or content_of(item):
         line["content"] = list(content)
     if item.meta:
@@ -148,7 +152,7 @@ def to_answer(line: Mapping[str, Any]) -> Answer:
             group=line["group"],
             baseline=line["baseline"],
             meta=line.get("meta", {}),
-            videos=tuple(Video(**{**video, "frames": tuple(video["frames"])}) for video in line.get("videos", ())),
+            videos=tuple(map(parse_video, line.get("videos", ()))),
         )
         return Answer(item, line["prediction"], None if line["correct"] is None else float(line["correct"]))
 

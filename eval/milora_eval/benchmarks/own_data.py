@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from milora_data.keys import KeyOf, data_key, digest, file_key
-from milora_data.pictures.load import is_embedded, place_of, refusal
-from milora_data.records.record import IMAGE, VIDEO, identifier_of, parse_record, renamed_video
+from milora_data.pictures.load import Picture, is_embedded, refusal
+from milora_data.records.record import IMAGE, VIDEO, identifier_of, parse_record
 from milora_eval.benchmark import (
     Answer,
     Benchmark,
@@ -188,25 +188,19 @@ def _item(row: Any, number: int, path: Path, data_dir: Path, read: KeyOf) -> Ite
         raise DataError("no answer to compare with", where=where, hint='add "answer" to the question')
     if metric == "yes_no" and not all(map(yes_or_no, map(str, answers))):
         raise DataError(f"the metric yes_no needs the answer yes or no, got {answers!r:.80}", where=where)
-    files = (*record.images, *(name for video in record.videos for name in video.files))
-    if embedded := next(filter(is_embedded, files), ""):
+    if embedded := next((file.name for file in record.files if is_embedded(file.name)), ""):
         form = "messages" if "messages" in row else "llava" if is_record else "table"
         problems = refusal(embedded, f"{path}:{number}", form).problems
         raise DataError(problems=[replace(problem, where=where) for problem in problems])
-
-    def found(name: str) -> str:
-        return str(_picture(name, path.parent, data_dir, where))
-
-    images, videos = tuple(map(found, record.images)), tuple(renamed_video(video, found) for video in record.videos)
-    shown = (*images, *(name for video in videos for name in video.files))
+    record = record.with_files(lambda file: _found(file, path.parent, data_dir, where))
     return Item(
         id=identifier_of(row, ("id", "question_id"), number),
         turns=turns,
-        images=images,
-        videos=videos,
+        images=tuple(map(str, record.images)),
+        videos=record.videos,
         answers=tuple(map(str, answers)),
         kind=str(row.get("type") or row.get("category") or ""),
-        group=next(filter(None, map(read, shown)), None) or digest([turn.text for turn in turns]),
+        group=next(filter(None, map(read, record.files)), None) or digest([turn.text for turn in turns]),
         meta={"metric": metric},
         source=where,
     )
@@ -228,10 +222,11 @@ def _as_record(row: dict[str, Any], where: str) -> dict[str, Any]:
     return {"conversations": [{"from": "human", "value": text}], "image": images, **shown}
 
 
-def _picture(name: str, beside: Path, data_dir: Path, row: str) -> Path:
-    candidates = [place_of(folder, name) for folder in (beside, beside / "images", data_dir)]
-    paths = [path for path in candidates if isinstance(path, Path)]
+def _found(file: Picture, beside: Path, data_dir: Path, row: str) -> Picture:
+    places = (file.within(folder).place for folder in (beside, beside / "images", data_dir))
+    paths = [place.absolute() for place in places if place is not None]
     if not paths:
-        message, hint = f"{name} is outside the folders of the pictures", "use:  --data FOLDER (it may be /)"
+        message, hint = f"{file} is outside the folders of the pictures", "use:  --data FOLDER (it may be /)"
         raise DataError(message, code="image-outside-folder", where=row, hint=hint)
-    return next((path for path in paths if path.is_file()), paths[-1]).absolute()  # else the folder of --data
+    place = next((path for path in paths if path.is_file()), paths[-1])  # else the folder of --data
+    return Picture(file.name, place)

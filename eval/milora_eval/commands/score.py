@@ -25,6 +25,7 @@ from milora_vl.common.cli.console import next_step
 from milora_vl.common.cli.parser import Command, option, shared
 from milora_vl.common.cli.table import FORMATS, show
 from milora_vl.common.errors import UserError
+from milora_vl.models.generate import Reply
 
 COMMAND = Command(
     "milora_eval score",
@@ -106,7 +107,8 @@ def _results(benchmark: Benchmark, path: Path, options: argparse.Namespace, fold
     texts = join(benchmark, items, _rows(path), path)
     keys = {item.id: digest([str(path), item.id]) for item in items}
     read = cache(file_key)
-    lines = (to_line(benchmark, item, texts[item.id], keys[item.id], data, content_of(item, read)) for item in items)
+    pairs = ((item, Reply(texts[item.id])) for item in items)
+    lines = (to_line(benchmark, item, reply, keys[item.id], data, content_of(item, read)) for item, reply in pairs)
     write_lines(folder / PREDICTIONS, lines)
     about = {"suite": benchmark.name, "which": path.stem, "model": str(path), "adapter": None}
     results = about | {"data": str(options.data), "limit": options.limit} | numbers(folder, benchmark.name)
