@@ -191,8 +191,8 @@ def scan(path: Path, folder: Path) -> Report:
         key, of_file = record_key(record, key_of), contents.setdefault(record.source.rpartition(":")[0], {})
         if record.id and of_file.setdefault(record.id, key) != key:
             report.findings.append(Finding("repeated_id", record.source, "an earlier record has this id", record.id))
-        if (first := places.setdefault(key, record.source)) != record.source:  # a mixture repeats what it weights
-            report.findings.append(Finding("duplicate", record.source, f"equals {first}", record.id))
+        if (earlier := places.setdefault(key, record.source)) != record.source:  # a mixture repeats what it weights
+            report.findings.append(Finding("duplicate", record.source, f"equals {earlier}", record.id))
         for question, answer in answered(record, key_of):
             other, place = answers.setdefault(question, (answer, record.source))
             if answer != other:

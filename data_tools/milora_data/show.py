@@ -20,7 +20,7 @@ from milora_data.pictures.load import ImageError, load_image, small
 from milora_data.records.record import IMAGE, Record
 from milora_data.stream import load_records
 from milora_vl.common.atomic_write import json_lines
-from milora_vl.common.cli.console import amount, next_step
+from milora_vl.common.cli.console import amount, command_line, next_step
 from milora_vl.common.cli.parser import DATA, Command, count, option, positive, shared
 from milora_vl.common.errors import DataError, UserError, with_context
 from milora_vl.common.yaml_text import read_file
@@ -38,14 +38,19 @@ examples:
   python -m milora_data show train.json
   python -m milora_data show train.json --limit 50 --html records.html
   python -m milora_data show train.json --id 000000033471 --template llama_3
-  python -m milora_data show val.json --worst runs/a --limit 20 --html worst.html
+  python -m milora_data show val.json --worst runs/a --limit 20 --html worst.html    # or --worst losses.jsonl
 """,
     inputs=(
         DATA,
         shared("image_folder", about="folder of the pictures (default: beside DATA)"),
         option("--id", help="print only the record with this id"),
         option("--index", type=count, default=0, help="first record to print, from 0 (default: %(default)s)"),
-        option("--worst", type=Path, metavar="RUN", help="records that this run learns worst, highest loss first"),
+        option(
+            "--worst",
+            type=Path,
+            metavar="LOSSES",
+            help="highest loss first: a run with held-out records, or a file of  python -m milora_eval losses",
+        ),
         option("--limit", type=positive, help="number of records (default: 1; 100 with --html)"),
     ),
     settings=(shared("template", about="prompt format (default: that of the run of --worst, else vicuna_v1)"),),
@@ -93,11 +98,12 @@ def _select(records: Iterator[Record], chosen: argparse.Namespace, limit: int) -
     return selected
 
 
-def _worst(data: Path, folder: Path, run: Path) -> list[Record]:
-    """Return the records of `data` with a loss in the file of a training, highest first; it becomes a key of theirs."""
-    file, key_of = run / "held_out.jsonl", FileKeys(folder)
+def _worst(data: Path, folder: Path, losses: Path) -> list[Record]:
+    """Return the records of `data` with a loss in a file or run, highest first; it becomes a key of theirs."""
+    file, key_of = losses / "held_out.jsonl" if losses.is_dir() else losses, FileKeys(folder)
     if not file.is_file():
-        raise UserError("no losses of held-out records", where=str(file), hint="train with --eval_data_path")
+        call = command_line("milora_eval", "losses", data, "--adapter", "RUN", "--output", "LOSSES.jsonl")
+        raise UserError("no losses of records", where=str(file), hint=f"write them:  {call}")
     records, lines = {record_key(record, key_of): record for record in load_records(data)}, list(json_lines(file))
     found = [
         replace(records[line["key"]], extra={**records[line["key"]].extra, **{k: line[k] for k in LOSSES if k in line}})
@@ -105,10 +111,10 @@ def _worst(data: Path, folder: Path, run: Path) -> list[Record]:
         if line["key"] in records
     ]
     if not found:
-        hint = "name its --eval_data_path, and the folder of its pictures"
-        raise UserError(f"{data} has no record of the last evaluation", where=str(file), hint=hint)
+        hint = "name the data of the losses, and the folder of its pictures"
+        raise UserError(f"{data} has no record with a loss", where=str(file), hint=hint)
     if len(found) < len(lines):
-        sys.stderr.write(f"note: {data} lacks {amount(len(lines) - len(found), 'record')} of the last evaluation\n")
+        sys.stderr.write(f"note: {data} lacks {amount(len(lines) - len(found), 'record')} with a loss\n")
     return found
 
 
@@ -116,7 +122,8 @@ def _template(chosen: argparse.Namespace) -> str:
     """Return the template that the records are shown in: the option, or that of the run, if these pages have it."""
     if chosen.template is not None or chosen.worst is None:
         return chosen.template or DEFAULT_TEMPLATE
-    template = str(read_file(chosen.worst / "recipe.yaml")["template"])
+    recipe = (chosen.worst if chosen.worst.is_dir() else chosen.worst.parent) / "recipe.yaml"
+    template = str(read_file(recipe)["template"]) if recipe.is_file() else DEFAULT_TEMPLATE
     if template != OWN:
         return template
     sys.stderr.write(f"note: the run has the model's own prompt format; the records are shown in {DEFAULT_TEMPLATE}\n")

@@ -1,4 +1,4 @@
-"""The command `python -m milora_eval`: run, ls, score, compare, view.
+"""The command `python -m milora_eval`: run, ls, score, losses, compare, view.
 
 It imports torch only when it loads a model.
 """
@@ -16,6 +16,10 @@ MENU = Menu(
         "measure": {
             "run": ("milora_eval.commands.run", "run benchmarks on a model and compare it with its base"),
             "ls": ("milora_eval.commands.ls", "list suites and benchmarks"),
+            "losses": (
+                "milora_eval.commands.losses",
+                "compute the loss of each record: wrong labels stand out",
+            ),
             "score": ("milora_eval.commands.score", "score stored answers or another program's predictions"),
         },
         "look": {

@@ -31,8 +31,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -40,8 +41,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from milora_data.batches.record_collator import RecordCollator
 from milora_data.encode.tokens import IGNORE
+from milora_data.records.record import Record
 from milora_vl.common.compat.torch import extend_forward
+from milora_vl.common.progress import progress_bar
 from milora_vl.core.weights.distributed import uses_fsdp
 
 CHUNK = 2**24  # numbers in the logits of one chunk: 64 MiB in float32
@@ -83,6 +87,28 @@ def row_losses(model: Forward, inputs: dict[str, Any], *, chunked: bool) -> Tens
     batch, length = inputs["labels"].shape
     rows = supervised[0].to(losses.device) // length
     return losses.new_zeros(batch).index_add_(0, rows, losses[: len(rows)])
+
+
+def record_losses(
+    model: nn.Module, collate: RecordCollator[Any], records: Iterable[Record], size: int
+) -> list[tuple[Record, float]]:
+    """Return each record that has an answer with its loss, in nats per token; batches hold up to `size` of one kind."""
+    collate, found = collate.for_evaluation(), list[tuple[Record, float]]()
+    answered = [record for record in records if collate.num_supervised(record)]
+    answered.sort(key=lambda record: (repr(collate.kind(record)), collate.num_tokens(record)))  # little padding
+    parts = [list(group) for _, group in groupby(answered, collate.kind)]
+    batches = [part[start : start + size] for part in parts for start in range(0, len(part), size)]
+    device = next(model.parameters()).device
+    with progress_bar("losses", len(batches), "batches") as bar, torch.no_grad():
+        for batch in batches:
+            inputs = collate(batch)
+            counts = (inputs["labels"][:, 1:] != IGNORE).sum(1).tolist()
+            inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+            kept = [record for record in batch if record.place not in collate.left_out]  # if none: a row stands in
+            rows = zip(kept, row_losses(model, inputs, chunked=False).tolist(), counts, strict=False)
+            found += [(record, loss / count) for record, loss, count in rows if count]
+            bar.update()
+    return found
 
 
 def _losses(model: Forward, inputs: dict[str, Any], chunked: bool) -> tuple[Tensor, Tensor]:

@@ -37,6 +37,7 @@ QUICK_HELP = "--help answers before torch is imported"
 INNER_IMPORTS = {
     "milora_vl/demo.py": "torch, which --help does not wait for",
     "data_tools/milora_data/__init__.py": "the collator needs torch",
+    "eval/milora_eval/commands/losses.py": QUICK_HELP,
     "eval/milora_eval/commands/run.py": QUICK_HELP,
     "eval/milora_eval/evaluator.py": "a report has the words of an evaluation and asks nothing",
     "milora_vl/analyze/__main__.py": QUICK_HELP,

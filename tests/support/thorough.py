@@ -40,7 +40,7 @@ THOROUGH: dict[str, tuple[str, ...]] = {
         r"test_resumed\.py::test_a_constant_schedule",
         r"test_fixed_A\.py::test_hf_trainer.*adafactor",
         r"test_base_kl\.py::test_another_method_from_the_recipe",
-        r"test_held_out\.py::test_(wrong_labels|a_record_that)",
+        r"test_held_out\.py::test_(wrong_labels_stand|a_record_that)",
         r"test_(modules\.py::|peft_model\.py::test_a_compiled_model)",
         r"test_vlm_train\.py::test_a_run_is_asked_evaluated",
         r"test_vlm_train\.py::test_a_run_learns.*packing",

@@ -13,10 +13,13 @@ import torch
 from milora_data.__main__ import main as milora_data
 from milora_data.keys import FileKeys, record_key
 from milora_data.stream import load_records
+from milora_eval.__main__ import main as milora_eval
 from milora_vl import collator_for, load_adapter, load_model
+from milora_vl.common.atomic_write import json_lines
 from milora_vl.models.losses import summed_loss
 from milora_vl.train.command import main
 from support.launched import KINDS, needs_deepspeed, train_in_two
+from support.problems import raises_code
 from support.train_runs import training
 
 EXTRA = ["--rank", "4", "--per_device_eval_batch_size", "3"]
@@ -66,6 +69,11 @@ def test_the_losses_are_those_of_each_record_alone(
     assert [line["loss"] for line in lines] == sorted((line["loss"] for line in lines), reverse=True)
     answers = {record.source: record.turns[-1].text for record in load_records(data / "val.json")}
     assert all(line["answer"] == answers[line["source"]] and line["reply"] for line in lines)
+    out = tmp_path / "losses.jsonl"
+    words = ["losses", str(data / "val.json"), "--adapter", str(run), "--batch_size", "2", "--output", str(out)]
+    assert milora_eval(words) == 0
+    found = {line["key"]: line["loss"] for line in json_lines(out)}
+    assert found == pytest.approx({line["key"]: line["loss"] for line in lines}, abs=1e-5)
     page = (run / "report.html").read_text(encoding="utf-8")
     table = page[page.index('id="held-out"') : page.index('id="forgetting"')]
     assert table.count("<li data-kinds=") == 7
@@ -90,7 +98,28 @@ def test_the_losses_are_those_of_each_record_alone(
     assert [(line["id"], line["extra"]["loss"]) for line in printed] == [
         (record["id"], line["loss"]) for record, line in zip(kept, lines[1:], strict=True)
     ]
-    assert "lacks 1 record of the last evaluation" in said.err
+    assert "lacks 1 record with a loss" in said.err
+
+
+def test_wrong_labels_of_the_training_file_are_shown_first(tmp_path: Path, capsys: Any) -> None:
+    """Forty disks are red; two answers in the training file say otherwise."""
+    answers = ["red" if number not in (9, 27) else "blue" for number in range(40)]
+    rows = [
+        {"conversations": [{"from": "human", "value": f"Disk {number}?"}, {"from": "gpt", "value": answer}]}
+        for number, answer in enumerate(answers)
+    ]
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    (tmp_path / "images").mkdir()
+    run, data, out = tmp_path / "run", str(tmp_path / "train.json"), str(tmp_path / "losses.jsonl")
+    more = ["--model", "tiny-text", "--method", "full", "--max_steps", "20", "--learning_rate", "0.01"]
+    assert main(training(tmp_path, run, *more, "--per_device_train_batch_size", "10")) == 0
+    assert milora_eval(["losses", data, "--model", str(run), "--output", out]) == 0
+    capsys.readouterr()
+    assert milora_data(["show", data, "--worst", out, "--limit", "2", "--format", "json"]) == 0
+    sources = [json.loads(line)["source"] for line in capsys.readouterr().out.splitlines()]
+    assert set(sources) == {f"{data}:record 10", f"{data}:record 28"}
+    with raises_code("output-exists"):
+        milora_eval(["losses", data, "--model", str(run), "--output", out])
 
 
 def sorted_like(data: Path, printed: list[dict[str, Any]]) -> list[dict[str, Any]]:
