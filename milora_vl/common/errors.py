@@ -94,6 +94,8 @@ class UserError(ValueError):
     Secrets in their texts are hidden, because people share error messages.
     """
 
+    is_shared = False  # True if all processes have raised it
+
     def __init__(
         self,
         message: str = "",

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from importlib import metadata
@@ -30,7 +30,7 @@ from milora_vl.common.errors import UserError
 from milora_vl.common.evaluator_protocol import TrainingQuestions
 from milora_vl.core.adapter import checkpoints
 from milora_vl.core.adapter.earlier import joined_rank, read_earlier
-from milora_vl.core.weights.distributed import gather_objects, rank_and_world_size
+from milora_vl.core.weights.distributed import gather_objects, raised_in_all, rank_and_world_size
 from milora_vl.models import loading
 from milora_vl.train import data
 from milora_vl.train.base_kl import BaseKL
@@ -85,25 +85,28 @@ def train(settings: Settings) -> int:
     if run.earlier is not None and not run.earlier.gets_steps:  # a requeued job has nothing left to do
         screen.say(f"{run.folder.path} is finished; nothing to resume")
         return 0
-    require_evaluation(run.recipe)
-    require_usable(run.recipe, run.base)
-    data.require_named(run.recipe.data)
-    show_notes(run, screen)
-    with created(run.folder.path) if run.args.should_save else nullcontext():
-        records = read_records(run, screen)
-        run = freeze_unseen_projector(run, records, screen)
-        run, earlier = read_earlier_tasks(run, screen)
-        run = compose_base(run, screen)
-        questions = training_questions(run.recipe)
-        loaded, processor = load_base(run, records, screen)
-        probe = make_probe(run, loaded, processor, screen)
-        rows = order_rows(run, records, processor, screen)
-        built, base_kl, start_files = adapt(run, loaded, processor, records, earlier, rows.batching.steps, screen)
-        set_chat_template(processor, run.recipe.template)
-        show_header_and_policy(run, records, built, base_kl, rows.batching, screen)
-        files = collect_first_files(run, records, built, start_files, screen, start)
-        trainer = make_trainer(run, records, rows, built, base_kl, processor, files)
-        add_measurements(trainer, run, probe, questions, processor)
+    with ExitStack() as stack:
+        with raised_in_all():
+            require_evaluation(run.recipe)
+            require_usable(run.recipe, run.base)
+            data.require_named(run.recipe.data)
+            show_notes(run, screen)
+            if run.args.should_save:
+                stack.enter_context(created(run.folder.path))
+            records = read_records(run, screen)
+            run = freeze_unseen_projector(run, records, screen)
+            run, earlier = read_earlier_tasks(run, screen)
+            run = compose_base(run, screen)
+            questions = training_questions(run.recipe)
+            loaded, processor = load_base(run, records, screen)
+            probe = make_probe(run, loaded, processor, screen)
+            rows = order_rows(run, records, processor, screen)
+            built, base_kl, start_files = adapt(run, loaded, processor, records, earlier, rows.batching.steps, screen)
+            set_chat_template(processor, run.recipe.template)
+            show_header_and_policy(run, records, built, base_kl, rows.batching, screen)
+            files = collect_first_files(run, records, built, start_files, screen, start)
+            trainer = make_trainer(run, records, rows, built, base_kl, processor, files)
+            add_measurements(trainer, run, probe, questions, processor)
         train_and_save(run, trainer, rows.batching, files, start)
         write_held_out(run, trainer, records.evaluation, processor, screen)
     is_writer = run.args.should_save
@@ -182,8 +185,10 @@ def read_earlier_tasks(run: Run, screen: Screen) -> tuple[Run, EarlierRecords]:
 def compose_base(run: Run, screen: Screen) -> Run:
     """Return the run on a base that exists, with the repository of --push_to_hub open."""
     open_repository(run.recipe.train, run.folder.path, run.hub_token)
-    with run.args.main_process_first(desc="composing the base"):
-        run, line = run.composed()
+    is_first = run.args.local_process_index == 0
+    composed = run.composed() if is_first else None
+    gather_objects(None)  # an error of the first process ends the others here, which a barrier does not
+    run, line = composed or run.composed()
     if line:
         screen.say(line)
     return run

@@ -45,7 +45,7 @@ from milora_vl.core.calibration.bases import Batches, Calibration
 from milora_vl.core.calibration.texts import HELD_OUT_TEXTS, LENGTH, ROWS, SEED, rows_at_once, sampled_rows
 from milora_vl.core.policy import Target
 from milora_vl.core.policy.towers import find_towers
-from milora_vl.core.weights.distributed import gather_objects, gathered, rank_and_world_size
+from milora_vl.core.weights.distributed import gather_objects, gathered, rank_and_world_size, result_or_error
 from milora_vl.core.weights.tensor_files import shared_digest
 from milora_vl.forgetting.text import ends_of, general_text, padded_batches, text_blocks
 from milora_vl.models import loading
@@ -350,8 +350,7 @@ def _cached(
 ) -> list[Any]:
     """Return the results of all jobs, the same in every process: from the cache of the first one, or written.
 
-    The processes share the jobs, except where ZeRO-3 needs all of them for each forward. `write` gets the number of a
-    job and what to call with the work that is done.
+    The processes share the jobs. `write` gets the number of a job and what to call with the work that is done.
     """
     rank, processes = rank_and_world_size()
     keys = [sha256(f"{_VERSION} {sources.weights} {what} {job.settings}".encode()).hexdigest()[:32] for job in jobs]
@@ -365,10 +364,13 @@ def _cached(
     if not missing:
         return list(chain(*found))
     with gathered(sources.model):
-        mine = missing if is_deepspeed_zero3_enabled() else missing[rank::processes]
+        mine, is_in_step = missing[rank::processes], is_deepspeed_zero3_enabled()  # gathers weights in each forward
+        if is_in_step and len(mine) < len(missing[::processes]):
+            mine.append(missing[0])
         total = sum(jobs[number].count * jobs[number].work for number in mine)
         with progress_bar(title, total, unit, is_shown=rank == 0) as bar:
-            written = {number: write(number, bar.update) for number in mine}
+            act = lambda: {number: write(number, bar.update) for number in mine}  # noqa: E731
+            written = act() if is_in_step else result_or_error(act)
     for number, one in chain(*(part.items() for part in reversed(gather_objects(written)))):
         found[number] = one
     try:

@@ -53,32 +53,45 @@ def test_it_is_found_before_the_model_loads(
 
 ALONE = """
 import json, os, sys
+from contextlib import nullcontext
+from unittest.mock import patch
 import torch.distributed as dist
 from milora_vl.common.errors import UserError
-from milora_vl.train import main
+from milora_vl.train import main, start
 
-odd, good = json.loads(sys.argv[1])
-try:
-    main(odd if os.environ["RANK"] == "1" else good)
-except UserError as error:
-    message, is_open = str(error), dist.is_initialized()
+def fails(*_, **__):
+    raise RuntimeError("no memory left")
+
+start.rows_at_once = lambda *_: 1  # so that each process writes texts
+is_odd, other, good, milora = os.environ["RANK"] == "1", *json.loads(sys.argv[1])
+messages = []
+for name, line in (("", other if is_odd else good), ("start.sampled_rows", milora), ("run.make_trainer", good)):
+    try:
+        with patch(f"milora_vl.train.{name}", fails) if name and is_odd else nullcontext():
+            main(line)
+    except Exception as error:
+        messages.append(f"{error}")
+is_open = dist.is_initialized()
 assert main(good) == 0
-print("RESULT" + json.dumps([message, is_open, dist.is_initialized()]))
+print("RESULT" + json.dumps([messages, is_open, dist.is_initialized()]))
 """
 
 
-def test_other_records_on_one_rank_are_refused_on_all_and_nobody_waits_for_a_failed_one(
+def test_what_fails_on_one_rank_before_the_first_step_ends_all_with_the_same_error(
     tiny_data: Path, tmp_path: Path
 ) -> None:
-    """The group is closed after a success alone, where all processes close it."""
+    """Other records, an error while texts are written, and one after the start. The group is closed after a success."""
     other = tmp_path / "other"
     shutil.copytree(tiny_data, other)
     first = sorted((other / "images").iterdir())
     shutil.copy(first[0], first[1])
-    flags = ["--method", "lora", "--rank", "4", "--per_device_train_batch_size", "2", "--max_steps", "1"]
-    lines = [training(data, tmp_path / "run", *flags) for data in (other, tiny_data)]
-    for message, was_open, is_open in results_of_two(ALONE, tmp_path, json.dumps(lines)):
-        assert "rank 1 reads other records or pictures than rank 0" in message
+    flags = ["--per_device_train_batch_size", "2", "--max_steps", "1", "--rank", "4"]
+    lines = [training(data, tmp_path / "run", *flags, "--method", "lora") for data in (other, tiny_data)]
+    lines.append(training(tiny_data, tmp_path / "run", *flags, "--calibration_pictures", "0"))
+    for (records, texts, later), was_open, is_open in results_of_two(ALONE, tmp_path, json.dumps(lines)):
+        assert "rank 1 reads other records or pictures than rank 0" in records
+        assert texts == "rank 1: RuntimeError: no memory left"
+        assert later in (texts, "no memory left")
         assert (was_open, is_open) == (True, False)
 
 

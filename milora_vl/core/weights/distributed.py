@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from typing import Any, TypeVar
 
 import psutil
 import torch
@@ -15,6 +16,9 @@ from torch import Tensor, nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from milora_vl.common.compat.transformers import whole_weights
+from milora_vl.common.errors import UserError
+
+Made = TypeVar("Made")
 
 
 def rank_and_world_size() -> tuple[int, int]:
@@ -24,12 +28,51 @@ def rank_and_world_size() -> tuple[int, int]:
 
 
 def gather_objects(value: Any) -> list[Any]:
+    """Return the value of each process. A UserError among them is raised in all processes."""
     _, processes = rank_and_world_size()
-    if processes == 1:
-        return [value]
-    values: list[Any] = [None] * processes
-    dist.all_gather_object(values, value)
+    values: list[Any] = [value] * processes
+    if processes > 1:
+        dist.all_gather_object(values, value)
+    for error in (value, *values):
+        if isinstance(error, UserError):
+            error.is_shared = True
+            raise error
     return values
+
+
+def result_or_error(act: Callable[[], Made]) -> Made | UserError:
+    """Return what `act` returns, or its error, for `gather_objects`: the other processes wait for this one there."""
+    try:
+        return act()
+    except Exception as error:
+        rank, processes = rank_and_world_size()
+        if processes == 1:
+            raise
+        return (
+            error
+            if isinstance(error, UserError)
+            else UserError(f"{type(error).__name__}: {error}", where=f"rank {rank}")
+        )
+
+
+@contextmanager
+def raised_in_all() -> Iterator[None]:
+    """Raise an error of one process in all of them, at their next `gather_objects` or at the end of this context.
+
+    Not under ZeRO-3, where the others may wait in a forward: the launcher ends them.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not (is_deepspeed_zero3_enabled() or getattr(error, "is_shared", False)):
+            with suppress(UserError):
+                gather_objects(result_or_error(partial(_raise, error)))
+        raise
+    gather_objects(None)
+
+
+def _raise(error: Exception) -> None:
+    raise error
 
 
 def free_memory(device: torch.device) -> int:

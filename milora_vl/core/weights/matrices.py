@@ -12,9 +12,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import zip_longest
-from typing import TypeVar
 
 import torch
 from peft.utils.integrations import dequantize_module_weight, gather_params_ctx
@@ -22,12 +21,10 @@ from torch import Tensor, nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.pytorch_utils import Conv1D
 
-from milora_vl.common.errors import Problem, UserError
+from milora_vl.common.errors import UserError
 from milora_vl.core.svd import frobenius
 from milora_vl.core.svd.gram import full_precision
-from milora_vl.core.weights.distributed import gather_objects, rank_and_world_size
-
-Made = TypeVar("Made")
+from milora_vl.core.weights.distributed import Made, gather_objects, rank_and_world_size, result_or_error
 
 
 def is_adaptable(module: nn.Module) -> bool:
@@ -105,28 +102,22 @@ def for_each_weight(
     Under ZeRO-3 reading a weight gathers it, a collective operation: all processes go through the queues in step.
     An error of one process is raised in all of them, with its class if it is a UserError.
     """
-    rank, processes = rank_and_world_size()
+    rank = rank_and_world_size()[0]
     made: dict[str, Made] = {}
-    failure: tuple[type[UserError], Sequence[Problem]] | None = None
+    failure: UserError | None = None
     for paths in zip_longest(*queues):
         W = None
         for owner, path in enumerate(paths):
             if path is not None and (owner == rank or is_deepspeed_zero3_enabled()):
                 whole = read_matrix(model.get_submodule(path))
                 W = whole if owner == rank else W
-        if W is None or failure is not None:
-            continue
-        try:
-            made[paths[rank]] = make(paths[rank], W)
-        except UserError as error:
-            failure = type(error), error.problems
-        except Exception as error:  # any error: the other processes wait for this one
-            if processes == 1:
-                raise
-            failure = UserError, [Problem(f"{type(error).__name__}: {error}", where=paths[rank])]
-    for failed in gather_objects(failure):
-        if failed is not None:
-            raise failed[0](problems=failed[1])
+        if W is not None and failure is None:
+            outcome = result_or_error(partial(make, paths[rank], W))
+            if isinstance(outcome, UserError):
+                failure = outcome
+            else:
+                made[paths[rank]] = outcome
+    gather_objects(failure)
     return made
 
 
