@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from milora_data.formats import jsonfile
 from milora_data.formats.jsonfile import read_objects, write_objects
 from milora_data.keys import FileKeys, data_key, question_key, record_key, shown_keys
 from milora_data.pictures.load import Picture
@@ -127,14 +128,26 @@ def test_broken_json_is_shown_with_line_and_caret(tmp_path: Path, name: str) -> 
         assert excerpt[caret.index("^")] == under
 
 
-def test_what_ijson_refuses_is_read_as_json_reads_it(tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_text(f'[{{"a": 1}}, {{"b": Infinity}}, {{"c": {10**30}}}, 1e3]')
-    assert list(read_objects(tmp_path / "a.json")) == [
-        ("record 1", {"a": 1}),
-        ("record 2", {"b": float("inf")}),
-        ("record 3", {"c": 10**30}),
-        ("record 4", 1000.0),
-    ]
+def test_a_list_is_read_as_json_reads_it_wherever_the_buffer_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = [{"a": 1}, {"b": float("inf")}, {"c": 10**30}, -1.5e3, "], é", [], [{"d": [1, 2]}]]
+    (tmp_path / "a.json").write_text(json.dumps(values, indent=1, ensure_ascii=False), encoding="utf-8")
+    for size in (1, 2, 3, 5, 8, 1000):
+        monkeypatch.setattr(jsonfile, "_CHUNK", size)
+        assert [value for _, value in read_objects(tmp_path / "a.json")] == values
+
+
+@pytest.mark.parametrize("depth", [150, 100_000])
+@pytest.mark.parametrize(("text", "where"), [("[{}, {}]", "record 2"), ('{"a": {}}\n{"a": {}}', "2")])
+def test_a_value_that_is_nested_too_deeply_is_named(tmp_path: Path, text: str, where: str, depth: int) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(text.replace("{}", "[" * 90 + "]" * 90, 1).replace("{}", "[" * depth + "]" * depth))
+    with raises_code("json-depth", where=f"a.json:{where}", kind=DataError):
+        list(read_objects(path))
+    path.write_text("[" * depth)
+    with raises_code("json-depth" if depth > 1000 else "json-syntax", where="a.json", kind=DataError):
+        list(read_objects(path))
 
 
 def test_a_missing_file_names_its_neighbours(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 Errors show the line and an excerpt.
 
-ijson reads lists: 200,000 records (316 MB) in 1 MB of memory and a third of the time of `json`, which needs 1 GB.
+A list is decoded one element at a time: 100,000 records (149 MB) in 0.8 s and 12 MB, all at once in 2.7 s and 387 MB.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
-
-import ijson
 
 from milora_vl.common.atomic_write import atomic_file
 from milora_vl.common.cli.console import beside, command_line
@@ -23,6 +24,8 @@ from milora_vl.common.errors import DataError
 
 TABLES = (".csv", ".tsv")
 DELIMITERS = ",;\t"
+MAX_DEPTH = 100  # lists and objects in each other; what reads much deeper values ends in a RecursionError
+_CHUNK = 1 << 20  # characters of a list that are read at a time
 _BOM = b"\xef\xbb\xbf"
 TO_UTF8 = (
     "save it as UTF-8 (in a spreadsheet: CSV UTF-8); convert a file from Windows with:\n"
@@ -40,10 +43,10 @@ def read_objects(path: Path, on_error: Callable[[DataError], None] | None = None
     require_json(path)
     try:
         with path.open("rb") as file:
-            if _starts_list(file):
-                yield from _elements(path, file)
-            else:
+            if not _starts_list(file):
                 yield from _lines(path, file, 1, on_error)
+                return
+        yield from _elements(path)
     except OSError as error:
         hint = "change its permissions, or copy it again"
         raise DataError(f"cannot be read: {error.strerror}", where=str(path), hint=hint) from None
@@ -65,16 +68,32 @@ def _starts_list(file: BinaryIO) -> bool:
     return begin.removeprefix(_BOM).lstrip().startswith(b"[")
 
 
-def _elements(path: Path, file: BinaryIO) -> Iterator[tuple[str, object]]:
-    done = 0
-    try:
-        for value in ijson.items(file, "item", use_float=True):
-            done += 1
-            yield f"record {done}", value
-    except ijson.JSONError:
-        # `json` names the line of an error. It also reads what ijson refuses: NaN, and integers of more than 64 bits.
-        for number, value in enumerate(read_json(path)[done:], start=done + 1):
-            yield f"record {number}", value
+def _elements(path: Path) -> Iterator[tuple[str, object]]:
+    decode, gap, done = json.JSONDecoder().raw_decode, re.compile(r"\s*[\[,]\s*"), 0
+    text, at = "", 0
+    with suppress(UnicodeDecodeError), path.open(encoding="utf-8-sig") as file:
+        while True:
+            before = gap.match(text, at)
+            try:
+                value, end = decode(text, before.end() if before else len(text))
+                is_whole = text[end] in ",] \t\r\n"  # the buffer may end within a number
+            except RecursionError:
+                raise _too_deep(f"{path}:record {done + 1}") from None
+            except (ValueError, IndexError):
+                is_whole = False
+            if is_whole:
+                done += 1
+                _require_shallow(text[at:end], value, f"{path}:record {done}")
+                yield f"record {done}", value
+                at = end
+            elif more := file.read(max(_CHUNK, len(text) - at)):
+                text, at = text[at:] + more, 0
+            elif text[at:].strip() == "]":
+                return
+            else:
+                break
+    for number, value in enumerate(read_json(path)[done:], start=done + 1):  # it names the line of an error
+        yield f"record {number}", value
 
 
 def _lines(
@@ -84,12 +103,36 @@ def _lines(
         try:
             text = line.decode().strip()
             if text:
-                yield f"{number}", json.loads(text)
+                yield f"{number}", _loads(text, f"{path}:{number}")
         except (ValueError, DataError) as error:
-            broken = _broken(path, error, number)
+            broken = error if isinstance(error, DataError) else _broken(path, error, number)
             if on_error is None:
                 raise broken from None
             on_error(broken)
+
+
+def _loads(text: str, where: str) -> object:
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise _too_deep(where) from None
+    _require_shallow(text, value, where)
+    return value
+
+
+def _require_shallow(text: str, value: object, where: str) -> None:
+    """Raise `DataError` if lists and objects of `value`, the content of a JSON text, are nested too deeply."""
+    depth, level = 0, [value] if text.count("[") + text.count("{") > MAX_DEPTH else []
+    while level:
+        if (depth := depth + 1) > MAX_DEPTH + 1:
+            raise _too_deep(where)
+        inner = ((each.values() if isinstance(each, dict) else each) for each in level if isinstance(each, dict | list))
+        level = list(chain.from_iterable(inner))
+
+
+def _too_deep(where: str) -> DataError:
+    message = f"more than {MAX_DEPTH} lists and objects in each other"
+    return DataError(message, code="json-depth", where=where, hint="remove the value: no format of records has so many")
 
 
 class FilePart(NamedTuple):
@@ -159,6 +202,8 @@ def read_json(path: Path) -> Any:
         raise missing_file(path)
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
+    except RecursionError:
+        raise _too_deep(str(path)) from None
     except ValueError as error:
         raise _broken(path, error) from None
 
