@@ -41,8 +41,7 @@ from milora_vl.models.devices import bytes_per_number, quantized_layers
 from milora_vl.models.image_tokens import layers_of
 from milora_vl.models.losses import CHUNK, GradientsAtOnce, inner_model
 from milora_vl.train.launch import Launch, Strategy, strategy_of
-from milora_vl.train.recipe import RENAMED, Recipe, value_of
-from milora_vl.train.settings import Request
+from milora_vl.train.recipe import RENAMED, Recipe, Request, value_of
 
 if TYPE_CHECKING:
     from milora_vl.train.plan import Run
@@ -289,7 +288,7 @@ def _work_of(run: Run, counts: Counts, batching: Batching, *frugal: str) -> Work
     train = {**run.derived.train, **{RENAMED.get(name, name): True for name in frugal}}
     work = workload_of(train, run.launch, base, run.targets, counts, batching)
     if recipe.quantization != "none":
-        work = replace(work, packed_bytes=bytes_per_number(recipe.quantization, double_quant=recipe.double_quant))
+        work = replace(work, packed_bytes=bytes_per_number(recipe.quantization))
     saved = None if recipe.after is None else read_sidecar(Path(recipe.after))
     earlier = () if saved is None else saved.targets  # the base holds their factors
     held = sum((t.rank or 0) * (2 if t.has_anchor else 1) * sum(t.shape) for t in earlier)
@@ -448,7 +447,7 @@ def memory_savings(work: Workload, lean: Workload, flags: str) -> Iterator[tuple
         yield f"--deepspeed zero3 {flags}".rstrip(), replace(lean, stage=3)
         yield f"--deepspeed zero3 {least}".rstrip(), replace(smallest, stage=3)
     if work.packable and work.stage < 3:
-        packed = replace(smallest, packed_bytes=bytes_per_number("4bit", double_quant=True))
+        packed = replace(smallest, packed_bytes=bytes_per_number("4bit"))
         yield f"--quantization 4bit {least}".rstrip(), packed
     if not work.offload_weights:
         offloaded = replace(smallest, stage=3, offload_weights=True, offload_optimizer=True)

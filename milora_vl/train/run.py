@@ -6,13 +6,11 @@ from __future__ import annotations
 
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ from transformers.trainer_pt_utils import get_model_param_count
 
 from milora_data.encode.templates import OWN, render_chat_template
 from milora_data.encode.tokens import remember_legacy
+from milora_vl.common.cli.console import versions
 from milora_vl.common.cli.screen import Screen
 from milora_vl.common.errors import UserError
 from milora_vl.common.evaluator_protocol import TrainingQuestions
@@ -76,7 +75,6 @@ from milora_vl.train.start import Built, build_model, compile_blocks, make_texts
 from milora_vl.train.trainer import MiloraTrainer
 
 GIT_TIMEOUT = 10  # seconds
-PACKAGES = ("milora-vl", "torch", "transformers", "peft", "accelerate", "timm", "deepspeed", "bitsandbytes")
 
 
 def train(settings: Settings) -> int:
@@ -364,16 +362,6 @@ def collect_first_files(
         screen=screen,
         is_writer=bool(run.args.should_save),
     )
-
-
-def versions() -> dict[str, str]:
-    found = {"python": sys.version.split()[0]}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def git_state() -> dict[str, Any] | None:

@@ -59,7 +59,7 @@ def test_a_step_of_deepspeed_casts_gradients_when_activations_are_gone() -> None
 
 def test_a_quantised_base_packs_what_is_packable_alone() -> None:
     """7B in 4 bits: 6.6 of its 7.06 billion numbers; embeddings, head, projector and tower stay in 16 bits."""
-    plan = replace(PLAN, packable=6_476_005_376, packed_bytes=bytes_per_number("4bit", double_quant=True))
+    plan = replace(PLAN, packable=6_476_005_376, packed_bytes=bytes_per_number("4bit"))
     sizes = memory(plan)
     assert sizes["frozen weights"] == pytest.approx(6_476_005_376 * 0.516 + 587_421_696 * 2, rel=1e-3)
     assert sizes["anchors (never sharded)"] == 4 * PLAN.anchors  # a packed weight has no dtype: float32
