@@ -651,7 +651,7 @@ def _adapted(base: nn.Module, targets: Sequence[Target]) -> nn.Module:
         for target in targets:
             base.get_submodule(target.path).requires_grad_(True)
         return base
-    model: nn.Module = make_lora(base, targets)
+    model = make_lora(base, targets)
     for target in with_adapters:
         layer = lora_layer(model, target.path)
         set_dropout(layer, "default", target.dropout)
@@ -685,7 +685,7 @@ def _embeddings(base: Any, work: Workload, dtype: torch.dtype) -> Tensor:
 def _loss(base: Any, embeds: Tensor, work: Workload) -> Tensor:
     text = base.config.get_text_config().to_dict()
     width = text.get("hidden_size_per_layer_input")  # Gemma 4 has embeddings of the ids in each layer
-    language = base.get_submodule(find_towers(base).language) if work.pictures or width else inner_model(base)
+    language: Any = base.get_submodule(find_towers(base).language) if work.pictures or width else inner_model(base)
     inputs = {"inputs_embeds": embeds}
     if width:
         inputs["per_layer_inputs"] = embeds.new_zeros(*embeds.shape[:2], text["num_hidden_layers"], width)

@@ -305,10 +305,11 @@ def train_section(section: Any) -> tuple[dict[str, Any], list[Problem]]:
             problems.append(unknown_key(path, known_arguments(), "recipe-unknown-key"))
             continue
         try:
-            typed, newest = coerced(name, value), RENAMED.get(name, name)
+            typed = coerced(name, value)
         except ValueError as error:
             problems.append(Problem(str(error), "recipe-value", path))
             continue
+        newest = RENAMED.get(str(name), str(name))
         if name in REFUSED:
             if typed and REFUSED[name]:
                 problems.append(Problem(str(REFUSED[name]), "recipe-refused", path))
