@@ -482,11 +482,10 @@ def start_seconds(run: Run, steps: int, flops: float | None, row: float) -> floa
     reads the weights in half precision once for each step of 16 texts. A CPU needs twice as long for a token that it
     writes as for one that it reads, and LAYER seconds for each layer of a forward, however small it is.
 
-    Processes share the texts, captions, inputs and weights; under ZeRO-3 a model that does not fit on one device writes
-    all of them in each. Each pass over the calibration runs the model in all, and sums C of the inputs that fit beside
-    it, and as much on what is held out; a pass ends at its last layer, so it runs half of the model on average. The
-    eigenvalue solver makes C tridiagonal, which reads the rest of C once for each column: 4/3 n^3 bytes, limited by
-    memory; the other steps are products with about 6 n^3 operations.
+    Processes share the texts, captions, inputs and weights. Each pass over the calibration runs the model in all,
+    and sums C of the inputs that fit beside it, and as much on what is held out; a pass ends at its last layer, so
+    it runs half of the model on average. The eigenvalue solver makes C tridiagonal, which reads the rest of C once
+    for each column: 4/3 n^3 bytes, limited by memory; the other steps are products with about 6 n^3 operations.
     """
     base, settings, size = run.base, run.recipe.calibration, num_parameters(run.base.meta)
     new = [target for target in run.targets if run.folder.checkpoint is None and run.recipe.adapter is None]
