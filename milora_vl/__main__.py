@@ -5,10 +5,9 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
-from milora_vl.common.cli.console import Menu, run, versions
+from milora_vl.common.cli.console import Menu, run
 
 MENU = Menu(
     "milora",
@@ -48,7 +47,6 @@ MENU = Menu(
     },
     """\
 examples:
-  milora --version
   milora train --model llava-1.5-7b --dry-run
   milora data check train.json --image_folder images
   milora eval run --model llava-1.5-7b --adapter runs/a --suite llava-paper --data eval --output_dir runs/a
@@ -60,9 +58,6 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one program and return its exit code. Raises UserError for an unknown program."""
-    if (sys.argv[1:] if argv is None else list(argv)) == ["--version"]:
-        sys.stdout.write("".join(f"{name} {version}\n" for name, version in versions().items()))
-        return 0
     return MENU.main(argv)
 
 

@@ -22,15 +22,15 @@ from milora_vl.sweep.cells import Cell, arm_rules
 FOLDER = Path(__file__).parent  # its YAML files are the studies
 VERSION = 3  # increase it if the results of an unchanged cell may change
 # The keys of an arm that are not fields of its adapter rules.
-_OF_ARM = ("train", "learning_rates", "seeds", "rival", "chain", "inside")
+_OF_ARM = ("train", "learning_rates", "seeds", "rival", "chain")
 
 
 class Study(Strict):
     """One file of studies. An arm sets fields of the adapter rules, or has its own `policy`.
 
     The `train` of an arm replaces `steps`, `weight_decay` and so on for this arm, and its `learning_rates` replace the
-    rates of the study. An arm may have fewer `seeds`, a `rival`, and with `inside` an A that trains off the protected
-    inputs. `losses_at` are steps at which the losses are measured, beside the last one.
+    rates of the study. An arm may have fewer `seeds`, and a `rival`. `losses_at` are steps at which the losses are
+    measured, beside the last one.
     With `then`, a cell is a chain: it trains these tasks after `task`, as the `chain` of its arm says.
     `also` names arms whose cells are read from the CSV of another study with the same task and settings. `figure` is
     the plot of score over forgetting.
@@ -58,7 +58,7 @@ class Study(Strict):
         if self.reference not in named:
             raise ValueError(f"reference: no arm has the name {self.reference!r}; arms: {', '.join(named)}")
         for arm in self.arms:
-            self.training(arm), self.rival(arm), self.chain(arm), self.inside(arm)
+            self.training(arm), self.rival(arm), self.chain(arm)
             Policy.parse(self.rules(arm, self.rates(arm)[0]))
         return self
 
@@ -75,10 +75,6 @@ class Study(Strict):
     def rival(self, arm: str) -> Rival | None:
         """Return the term that the arm adds to its loss, if any."""
         return Rival.model_validate(self.arms[arm]["rival"]) if "rival" in self.arms[arm] else None
-
-    def inside(self, arm: str) -> Inside | None:
-        """Return the directions that the A of the arm trains in, if it does not train in all."""
-        return Inside.model_validate(self.arms[arm]["inside"]) if "inside" in self.arms[arm] else None
 
     def chain(self, arm: str) -> Chain:
         """Return how the arm trains one task after the other."""
@@ -104,11 +100,9 @@ class Study(Strict):
         training, rival = self.training(cell.method).model_dump(), self.rival(cell.method)
         rules = self.rules(cell.method, cell.learning_rate, cell.seed)
         content: list[Any] = [VERSION, self.task, None, training, rules, cell.seed]
-        inside = self.inside(cell.method)
         content += [self.losses_at] if self.losses_at else []
         content += [rival.model_dump()] if rival else []
-        content += [inside.model_dump()] if inside else []
-        content += [CALIBRATION_VERSION] if protects(rules) or inside else []
+        content += [CALIBRATION_VERSION] if protects(rules) else []
         content += [self.then, self.chain(cell.method).model_dump()] if self.then else []
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:20]
 
@@ -146,16 +140,6 @@ class Chain(Strict):
     start: Literal["new", "further", "joint"] = "new"
     earlier: NonNegativeInt = 0
     replay: float = Field(0.0, ge=0, le=1)
-
-
-class Inside(Strict):
-    """The key `inside` of an arm: A trains off the inputs that hold the share `protect`, from the last directions of W.
-
-    `count` is the number of directions it trains in, drawn at random; None: all.
-    """
-
-    protect: float = Field(gt=0, lt=1)
-    count: PositiveInt | None = None
 
 
 class Rival(Strict):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -13,17 +11,10 @@ import torch
 from torch import nn
 
 from milora_vl import apply_milora
-from milora_vl.core.adapter.fixed_a import calibration_key
-from milora_vl.core.adapter.lora import lora_layer
 from milora_vl.core.adapter.rates import parameter_groups
-from milora_vl.core.calibration.activations import find_inputs
-from milora_vl.core.calibration.bases import Calibration
-from milora_vl.core.policy import Policy
-from milora_vl.core.weights.matrices import read_matrix
 from milora_vl.sweep.cells import Cell, CellNumbers
-from studies.free_a import Directions, free_directions, minor_start, train_inside
 from studies.rivals import kl_from_base, pieces
-from studies.study import Inside, Study, protects
+from studies.study import Study, protects
 from studies.task import Task
 
 _CLIP = 1.0  # HF's max_grad_norm
@@ -55,40 +46,10 @@ def run_cell(task: Task, study: Study, cell: Cell, factors: Path) -> tuple[CellN
 def adapted(task: Task, study: Study, cell: Cell, base: nn.Module, factors: Path) -> Any:
     """Return the model with the adapter of a cell, ready to train."""
     rules = study.rules(cell.method, cell.learning_rate, cell.seed)
-    inside = study.inside(cell.method)
-    free = None if inside is None else free_rows(base, rules, task.calibration(), inside, factors)
     model = apply_milora(base, rules, cache_dir=factors, calibration=task.calibration() if protects(rules) else None)
-    if free is not None:
-        train_off_inputs(model, free)
     for parameter in (p for p in model.parameters() if p.requires_grad):
         parameter.data = parameter.data.float()  # half precision loses small Adam steps
     return model
-
-
-def free_rows(
-    base: nn.Module, rules: list[dict[str, Any]], calibration: Calibration, inside: Inside, folder: Path
-) -> dict[str, Directions]:
-    """Return the directions off the protected inputs by path, one object for each layer input, cached in `folder`."""
-    targets = [replace(t, protect=inside.protect) for t in Policy.parse(rules).resolve(base) if t.rank is not None]
-    file = folder / f"free-{calibration_key(base, targets, calibration)}-{inside.count}.pt"
-    if not file.is_file():
-        found = find_inputs(base, targets, calibration)
-        bases = list({id(one): one for one in found.values()}.values())
-        rows = [free_directions(one.V, inside.count, seed=number) for number, one in enumerate(bases)]
-        file.parent.mkdir(parents=True, exist_ok=True)
-        torch.save((rows, {path: bases.index(one) for path, one in found.items()}), file)
-    rows, numbers = torch.load(file)
-    shared = [Directions(R) for R in rows]
-    return {path: shared[number] for path, number in numbers.items()}
-
-
-def train_off_inputs(model: Any, free: Mapping[str, Directions]) -> None:
-    """Let the A of every layer train inside its free directions, from the last directions of its weight on."""
-    for target in model.milora_targets:
-        if target.path in free and target.rank is not None:
-            layer, directions = lora_layer(model, target.path), free[target.path]
-            W = read_matrix(layer.get_base_layer())
-            train_inside(layer, "default", minor_start(W, directions.R, target.rank), directions)
 
 
 def train(task: Task, model: Any, study: Study, cell: Cell) -> tuple[dict[str, float], float]:

@@ -45,27 +45,25 @@ def test_a_changed_number_is_written_again(monkeypatch: pytest.MonkeyPatch) -> N
     assert figures.written(page.format("0.4")) == page.format("0.5")
 
 
-def test_the_chart_has_one_point_for_each_method_and_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_chart_has_each_training_and_the_mean_of_each_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     header = "method,learning_rate,rank,seed,validation_loss,score,forgetting," + ",".join(figures.PROBES)
     rows = (
-        "plain,0.001,,0,1,0.3,0.1,1,2,4",
-        "plain,0.001,,1,1,0.5,0.2,1,2,4",
-        "plain,0.002,,0,1,0.4,0.1,1,2,4",
-        "lora-both,0.001,,0,1,0.4,0.3,2,2,2",
+        "ours,0.001,,0,1.0,0.3,0.1,1,2,4",
+        "ours,0.001,,1,1.2,0.5,0.2,1,2,4",
+        "ours,0.002,,0,0.9,0.4,0.4,1,2,4",
+        "lora,0.001,,0,0.9,0.4,0.3,2,2,2",
     )
     (tmp_path / "some.csv").write_text("\n".join((header, *rows)), encoding="utf-8")
     monkeypatch.setattr(figures, "DOCS", tmp_path)
-    monkeypatch.setattr(figures, "DEFAULT_TASKS", (figures.Task("some", 1, 1, ("some",)),))
-    assert {method: list(map(len, rates)) for method, rates in figures.chart_points().items()} == {
-        "plain": [2, 1],
-        "lora-both": [1],
-    }
+    arms = {"ours": figures.OURS, "lora": "LoRA"}
+    task = figures.TaskFiles("some", 1, 1, ("some",), arms)
+    monkeypatch.setattr(figures, "CHARTED", ((task, "forgetting"), (task, figures.PICTURES)))
     of_text, of_pictures = figures.chart().axes
-    assert of_pictures.containers[0].lines[0].get_xdata().tolist() == pytest.approx([2, 2]), "the mean of three probes"
-    points, _, (across, upwards) = of_text.containers[0].lines
-    assert [list(map(float, xy)) for xy in points.get_xydata()] == [pytest.approx([0.15, 0.4]), [0.1, 0.4]]
-    assert across.get_segments()[0][:, 0].tolist() == pytest.approx([0.1, 0.2])
-    assert upwards.get_segments()[0][:, 1].tolist() == pytest.approx([0.3, 0.5])
+    points, means = (line.get_xydata().tolist() for line in of_text.lines[:2])
+    assert points == [[1.0, 0.1], [1.2, 0.2], [0.9, 0.4]]
+    assert means == [pytest.approx([1.1, 0.15]), [0.9, 0.4]]
+    assert of_pictures.lines[1].get_ydata().tolist() == pytest.approx([2, 2]), "the mean of three probes"
+    assert len(of_text.lines) == 4
 
 
 @pytest.mark.parametrize("draw", [figures.chart, *PICTURES.values()], ids=lambda draw: draw.__name__)
