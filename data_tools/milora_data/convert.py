@@ -8,7 +8,6 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -16,15 +15,13 @@ from typing import Any
 from milora_data.formats.jsonfile import read_objects, write_objects
 from milora_data.formats.stored import is_stored, stored_items
 from milora_data.formats.tables import (
+    COLUMNS,
     DEFAULT_PROMPT,
     EMPTY_CELL,
-    INSTRUCTIONS,
     Converter,
     Records,
     TableOptions,
-    coco_captions,
     table,
-    vqa,
 )
 from milora_data.hold_out import PICTURE, RECORD, held_out, shared_pictures
 from milora_data.keys import FileKeys, file_key
@@ -34,6 +31,18 @@ from milora_data.stream import load_records
 from milora_vl.common.cli.console import amount, next_step
 from milora_vl.common.cli.parser import Command, option, positive, shared
 from milora_vl.common.errors import MALFORMED, DataError, UserError, first_line
+
+
+def columns(text: str) -> dict[str, tuple[str]]:
+    """Parse names of columns: the `type` of --columns.
+
+    >>> columns("image=Bild,answer=Antwort")
+    {'image': ('Bild',), 'answer': ('Antwort',)}
+    """
+    pairs = [part.partition("=")[::2] for part in text.split(",")]
+    if wrong := [what for what, name in pairs if what not in COLUMNS or not name]:
+        raise argparse.ArgumentTypeError(f"expected PART=COLUMN of {', '.join(COLUMNS)}, got {wrong[0]!r}")
+    return {what: (name,) for what, name in pairs}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,10 +55,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if there := [path for path in [*new, *([images.path] * (chosen.kind == "hub"))] if path.exists()]:
         raise output_exists(there[0])
     field = None if chosen.hold_out_by in (PICTURE, RECORD) else chosen.hold_out_by
-    options = TableOptions(chosen.prompt, chosen.image_pattern, field)
+    named = chosen.columns or {}
+    options = TableOptions(
+        chosen.prompt, field, COLUMNS | named, unseen={name for (name,) in named.values()}, split=chosen.split
+    )
     more: dict[str, Any] = {}
     try:
-        records = _require_records(images.filled(_read(chosen.kind, chosen.sources, options)), chosen, options.left_out)
+        records = _require_records(images.filled(_read(chosen.kind, chosen.sources, options)), chosen, options)
         if chosen.hold_out:
             numbers, records = _hold_out(list(records), chosen, held, images)
             more = {"held_out": str(held), "held_out_records": len(numbers)}
@@ -72,9 +84,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _require_records(records: Records, chosen: argparse.Namespace, left_out: Sequence[str]) -> Records:
-    first = next(records, None)
+def _require_records(records: Records, chosen: argparse.Namespace, options: TableOptions) -> Records:
+    first, left_out = next(records, None), options.left_out
     if first is None:
+        if options.splits and not left_out:
+            message = f"no row of {chosen.split}; found: {', '.join(sorted(options.splits))}"
+            raise UserError(message, code="convert-no-records", where="--split", hint="nothing was written")
         left = f"; {amount(len(left_out), 'record')} left out, the first: {left_out[0]}" if left_out else ""
         hint = "nothing was written; name a file with records"
         where = ", ".join(chosen.sources)
@@ -104,21 +119,22 @@ def _check_flags(chosen: argparse.Namespace) -> None:
         if vars(chosen)[flag] and not chosen.hold_out:
             hint = "add:  --hold_out N"
             raise UserError("needs --hold_out", code="flag-needs-another", where=f"--{flag}", hint=hint)
-    for flag, kinds in FLAGS.items():
-        if vars(chosen)[flag] is not None and chosen.kind not in kinds:
-            message = f"only applies to --from {', '.join(kinds)}, not to {chosen.kind}"
+    for flag in FLAGS:
+        if vars(chosen)[flag] is not None and chosen.kind not in ("table", "hub"):
+            message = f"only applies to --from table and hub, not to {chosen.kind}"
             raise UserError(message, code="flag-no-effect", where=f"--{flag}", hint="remove the flag")
 
 
 def _read(kind: str, sources: Sequence[str], options: TableOptions) -> Records:
     """Yield the records; raises `DataError` for a file in another format."""
-    if kind == "alpaca":
-        options = replace(options, columns=INSTRUCTIONS, exact=True)
-    is_stored_kind = kind == "hub" or (
-        kind in ("llava", "messages", "table", "alpaca") and any(map(is_stored, sources))
-    )
     try:
-        yield from _stored(sources, options) if is_stored_kind else KINDS[kind](list(map(Path, sources)), options)
+        if kind == "hub" or any(map(is_stored, sources)):
+            yield from _stored(sources, options)
+        else:
+            yield from KINDS[kind](list(map(Path, sources)), options)
+        if options.unseen:
+            message = f"no row has {', '.join(sorted(options.unseen))}"
+            raise UserError(message, code="flag-no-effect", where="--columns", hint="name columns of the table")
     except UserError:
         raise
     except MALFORMED as error:
@@ -257,12 +273,9 @@ KINDS: dict[str, Converter] = {
     "llava": _llava,
     "messages": _llava,
     "table": table,
-    "alpaca": table,
     "hub": _stored,
-    "coco": coco_captions,
-    "vqav2": vqa,
 }
-FLAGS = {"prompt": ("table", "hub", "coco"), "image_pattern": ("coco", "vqav2")}
+FLAGS = ("prompt", "columns", "split")  # of tables and the hub
 COMMAND = Command(
     "milora_data convert",
     "Convert another format to LLaVA JSON.",
@@ -271,20 +284,17 @@ formats (--from):
   llava      records of LLaVA's format, as a list or one per line; several files are joined into one
   messages   {"messages": [{"role", "content"}], "images": [...]}, used by OpenAI, TRL and others; a list or one per
              line; base64 pictures, here and in the other formats, are written to images/
-  table      rows (.csv, .tsv, .json, .jsonl, .parquet) with columns for picture, question and answer, or picture and
-             caption
-  alpaca     instruction, input and output, or query and response, as in LLM-Adapters and MetaMathQA
+  table      rows (.csv, .tsv, .json, .jsonl, .parquet) with columns for picture, question and answer, picture and
+             caption, or instruction, input and output; --columns names others
   hub        FILE.parquet, FILE.tar (webdataset: a.jpg with a.txt or a.json), a folder of save_to_disk,
              hub:OWNER/NAME[/CONFIG][@REVISION][:SPLIT]; pictures are written to images/
-  coco       captions_....json
-  vqav2      the questions file and the annotations file of VQAv2, or of a data set in its form
 
 examples:
   python -m milora_data convert --from llava a.jsonl b.jsonl --output_dir data
   python -m milora_data convert --from hub my_pictures.tar --output_dir data --prompt "What is this?"
   python -m milora_data convert --from table captions.csv --output_dir data
-  python -m milora_data convert --from alpaca instructions.json --output_dir data
-  python -m milora_data convert --from vqav2 questions.json annotations.json --output_dir data
+  python -m milora_data convert --from table fotos.csv --columns image=Bild,question=Frage,answer=Antwort \\
+      --split train --output_dir data
 """,
     inputs=(
         option(
@@ -295,7 +305,13 @@ examples:
     ),
     settings=(
         option("--prompt", help=f'question for pictures with captions (default: "{DEFAULT_PROMPT}")'),
-        option("--image_pattern", help="file name of a picture from its id, such as coco/{:012d}.jpg"),
+        option(
+            "--columns",
+            type=columns,
+            metavar="PART=COLUMN,...",
+            help=f"names of columns: {', '.join(COLUMNS)} (default: common English names)",
+        ),
+        option("--split", metavar="NAME", help="only the rows whose column split says so"),
         option(
             "--hold_out", type=positive, metavar="N", help="write about N random records to FOLDER/FOLDER-eval.json"
         ),

@@ -20,40 +20,6 @@ from milora_vl.common.errors import DataError, UserError
 from support.drawn import made
 from support.problems import raises_code
 
-SHORT = "\nAnswer the question using a single word or phrase."
-VQA = {
-    "q.json": {
-        "data_subtype": "val2014",
-        "questions": [
-            {"question_id": 1, "image_id": 9, "question": "Red?"},
-            {"question_id": 2, "image_id": 7, "question": "Big?"},
-            {"question_id": 3, "image_id": 9, "question": "Blue?"},
-        ],
-    },
-    "a.json": {
-        "annotations": [
-            {"question_id": 1, "image_id": 9, "multiple_choice_answer": "yes"},
-            {"question_id": 2, "image_id": 7, "answers": [{"answer": "no"}, {"answer": "so"}, {"answer": "so"}]},
-            {"question_id": 3, "image_id": 9, "multiple_choice_answer": "no"},
-        ]
-    },
-}
-# format -> files, the pictures of the first record, its turns, number of records
-CASES: dict[str, tuple[dict[str, Any], Any, list[str], int]] = {
-    "vqav2": (VQA, "COCO_val2014_000000000009.jpg", [f"<image>\nRed?{SHORT}", "yes", "Blue?", "no"], 2),
-    "coco": (
-        {"c.json": {
-            "images": [{"id": 9, "file_name": "COCO_9.jpg"}],
-            "annotations": [{"id": 1, "image_id": 9, "caption": " A dog. "}],
-        }},
-        "COCO_9.jpg", ["<image>\nDescribe this picture.", "A dog."], 1,
-    ),
-    "alpaca": (
-        {"c.json": [{"instruction": " True? ", "input": "", "output": "the answer is true", "answer": "true"}]},
-        None, [" True? ", "the answer is true"], 1,
-    ),
-}  # fmt: skip
-
 
 def convert(kind: str, files: dict[str, Any], folder: Path, *flags: str) -> list[dict[str, Any]]:
     for name, content in files.items():
@@ -64,26 +30,40 @@ def convert(kind: str, files: dict[str, Any], folder: Path, *flags: str) -> list
     return json.loads((folder / "out" / "data.json").read_text())  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("kind", CASES)
-def test_a_known_format_becomes_llavas(kind: str, tmp_path: Path) -> None:
-    files, image, texts, count = CASES[kind]
-    made = convert(kind, files, tmp_path)
-    assert len(made) == count
-    assert made[0].get("image") == image
-    assert [turn["value"] for turn in made[0]["conversations"]] == texts
-    records = list(load_records(tmp_path / "out" / "data.json"))
-    assert [turn.role for turn in records[0].turns] == ["user", "assistant"] * (len(texts) // 2)
-
-
-@pytest.mark.parametrize("kind", CASES)
+@pytest.mark.parametrize("kind", ["table", "llava"])
 def test_a_file_of_another_kind_is_said_to_be_one(kind: str, tmp_path: Path) -> None:
     (tmp_path / "other.json").write_text('[{"something": "else"}]')
-    words = "it has no|no question with an answer|expected an object|another structure|must be a list of turns"
-    with pytest.raises(DataError, match=words):
+    with pytest.raises(DataError, match="no question with an answer|must be a list of turns"):
         main(["convert", "--from", kind, str(tmp_path / "other.json"), "--output_dir", str(tmp_path / "out")])
     with raises_code("data-missing-file", where="none.json", message="no such file", kind=DataError):
         main(["convert", "--from", kind, str(tmp_path / "none.json"), "--output_dir", str(tmp_path / "out")])
     assert not (tmp_path / "out" / "data.json").exists()
+
+
+@pytest.mark.parametrize("form", ["csv", "parquet"])
+def test_columns_and_a_split_are_named(form: str, tmp_path: Path) -> None:
+    import datasets
+
+    rows = [{"Bild": f"{n}.png", "Frage": f"{n}?", "Antwort": "ja", "answer": "no", "Teil": part}
+            for n, part in enumerate(("train", "test", "train"))]  # fmt: skip
+    table, out = datasets.Dataset.from_list(rows), tmp_path / "out"
+    getattr(table, f"to_{form}")(tmp_path / f"t.{form}")
+    words = ["convert", "--from", "table", str(tmp_path / f"t.{form}"), "--output_dir", str(out)]
+    columns = "image=Bild,question=Frage,answer=Antwort"
+    with raises_code("", says="name others:  --columns image=PHOTO", kind=DataError):
+        main(words)
+    with raises_code("", where="--split", hint="--columns split=", kind=DataError):
+        main([*words, "--columns", columns, "--split", "test"])
+    with raises_code("convert-no-records", where="--split", message="found: test, train"):
+        main([*words, "--columns", f"{columns},split=Teil", "--split", "val"])
+    with raises_code("flag-no-effect", where="--columns", message="no row has Foto"):
+        main([*words, "--columns", f"{columns},input=Foto"])
+    with raises_code("command-line", message="'picture'"):
+        main([*words, "--columns", "picture=Bild"])
+    assert not out.exists() or not list(out.iterdir())
+    assert main([*words, "--columns", f"{columns},split=Teil", "--split", "test"]) == 0
+    (record,) = load_records(out / "data.json")
+    assert (record.images[0].name, *(turn.text for turn in record.turns)) == ("1.png", "<image>\n1?", "ja")
 
 
 def hold_out(rows: list[dict[str, Any]], folder: Path, *flags: str, kind: str = "table") -> tuple[list[Any], list[Any]]:
@@ -111,7 +91,7 @@ def test_all_records_of_a_picture_are_held_out_together(tmp_path: Path, capsys: 
     assert hold_out(rows, tmp_path / "again", "10") == (held, kept)
 
 
-@pytest.mark.parametrize("kind", ["table", "alpaca", "llava"])
+@pytest.mark.parametrize("kind", ["table", "llava"])
 def test_records_of_one_patient_are_held_out_together(kind: str, tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [{"instruction": f"{n}?", "output": "a", "patient": n % 7} for n in range(42)]
     if kind == "llava":
@@ -217,14 +197,6 @@ def test_questions_without_pictures_are_on_one_side(tmp_path: Path) -> None:
     asked = [{record["conversations"][0]["value"] for record in side} for side in (held, kept)]
     assert (len(held), len(kept)) == (8, 32)
     assert not asked[0] & asked[1]
-
-
-def test_pictures_can_be_named_by_a_pattern(tmp_path: Path) -> None:
-    made = convert("vqav2", VQA, tmp_path, "--image_pattern", "coco/train2017/{:012d}.jpg")
-    assert made[0]["image"] == "coco/train2017/000000000009.jpg"
-    (tmp_path / "x").mkdir()
-    with raises_code("", message="--image_pattern {:d}{}.jpg does not fit the picture 9", kind=DataError):
-        convert("vqav2", VQA, tmp_path / "x", "--image_pattern", "{:d}{}.jpg")
 
 
 def test_what_an_evaluation_reads_is_kept(tmp_path: Path) -> None:
@@ -397,26 +369,25 @@ def test_webdataset_shards_are_read(tmp_path: Path) -> None:
     assert records[0].turns[1].text == "That."
 
 
-def convert_file(path: Path, kind: str, out: Path) -> list[Any]:
-    assert main(["convert", "--from", kind, str(path), "--output_dir", str(out)]) == 0
+def convert_file(path: Path, kind: str, out: Path, *flags: str) -> list[Any]:
+    assert main(["convert", "--from", kind, str(path), "--output_dir", str(out), *flags]) == 0
     return list(load_records(out / "data.json"))
 
 
-@pytest.mark.parametrize("kind", ["alpaca", "table"])
-def test_alpacas_input_follows_its_instruction(kind: str, tmp_path: Path) -> None:
+def test_alpacas_input_follows_its_instruction(tmp_path: Path) -> None:
     rows = [
-        {"instruction": "Name the country.", "input": "Paris", "output": "France"},
+        {"instruction": "Name the country. ", "input": "Paris", "output": " France", "answer": "no"},
         {"instruction": "Say hi.", "input": "", "output": "Hi", "system": "Be short.", "history": [["A?", "B"]]},
     ]
     (tmp_path / "a.json").write_text(json.dumps(rows))
-    first, second = convert_file(tmp_path / "a.json", kind, tmp_path / "out")
-    assert [turn.text for turn in first.turns] == ["Name the country.\nParis", "France"]
+    first, second = convert_file(tmp_path / "a.json", "table", tmp_path / "out", "--columns", "answer=output")
+    assert [turn.text for turn in first.turns] == ["Name the country. \nParis", " France"]
     assert [(turn.role, turn.text) for turn in second.turns] == [
         ("system", "Be short."), ("user", "A?"), ("assistant", "B"), ("user", "Say hi."), ("assistant", "Hi"),
     ]  # fmt: skip
     (tmp_path / "b.json").write_text(json.dumps([rows[1] | {"history": ["A?"]}]))
     with raises_code("", where="b.json:record 1", message="history must be a list of pairs", kind=DataError):
-        main(["convert", "--from", kind, str(tmp_path / "b.json"), "--output_dir", str(tmp_path / "out2")])
+        convert_file(tmp_path / "b.json", "table", tmp_path / "out2")
 
 
 def test_a_row_with_an_empty_cell_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

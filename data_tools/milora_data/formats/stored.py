@@ -36,7 +36,8 @@ def stored_items(source: str, options: TableOptions | None = None) -> Iterator[R
         number = -1
         try:
             for number, row in enumerate(open_hub(source)):
-                yield _item(row, f"{source}:{number}", str(number), options)
+                if options is None or options.wants(row):
+                    yield _item(row, f"{source}:{number}", str(number), options)
         except UserError:
             raise
         except Exception as error:
@@ -59,7 +60,8 @@ def items_of_file(file: str, options: TableOptions | None = None, *, start: int 
         # Iterating the data set itself would split the rows among the loader processes a second time; `iter` does not.
         for number, batch in enumerate(_open_file(file).iter(batch_size=1)):
             row = {key: values[0] for key, values in batch.items()}
-            yield _item(row, f"{file}:{number}", str(start + number), options)
+            if options is None or options.wants(row):
+                yield _item(row, f"{file}:{number}", str(start + number), options)
     except Exception as error:  # readers of file formats raise exceptions of any type
         yield broken_off(f"{file}:{number + 1}", error)
 

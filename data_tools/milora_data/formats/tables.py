@@ -1,41 +1,32 @@
-"""Convert rows of tables, instructions, COCO captions and VQAv2's files to records.
+"""Convert rows of tables to records: instructions, questions about pictures, captions.
 
-Instructions have the fields of Stanford Alpaca and AGI-Edgerunners/LLM-Adapters (commonsense_170k.json), or of
-MetaMathQA; `system` and `history` are as in LLaMA-Factory's form of Alpaca. Questions are worded as in LLaVA-1.5's
-mix665k. Pictures are not copied; their names are the names of the original downloads, or follow `image_pattern`.
+Instructions have the fields of Stanford Alpaca and AGI-Edgerunners/LLM-Adapters, or of MetaMathQA; `system` and
+`history` are as in LLaMA-Factory's form of Alpaca. Pictures are not copied.
 """
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from milora_data.encode.templates import SHORT
-from milora_data.formats.jsonfile import read_json, read_rows
+from milora_data.formats.jsonfile import read_rows
 from milora_data.pictures.load import stored_pictures
 from milora_data.records.record import IMAGE, earlier, identifier_of
-from milora_vl.common.cli.console import amount
 from milora_vl.common.errors import DataError
 
 DEFAULT_PROMPT = "Describe this picture."
 Columns = Mapping[str, tuple[str, ...]]
-COLUMNS: Columns = {
+COLUMNS: dict[str, tuple[str, ...]] = {
     "image": ("image", "image_path", "file_name", "filename", "file", "path", "images"),
     "question": ("question", "query", "instruction", "prompt", "problem"),
     "answer": ("answer", "answers", "response", "output", "label", "multiple_choice_answer", "solution"),
     "caption": ("caption", "text", "description", "captions"),
     "input": ("input",),
     "system": ("system", "system_prompt"),
-}
-INSTRUCTIONS: Columns = {
-    "question": ("instruction", "query"),
-    "answer": ("output", "response"),
-    "input": ("input",),
-    "system": ("system",),
+    "split": ("split",),
 }
 EMPTY_CELL = "table-empty-cell"
 
@@ -43,11 +34,24 @@ EMPTY_CELL = "table-empty-cell"
 @dataclass(frozen=True, slots=True)
 class TableOptions:
     prompt: str | None = None  # question for a picture that has only a caption
-    image_pattern: str | None = None  # file name of a picture from its id, such as coco/train2017/{:012d}.jpg
     kept: str | None = None  # a column or key that the records keep
     columns: Columns = field(default_factory=lambda: COLUMNS)  # the names of each part of a record
-    exact: bool = False  # texts are not changed
+    unseen: set[str] = field(default_factory=set)  # columns that the user named and no row has had
+    split: str | None = None  # of the rows that are wanted
+    splits: set[str] = field(default_factory=set)  # collects the splits of all rows
     left_out: list[str] = field(default_factory=list)  # collects a line for each record that is skipped
+
+    def wants(self, row: Mapping[str, Any]) -> bool:
+        """Return whether a row is of the split, and note its columns. Raises `DataError` if it says nothing of it."""
+        self.unseen.difference_update(row)
+        if self.split is None:
+            return True
+        name = self.columns["split"][0]
+        if row.get(name) in (None, ""):
+            hint = "name the column:  --columns split=COLUMN"
+            raise DataError(f'nothing under "{name}"; columns: {", ".join(row)}', where="--split", hint=hint)
+        self.splits.add(str(row[name]))
+        return str(row[name]) == self.split
 
     def leave_out(self, error: DataError) -> None:
         self.left_out.append(f"{error.first.where}: {error.first.message}")
@@ -57,15 +61,6 @@ class TableOptions:
         if self.kept is None:
             return converted
         return {self.kept: field_of({**row, **converted}, self.kept), **converted}
-
-    def image(self, identifier: Any, default: str) -> str:
-        """Return the file name of a picture; raises `DataError` if the pattern does not fit its id."""
-        pattern = self.image_pattern or default
-        try:
-            return pattern.format(int(identifier) if str(identifier).isdecimal() and "d}" in pattern else identifier)
-        except (ValueError, IndexError, KeyError) as error:
-            message = f"--image_pattern {pattern} does not fit the picture {identifier!r}: {error}"
-            raise DataError(message, hint="for example  --image_pattern '{:012d}.jpg'") from None
 
 
 Records = Iterator[dict[str, Any]]
@@ -102,6 +97,8 @@ def table(sources: Sequence[Path], options: TableOptions) -> Records:
             where = f"{path}:{place}"
             if not isinstance(row, dict):
                 raise DataError(f"expected a row (an object), got {type(row).__name__}", where=where)
+            if not options.wants(row):
+                continue
             identifier = place if place.isdecimal() else str(number)  # the line of a row without an id
             try:
                 converted = row_record(row, options, place=where, identifier=identifier)
@@ -117,10 +114,10 @@ def row_record(row: Mapping[str, Any], options: TableOptions, *, place: str, ide
     """Return the record of one row, whose columns are recognized by name.
 
     `input` follows the question on a new line, or is the question; the text of `system` and the exchanges of `history`
-    come first. Raises `DataError` with the code EMPTY_CELL if the row has the columns, but no text in one; else if it
-    lacks them.
+    come first. The texts of a row without a picture are not changed. Raises `DataError` with the code EMPTY_CELL if the
+    row has the columns, but no text in one; else if it lacks them.
     """
-    columns = {**dict.fromkeys(COLUMNS, ()), **options.columns}
+    columns = options.columns
     cells = {
         what: next((row[name] for name in names if row.get(name) not in (None, "", [])), None)
         for what, names in columns.items()
@@ -135,12 +132,12 @@ def row_record(row: Mapping[str, Any], options: TableOptions, *, place: str, ide
     if not isinstance(answer, str) or not answer.strip() or not asked:
         raise _incomplete(row, columns, answer, bool(asked), place)
     question = "\n".join(filter(None, (str(cells["question"] or ""), str(cells["input"] or ""))))
-    kept: dict[str, Any] = {}  # what an evaluation reads: the kind of the question, and all correct answers
-    if not options.exact:
+    if cells["image"]:
         question = (question or options.prompt or DEFAULT_PROMPT).replace(IMAGE, "").strip()
         answer = answer.strip()
-        kept = {"type": row["type"]} if row.get("type") else {}
-        kept |= {"answers": list(map(_text_of, row["answers"]))} if isinstance(row.get("answers"), list) else {}
+    # What an evaluation reads: the kind of the question, and all correct answers.
+    kept: dict[str, Any] = {"type": row["type"]} if row.get("type") else {}
+    kept |= {"answers": list(map(_text_of, cells["answer"]))} if isinstance(cells["answer"], list) else {}
     exchanges = [*earlier(row, place), (question, answer)]
     converted = record(identifier_of(row, ("id", "question_id"), identifier), cells["image"], exchanges)
     if cells["system"]:
@@ -155,62 +152,12 @@ def _incomplete(row: Mapping[str, Any], columns: Columns, answer: object, is_ask
     if question and text and (not answer or isinstance(answer, str)):
         empty = question if answer and not is_asked else text
         return DataError(f'nothing under "{empty}"', code=EMPTY_CELL, where=place, hint="remove or complete the row")
-    expected = "\n".join(f"  {what:<9} {', '.join(names)}" for what, names in columns.items() if names)
+    expected = "\n".join(f"  {what:<9} {', '.join(names)}" for what, names in columns.items())
     return DataError(
         f"no question with an answer, and no picture with a caption\ncolumns: {', '.join(map(str, row))}",
         where=place,
-        hint=f"expected some of:\n{expected}",
+        hint=f"expected some of:\n{expected}\nname others:  --columns image=PHOTO,question=FRAGE,answer=ANTWORT",
     )
-
-
-def coco_captions(sources: Sequence[Path], options: TableOptions) -> Records:
-    """COCO captions: {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}."""
-    for path in sources:
-        content = read_json(path)
-        names = {row["id"]: row["file_name"] for row in content["images"]}
-        for row in content["annotations"]:
-            name = names.get(row["image_id"])
-            if name is None:
-                raise DataError(
-                    f"a caption for picture {row['image_id']}, which the file does not list",
-                    where=str(path),
-                    hint='use the published annotation file, unchanged: its "images" list every picture',
-                )
-            image = options.image(row["image_id"], name.replace("{", "{{").replace("}", "}}"))
-            exchange = (options.prompt or DEFAULT_PROMPT, row["caption"].strip())
-            yield record(row.get("id", row["image_id"]), image, [exchange])
-
-
-def vqa(sources: Sequence[Path], options: TableOptions) -> Records:
-    """VQAv2's questions file and annotations file, in any order: the questions about a picture form one record."""
-    files: dict[str, Any] = {}
-    for path in sources:
-        content = read_json(path)
-        found = {key: content[key] for key in ("questions", "annotations", "data_subtype") if key in content}
-        if not found.keys() & {"questions", "annotations"}:
-            raise DataError('expected an object with "questions" or "annotations"', where=str(path))
-        files |= found
-    if not {"questions", "annotations"} <= set(files):
-        raise DataError(f'expected a file with "questions" and one with "annotations"; found: {", ".join(files)}')
-    answers = {row["question_id"]: _answer(row) for row in files["annotations"]}
-    asked: dict[Any, list[tuple[str, str]]] = {}
-    num_unanswered = 0
-    for row in files["questions"]:
-        if row["question_id"] not in answers:
-            num_unanswered += 1
-            continue
-        exchanges = asked.setdefault(row["image_id"], [])
-        wanted = "" if exchanges else f"\n{SHORT}"  # the first question says that answers are short
-        exchanges.append((row["question"] + wanted, answers[row["question_id"]]))
-    if num_unanswered:
-        sys.stderr.write(f"left out: {amount(num_unanswered, 'question')} without an annotation\n")
-    default = f"COCO_{files.get('data_subtype', 'train2014')}_{{:012d}}.jpg"
-    for identifier, exchanges in asked.items():
-        yield record(identifier, options.image(identifier, default), exchanges)
-
-
-def _answer(row: Mapping[str, Any]) -> str:
-    return str(row.get("multiple_choice_answer") or most_frequent(row["answers"]))
 
 
 def most_frequent(answers: Sequence[Any]) -> Any:
