@@ -290,15 +290,10 @@ def started(way: str, base: Any, batch: dict[str, Any], figures: dict[str, Any])
 def planned_gb(base: Any, way: str, tokens: int, chosen: argparse.Namespace) -> float:
     """Return what a dry run plans for such a step, without the memory of CUDA itself and of Qwen's vision tower."""
     from benchmarks.plan import planned
-    from milora_vl.train.counts import Shape
+    from milora_vl.train.counts import memory
 
-    shape = Shape(
-        records=RECORDS, tokens=tokens, supervised=RECORDS * SUPERVISED, image_tokens=tokens - TEXT,
-        pictures=0 if hasattr(base.config.vision_config, "depth") else RECORDS, half=not chosen.tiny,
-        checkpointing=True, base_dtype=base.dtype,
-    )  # fmt: skip
-    found = planned(base.config, OURS[way], shape)
-    return round((found.frozen + found.anchors + 3 * found.trained + found.with_gradients) / 1e9, 2)
+    work = planned(base.config, OURS[way], RECORDS, tokens, checkpointing=True, half=not chosen.tiny)
+    return round(sum(memory(work).values()) / 1e9, 2)
 
 
 def questions(chosen: argparse.Namespace) -> dict[str, Any]:

@@ -28,19 +28,19 @@ from torch import nn
 from benchmarks.timing import FREED, apart, clocked, memory, reset_peak
 from milora_vl.core.adapter.apply import apply_milora
 from milora_vl.core.policy import Policy
-from milora_vl.models.base import find_base
+from milora_vl.models.base import Base, find_base
 from milora_vl.models.loading import config_of, load_weights, meta_model
 from milora_vl.models.losses import add_chunked_loss, summed_loss
 from milora_vl.train.counts import (
     MIX665K,
     Batching,
-    Resident,
-    Shape,
-    activations,
+    Counts,
+    Workload,
     needed,
-    shape_of,
-    simulate,
     workload_of,
+)
+from milora_vl.train.counts import (
+    memory as planned_memory,
 )
 from milora_vl.train.launch import Launch
 
@@ -86,12 +86,8 @@ def measure(
     from transformers import LlavaForConditionalGeneration
 
     config, dtype = small_config(layers, width), torch.bfloat16 if half else torch.float32
-    shape = Shape(
-        records=records, tokens=tokens, supervised=records * SUPERVISED, pictures=records, image_tokens=64, half=half,
-        checkpointing=checkpointing, base_dtype=dtype,
-    )  # fmt: skip
-    found = planned(config, RULES, shape)
-    predicted = found.frozen + found.anchors + 3 * found.trained + found.with_gradients
+    work = planned(config, RULES, records, tokens, checkpointing=checkpointing, half=half)
+    predicted = sum(planned_memory(work).values())
     is_card = device == "cuda"
     with torch.device(device):
         for kind in (torch.float32, dtype):  # the first use of the kernels has memory of its own
@@ -101,7 +97,7 @@ def measure(
         base = LlavaForConditionalGeneration(config)
         torch.set_default_dtype(torch.float32)
     model = apply_milora(base, RULES)
-    step = prepared(base, model, shape, batch(records, tokens, 64, torch.randn(records, 3, 112, 112)), device)
+    step = prepared(base, model, work, batch(records, tokens, 64, torch.randn(records, 3, 112, 112)), device)
     step()
     torch.cuda.reset_peak_memory_stats() if is_card else reset_peak()
     step()
@@ -129,9 +125,17 @@ def small_config(layers: int, width: int) -> Any:
     return LlavaConfig(text_config=text, vision_config=vision, image_token_index=32000)
 
 
-def planned(config: Any, rules: list[dict[str, Any]], shape: Shape) -> Resident:
+def planned(
+    config: Any, rules: list[dict[str, Any]], records: int, tokens: int, *, checkpointing: bool, half: bool
+) -> Workload:
     """Return what a dry run plans for a step."""
-    return simulate(config, Policy.parse(rules).resolve(meta_model(config)), shape)
+    base = Base.of("planned", config)
+    targets = Policy.parse(rules).resolve(base.meta)
+    train, batching = (
+        {"bf16": half, "activation_checkpointing": checkpointing},
+        Batching(num_records=1, per_device=records),
+    )
+    return workload_of(train, Launch(), base, targets, Counts(tokens, SUPERVISED), batching)
 
 
 def batch(records: int, tokens: int, image_tokens: int, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -144,7 +148,7 @@ def batch(records: int, tokens: int, image_tokens: int, pixels: torch.Tensor) ->
 
 
 def prepared(
-    base: Any, model: Any, shape: Shape, inputs: dict[str, torch.Tensor], device: str = "cpu"
+    base: Any, model: Any, work: Workload, inputs: dict[str, torch.Tensor], device: str = "cpu"
 ) -> Callable[[], float]:
     """Prepare a training as the command does; return one step of it, which returns the loss."""
     from peft.helpers import disable_input_dtype_casting
@@ -153,7 +157,7 @@ def prepared(
     for parameter in trained:
         parameter.data = parameter.data.float()
     add_chunked_loss(base)
-    if shape.checkpointing:
+    if work.checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
@@ -161,8 +165,8 @@ def prepared(
 
     def step() -> float:
         optimizer.zero_grad()
-        with disable_input_dtype_casting(model, active=shape.half):  # recompute checkpoints under the same autocast
-            with torch.autocast(device, torch.bfloat16, enabled=shape.half):
+        with disable_input_dtype_casting(model, active=work.half):  # recompute checkpoints under the same autocast
+            with torch.autocast(device, torch.bfloat16, enabled=work.half):
                 loss, count = summed_loss(model, dict(inputs), chunked=True)
             (loss / count).backward()
         optimizer.step()
@@ -177,13 +181,13 @@ def needs() -> list[dict[str, Any]]:
     for name in ("llava-1.5-7b", "llava-1.5-13b"):
         base = find_base(name)
         targets = Policy.parse([RULES[0] | {"rank": 128}, RULES[1]]).resolve(base.meta)
-        train = {"bf16": True, "activation_checkpointing": True, "per_device_train_batch_size": 16}
-        batching = Batching(num_records=1, per_device=16)
-        plan = workload_of(train, Launch(), base, targets, MIX665K, batching)
-        small = replace(plan, records=1)
-        small = replace(small, activations=activations(base, targets, shape_of(base, small, MIX665K)))
+        train = {"bf16": True, "activation_checkpointing": True}
+        plans = [
+            workload_of(train, Launch(), base, targets, MIX665K, Batching(num_records=1, per_device=records))
+            for records in (1, 16)
+        ]
         for devices, stage in ((1, 0), (8, 2), (8, 3)):
-            for chosen in (small, plan):
+            for chosen in plans:
                 size = needed(replace(chosen, devices=devices, stage=stage))
                 row = {"model": name, "devices": devices, "stage": stage, "batch": chosen.records}
                 rows.append(row | {"gib": round(size, 1)})
@@ -195,10 +199,7 @@ def full_size(layers: int, folder: Path) -> dict[str, Any]:
     config = config_of("llava-1.5-7b")
     config.text_config.num_hidden_layers = layers
     picture = 576
-    shape = Shape(
-        records=1, tokens=picture + SUPERVISED + 64, supervised=SUPERVISED, pictures=1, image_tokens=picture,
-        half=True, checkpointing=True, base_dtype=torch.bfloat16,
-    )  # fmt: skip
+    work = planned(config, RULES[:1], 1, picture + SUPERVISED + 64, checkpointing=True, half=True)
     results: dict[str, Any] = {"layers": layers, "threads": torch.get_num_threads()}
 
     @contextmanager
@@ -217,14 +218,13 @@ def full_size(layers: int, folder: Path) -> dict[str, Any]:
         base: Any = load_weights(folder)
     with stage("factors"):
         model = apply_milora(base, RULES[:1], progress=True)
-    step = prepared(base, model, shape, batch(1, shape.tokens, picture, torch.randn(1, 3, 336, 336).bfloat16()))
+    step = prepared(base, model, work, batch(1, work.tokens, picture, torch.randn(1, 3, 336, 336).bfloat16()))
     with stage("step"):
         results |= {"matrices": len(model.milora_report), "loss": round(step(), 4)}
     with stage("save"):
         model.save_pretrained(str(folder / "adapter"))
-    found = planned(config, RULES[:1], shape)
-    # The states of Adam follow the peak of the first step.
-    plan = found.frozen + found.anchors + found.trained + max(found.with_gradients, 3 * found.trained)
+    sizes = planned_memory(work)
+    plan = sum(sizes.values()) - min(sizes["optimizer"], sizes["activations"])  # Adam's states follow the first peak
     taken = results["step"]["peak_gb"] - start / 1e9
     results |= {"step_planned_gb": round(plan / 1e9, 2), "step_measured_gb": round(taken, 2)}
     return results | {"planned_over_measured": round(plan / 1e9 / taken, 3)}

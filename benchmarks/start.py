@@ -40,12 +40,13 @@ from milora_vl.core.calibration.activations import energy_limits, find_inputs, i
 from milora_vl.core.calibration.bases import InputBasis
 from milora_vl.core.calibration.texts import LENGTH
 from milora_vl.core.policy.rules import DEFAULT_RULES, without_projector
+from milora_vl.core.policy.towers import image_token_of
 from milora_vl.core.weights.matrices import read_matrix
 from milora_vl.forgetting.text import general_text, text_batches
 from milora_vl.models.base import find_base
 from milora_vl.models.loading import split_processor
 from milora_vl.models.losses import add_chunked_loss, summed_loss
-from milora_vl.train.base_kl import add_base_kl
+from milora_vl.train.base_kl import add_base_kl, with_positions
 from milora_vl.train.data import collator, read_records
 from milora_vl.train.launch import load_base_model
 from milora_vl.train.recipe import BaseKLConfig, Recipe
@@ -158,7 +159,9 @@ def base_kl(data: Path, records: int) -> dict[str, Any]:
         batch = collator(recipe, base, processor)(found)
         (captions,) = make_texts(recipe, base, model, processor, found, Screen(), 100).batches()
     ids = torch.randint(1000, 40_000, (term.texts, LENGTH), generator=torch.Generator().manual_seed(0))
-    texts = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    picture = image_token_of(model)
+    texts = with_positions({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, picture)
+    captions = with_positions(captions, picture)
     # A LoRA costs what the default does (docs/performance.md) and needs no calibration.
     rules = [{**rule, "method": "lora"} for rule in DEFAULT_RULES]
     tuned = apply_milora(model, Policy.parse(rules))

@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
-from milora_vl.common.cli.console import Menu, run
+from milora_vl.common.cli.console import Menu, run, versions
 
 MENU = Menu(
     "milora",
@@ -47,6 +48,7 @@ MENU = Menu(
     },
     """\
 examples:
+  milora --version
   milora train --model llava-1.5-7b --dry-run
   milora data check train.json --image_folder images
   milora eval run --model llava-1.5-7b --adapter runs/a --suite llava-paper --data eval --output_dir runs/a
@@ -58,6 +60,9 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one program and return its exit code. Raises UserError for an unknown program."""
+    if (sys.argv[1:] if argv is None else list(argv)) == ["--version"]:
+        sys.stdout.write("".join(f"{name} {version}\n" for name, version in versions().items()))
+        return 0
     return MENU.main(argv)
 
 

@@ -20,7 +20,7 @@ from support.thorough import is_thorough
 
 if TYPE_CHECKING:
     from milora_vl.core.policy import Target
-    from milora_vl.train.counts import Resident, Shape
+    from milora_vl.train.counts import Workload
 
 Made = tuple[Any, Any]
 
@@ -91,10 +91,10 @@ def known_costs() -> Iterator[None]:
 
     simulate, known = counts.simulate, {}
 
-    def remembered(config: Any, targets: Sequence[Target], shape: Shape) -> Resident:
-        key = config.to_json_string(use_diff=False), tuple(targets), shape
+    def remembered(config: Any, targets: Sequence[Target], work: Workload) -> tuple[int, int]:
+        key = config.to_json_string(use_diff=False), tuple(targets), work
         if key not in known:
-            known[key] = simulate(config, targets, shape)
+            known[key] = simulate(config, targets, work)
         return known[key]
 
     with pytest.MonkeyPatch.context() as patch:

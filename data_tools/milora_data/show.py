@@ -17,6 +17,7 @@ from milora_data.check import image_folder
 from milora_data.encode.templates import OWN, get_template, place_images, render
 from milora_data.keys import FileKeys, record_key
 from milora_data.pictures.load import ImageError, load_image, small
+from milora_data.records.boxes import boxes_in, with_pixels
 from milora_data.records.record import IMAGE, Record
 from milora_data.stream import load_records
 from milora_vl.common.atomic_write import json_lines
@@ -133,7 +134,8 @@ def _template(chosen: argparse.Namespace) -> str:
 def pieces_of(record: Record, template: str = DEFAULT_TEMPLATE) -> list[Piece]:
     """Return the pieces of a record in a prompt format. Raises `DataError` with file and line, like `encode`."""
     try:
-        turns = place_images(record.turns, len(record.images))
+        turns = [replace(turn, text=with_pixels(turn.text)) for turn in record.turns]
+        turns = place_images(turns, len(record.images))
         segments = render(turns, get_template(template), "</s>", bos="<s>")
     except DataError as error:
         raise with_context(error, record.place) from None
@@ -178,14 +180,27 @@ def _print(record: Record, pieces: Sequence[Piece], folder: Path, *, separate: b
 def _pictures(record: Record, folder: Path) -> list[tuple[str, bytes | None]]:
     """Return name and size of each picture of a record, and a small JPEG; of an unreadable one the reason, and None."""
     pictures: list[tuple[str, bytes | None]] = []
-    for picture in record.images:
+    boxes = list(boxes_in(turn.text for turn in record.turns))
+    for number, picture in enumerate(record.images):
         try:
             image = load_image(picture.within(folder))
+            _draw(image, [box for of_picture, box in boxes if of_picture == number])
         except ImageError as error:
             pictures.append((f"{picture} ({error.reason})", None))
         else:
             pictures.append((f"{picture} ({image.width} x {image.height})", small(image)))
     return pictures
+
+
+def _draw(image: Any, boxes: Sequence[Sequence[float]]) -> None:
+    """Draw boxes, and points as small boxes, on a picture."""
+    from PIL import ImageDraw
+
+    width = max(2, max(image.size) // 200)
+    for box in boxes:
+        corners = box if len(box) == 4 else [box[0] - width, box[1] - width, box[0] + width, box[1] + width]
+        if corners[0] <= corners[2] and corners[1] <= corners[3]:
+            ImageDraw.Draw(image).rectangle(tuple(corners), outline="red", width=width)
 
 
 def _card(record: Record, pieces: Sequence[Piece], folder: Path) -> Card:

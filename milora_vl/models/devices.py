@@ -18,7 +18,6 @@ from milora_vl.core.policy.towers import find_towers
 from milora_vl.core.weights.matrices import is_linear
 
 Quantization = Literal["4bit", "8bit"]
-QuantType = Literal["nf4", "fp4"]
 
 
 def device_named(name: str | None) -> torch.device:
@@ -86,30 +85,21 @@ def quantized_layers(model: nn.Module) -> list[str]:
     return [path for path, module in model.named_modules() if is_linear(module) and not path.startswith(kept)]
 
 
-def bytes_per_number(quantization: Quantization, *, double_quant: bool) -> float:
-    """Return the bytes per packed weight; 4 bits add a constant per 64 numbers (4 bytes, or 1 byte if quantised).
+def bytes_per_number(quantization: Quantization) -> float:
+    """Return the bytes per packed weight; 4 bits add a constant of one byte per 64 numbers, and 4 bytes per 256 of it.
 
-    >>> round(bytes_per_number("4bit", double_quant=True), 3), bytes_per_number("4bit", double_quant=False)
-    (0.516, 0.5625)
+    >>> round(bytes_per_number("4bit"), 3)
+    0.516
     """
-    if quantization == "8bit":
-        return 1.0
-    return 0.5 + (1 + 4 / 256 if double_quant else 4) / 64
+    return 1.0 if quantization == "8bit" else 0.5 + (1 + 4 / 256) / 64
 
 
 def quantization_config(
-    quantization: Quantization,
-    kept: Sequence[str],
-    *,
-    quant_type: QuantType = "nf4",
-    double_quant: bool = True,
-    compute_dtype: torch.dtype = torch.bfloat16,
+    quantization: Quantization, kept: Sequence[str], *, compute_dtype: torch.dtype = torch.bfloat16
 ) -> Any:
-    """Return the BitsAndBytesConfig of a quantised base. The keyword arguments apply to 4 bits (arXiv:2305.14314).
+    """Return the BitsAndBytesConfig of a quantised base; 4 bits are NF4 with double quantisation, as in LLaVA.
 
-    `kept` is what `unquantized` returns for the model.
-
-    The defaults are those in QLoRA and LLaVA: NF4 with double quantisation.
+    `kept` is what `unquantized` returns for the model. `compute_dtype` applies to 4 bits (arXiv:2305.14314).
     """
     from transformers import BitsAndBytesConfig
 
@@ -117,8 +107,8 @@ def quantization_config(
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(kept))
     return BitsAndBytesConfig(
         load_in_4bit=True,
-        bnb_4bit_quant_type=quant_type,
-        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute_dtype,
         llm_int8_skip_modules=list(kept),
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import groupby, takewhile
 from pathlib import Path
@@ -28,7 +28,8 @@ from milora_data.encode.tokens import IGNORE, bos_ids, fast_backend
 from milora_data.keys import file_key
 from milora_data.pictures.load import Picture, expand_to_square, load_image, picture_size, to_rgb
 from milora_data.pictures.videos import Frames
-from milora_data.records.record import IMAGE, VIDEO, Record, Turn, Video
+from milora_data.records.boxes import Boxes
+from milora_data.records.record import IMAGE, VIDEO, Record, Turn, Video, with_boxes
 from milora_vl.common.cli.console import amount
 from milora_vl.common.errors import DataError, UserError, first_line, with_context
 from milora_vl.core.evaluation_mode import evaluated
@@ -243,7 +244,7 @@ class ProcessorReader:
             if prompt.form == "raw":
                 text = Rendered(prompt.turns[-1].text.replace(IMAGE, self.call.placeholder), ())
             else:
-                turns = with_video_marks(prompt.turns, len(prompt.images), len(prompt.videos))
+                turns = self._marked(prompt, prompt.turns)
                 form = self.call.video_format if prompt.videos else self.call.format
                 text = form.render(turns, prompt=True)
             self.call.require_images(text.text, len(prompt.images), len(prompt.videos))
@@ -251,6 +252,10 @@ class ProcessorReader:
         except DataError as error:
             raise with_context(error, _named(prompt)) from None
         return text
+
+    def _marked(self, prompt: Prompt, turns: Sequence[Turn]) -> list[Turn]:
+        turns = with_boxes(turns, Boxes.of(self.call.processor), lambda: list(map(_size, prompt.images)))
+        return with_video_marks(turns, len(prompt.images), len(prompt.videos))
 
     def batches(self, prompts: Sequence[Prompt], batch_size: int) -> Iterator[list[int]]:
         lengths = [self._length(self.rendered(prompt), prompt) for prompt in prompts]
@@ -290,7 +295,7 @@ class ProcessorReader:
         if self.call.format.takes_conversations:
             start, text = len(rendered.text), rendered.text + answer
             if prompt.form != "raw":
-                turns = with_video_marks(_answered(prompt, answer), len(prompt.images), len(prompt.videos))
+                turns = self._marked(prompt, _answered(prompt, answer))
                 form = self.call.video_format if prompt.videos else self.call.format
                 text = _up_to_answer(form.render(turns).text, rendered.text, answer)
             rendered = Rendered(text, ((start, len(text)),))
@@ -407,6 +412,7 @@ class LlavaReader:
         return inputs
 
     def labelled(self, prompt: Prompt, answer: str) -> dict[str, Any]:
+        prompt = self._boxed(prompt)
         row, text = self.row(prompt), prompt.turns[-1].text
         answered = text + answer
         if prompt.form != "raw":
@@ -437,12 +443,16 @@ class LlavaReader:
             raise with_context(no_videos("this model"), prompt.source)
         return len(self._ids(prompt)) + sum(self._num_tokens(picture) - 1 for picture in prompt.images)
 
+    def _boxed(self, prompt: Prompt) -> Prompt:
+        boxes = Boxes("LLaVA (anyres)" if self.tiling is not None else f"LLaVA ({self.image_aspect_ratio})")
+        return replace(prompt, turns=tuple(with_boxes(prompt.turns, boxes, lambda: list(map(_size, prompt.images)))))
+
     def _ids(self, prompt: Prompt) -> list[int]:
         if prompt.images and self.image_token is None:
             message, hint = "the question has a picture, but this model reads only text", "use a vision-language model"
             raise UserError(message, code="model-reads-only-text", hint=hint)
         image = -1 if self.image_token is None else self.image_token
-        return prompt_ids(prompt, self.tokenizer, self.template, image_token_id=image, image_tokens=1)
+        return prompt_ids(self._boxed(prompt), self.tokenizer, self.template, image_token_id=image, image_tokens=1)
 
     def pixels(self, rows: Sequence[_Row]) -> dict[str, Tensor]:
         """Return {"pixel_values": (num_images, 3, H, W)} for the pictures of the rows in order; {} without pictures.

@@ -10,8 +10,8 @@ from typing import Any
 from milora_vl.common.cli.console import suggest
 from milora_vl.common.errors import UserError
 from milora_vl.core.policy.rules import METHODS
-from milora_vl.train.recipe import RENAMED, EvalConfig, Recipe, SweepConfig, value_of
-from milora_vl.train.settings import ADAPTERS, PolicyEdits, edited, is_adapter
+from milora_vl.train.recipe import ADAPTERS, RENAMED, EvalConfig, PolicyEdits, Recipe, SweepConfig, value_of
+from milora_vl.train.settings import edited, is_adapter
 
 # Names for --methods, with fields of the adapter rules and of `train:`.
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -21,10 +21,8 @@ from torch.nn.functional import kl_div
 from transformers import TrainingArguments
 
 from milora_vl.common.compat.torch import extend_forward
-from milora_vl.core.adapter.lora import base_model_of
 from milora_vl.core.calibration.bases import Calibration, kinds_of
 from milora_vl.core.evaluation_mode import evaluated
-from milora_vl.core.policy.towers import image_token_of
 
 
 class BaseKL:
@@ -66,8 +64,20 @@ class BaseKL:
 
 
 def add_base_kl(model: PeftModel) -> None:
-    """Add the argument `base_kl`, a batch, to the forward of a model; the output then has the term as `base_kl`."""
+    """Add the argument `base_kl` (`with_positions`) to the forward of a model; the output has the term as `base_kl`."""
     extend_forward(model, _forward)
+
+
+def with_positions(texts: Mapping[str, Tensor], picture: int | None) -> dict[str, Tensor]:
+    """Return a batch for the argument `base_kl`, with the positions whose next token counts: no padding and no picture.
+
+    The head computes `columns` of all rows alone, and `places` of these flattened count. They are found on the CPU: on
+    a GPU, their number would be waited for.
+    """
+    ids, mask = texts["input_ids"][:, 1:], texts["attention_mask"][:, 1:].bool()
+    counted = mask if picture is None else mask & (ids != picture)
+    columns = counted.any(0).nonzero().squeeze(1)
+    return {**texts, "columns": columns, "places": counted[:, columns].flatten().nonzero().squeeze(1)}
 
 
 def _forward(
@@ -76,16 +86,14 @@ def _forward(
     output = stock(*args, **kwargs)
     if base_kl is None:
         return output
-    picture = image_token_of(base_model_of(model))
-    ids, mask = base_kl["input_ids"][:, 1:], base_kl["attention_mask"][:, 1:].bool()
-    counted = mask if picture is None else mask & (ids != picture)
-    columns = counted.any(0).nonzero().squeeze(1)  # the head skips the positions of pictures
+    batch = {**base_kl}
+    columns, places = batch.pop("columns"), batch.pop("places")
 
     def logits() -> Tensor:
-        found: Tensor = stock(**base_kl, use_cache=False, logits_to_keep=columns)["logits"]
+        found: Tensor = stock(**batch, use_cache=False, logits_to_keep=columns)["logits"]
         if found.shape[1] != len(columns):  # VideoLLaMA3, MiniCPM-V and Qwen's omni models compute all
             found = found[:, columns]
-        return found[counted[:, columns]].float().log_softmax(-1)
+        return found.flatten(0, 1)[places].float().log_softmax(-1)
 
     with torch.no_grad(), model.disable_adapter(), evaluated(model):  # the base has no dropout and no noise
         before = logits()

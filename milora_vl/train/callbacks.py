@@ -12,9 +12,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import (
@@ -41,10 +42,6 @@ from milora_vl.models.loading import split_processor
 from milora_vl.train.counts import duration_text
 from milora_vl.train.plan import suites_of
 from milora_vl.train.recipe import Recipe
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
 
 # Tokens of general text. The base model's predictions stay in memory: vocabulary x 2 or 4 bytes per token.
 NUM_TOKENS, BLOCK_LENGTH, BATCH_SIZE = 1536, 128, 4
@@ -277,22 +274,33 @@ class RatesOfGroups(TrainerCallback):
 class StopOnSignal(TrainerCallback):
     """Save after the current step and stop when SIGTERM arrives, which schedulers send before they end a job.
 
-    Processes may receive the signal at different steps; all of them stop at the same step.
+    Processes may receive the signal at different steps; all of them stop at the same step, the next one.
     """
 
     def __init__(self) -> None:
-        self.accelerator: Accelerator | None = None
         self.received = self.stopped = False
+        self.before: tuple[Tensor, Any] | None = None  # how many had received it one step ago, and when that is known
 
     def on_signal(self, *_: object) -> None:
         self.received = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        assert self.accelerator is not None
-        if self.received:
-            self.accelerator.set_trigger()
-        if self.accelerator.check_trigger() if args.world_size > 1 else self.received:
+        if self._of_any(args) if args.world_size > 1 else self.received:
             self.stopped = control.should_save = control.should_log = control.should_training_stop = True
+
+    def _of_any(self, args: TrainingArguments) -> bool:
+        """Return whether a process had received it one step ago: an answer about this step would wait for its end."""
+        before = self.before
+        flag = torch.full((1,), float(self.received), device=args.device)
+        dist.all_reduce(flag)
+        is_cpu = args.device.type == "cpu"
+        known = None if is_cpu else torch.accelerator.current_stream().record_event
+        self.before = flag.to("cpu", non_blocking=True), known and known()
+        if before is None:
+            return False
+        if before[1] is not None:
+            before[1].synchronize()
+        return bool(before[0])
 
 
 @contextmanager

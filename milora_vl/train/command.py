@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args
 
-import torch
 import yaml
 
 import llava_recipes
@@ -18,8 +17,21 @@ from milora_vl.common.errors import Problem, UserError
 from milora_vl.common.yaml_text import parse_yaml
 from milora_vl.core.policy.rules import METHODS as RULE_METHODS
 from milora_vl.models.names import NAMED_MODELS
-from milora_vl.train.recipe import REFUSED, RENAMED, Recipe, boolean, coerced, flags_of, known_arguments, read_recipe
-from milora_vl.train.settings import LLAVA_FLAGS, METHODS, PROG, PolicyEdits, Request, join_settings
+from milora_vl.train.recipe import (
+    LLAVA_FLAGS,
+    METHODS,
+    PROG,
+    REFUSED,
+    RENAMED,
+    PolicyEdits,
+    Recipe,
+    Request,
+    boolean,
+    coerced,
+    flags_of,
+    known_arguments,
+    read_recipe,
+)
 
 DESCRIPTION = "Fine-tune a vision-language or text model and keep what it knows. Flags override the recipe."
 EPILOG = f"""examples:
@@ -89,8 +101,7 @@ def build_parser() -> argparse.ArgumentParser:
     for name, argument in known_arguments().items():
         if name not in RUN_FLAGS:
             help_ = argparse.SUPPRESS if "deprecated" in argument.help.lower() else argument.help
-            kind = bool if argument.is_switch else list if argument.is_list else str
-            _add(group if name in EVERYDAY else rest, (name,), kind, help_, f"hf.{name}")
+            _add(group if name in EVERYDAY else rest, (name,), argument.flag_kind, help_, f"hf.{name}")
     group = parser.add_argument_group("LLaVA's other flags")
     for name, (convert, text) in LLAVA_FLAGS.items():
         _add(group, (name,), convert, text, f"llava.{name}")
@@ -190,15 +201,20 @@ def _require_known(run: dict[str, Any], edits: dict[str, Any]) -> None:
     if planned and not run.get("dry_run"):
         hint = "the launcher sets the devices of a run"
         raise UserError("works only with --dry-run", code="flag-conflict", where=" ".join(planned), hint=hint)
-    if run.get("device") == "cuda" and not run.get("dry_run") and not torch.cuda.is_available():
-        hint = "to train on the CPU:  --device cpu"
-        raise UserError("PyTorch finds no CUDA device", code="device-no-cuda", where="--device", hint=hint)
+    if run.get("device") == "cuda" and not run.get("dry_run"):
+        import torch
+
+        if not torch.cuda.is_available():
+            hint = "to train on the CPU:  --device cpu"
+            raise UserError("PyTorch finds no CUDA device", code="device-no-cuda", where="--device", hint=hint)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     request = parse(argv)
     if request.action in ("print_recipe", "list_models", "list_recipes"):
         return show_list(request)
+    from milora_vl.train.settings import join_settings  # it imports torch, which takes seconds
+
     settings = join_settings(request)
     with settings.places():
         if request.action == "dry_run":

@@ -14,8 +14,7 @@ import os
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -28,7 +27,7 @@ from transformers.trainer_pt_utils import get_model_param_count
 
 from milora_vl.common.cli.console import amount
 from milora_vl.common.compat.torch import after_operations, without_data
-from milora_vl.core.adapter.anchored import fixed_names, install_factors
+from milora_vl.core.adapter.anchored import install_factors
 from milora_vl.core.adapter.fixed_a import Protection, fix_A
 from milora_vl.core.adapter.lora import lora_layer, make_lora, set_dropout
 from milora_vl.core.adapter.sidecar import read_sidecar
@@ -42,8 +41,7 @@ from milora_vl.models.devices import bytes_per_number, quantized_layers
 from milora_vl.models.image_tokens import layers_of
 from milora_vl.models.losses import CHUNK, GradientsAtOnce, inner_model
 from milora_vl.train.launch import Launch, Strategy, strategy_of
-from milora_vl.train.recipe import Recipe, value_of
-from milora_vl.train.settings import Request
+from milora_vl.train.recipe import RENAMED, Recipe, Request, value_of
 
 if TYPE_CHECKING:
     from milora_vl.train.plan import Run
@@ -204,25 +202,22 @@ class Costs:
 
 def costs_of(run: Run, counts: Counts, batching: Batching, *, has_steps: bool) -> Costs:
     base, request = run.base, run.request
-    work = workload_of(run.derived.train, run.launch, base, run.targets, counts, batching)
-    work = replace(work, fixed=work.fixed + num_held(run))
-    if run.recipe.quantization != "none":
-        packed = bytes_per_number(run.recipe.quantization, double_quant=run.recipe.double_quant)
-        work = replace(work, packed_bytes=packed)
-    work = _with_base_kl(work, run, counts)
-    lean, flags = _frugal(work, run, counts, batching)
+    work = _work_of(run, counts, batching)
+    frugal = [flag for flag, has in (("bf16", work.half), ("gradient_checkpointing", work.checkpointing)) if not has]
+    flags = " ".join(f"--{flag} True" for flag in frugal)
+    lean = _work_of(run, counts, batching, *frugal) if frugal else work
     sizes, leanest = memory(work), sum(memory(lean).values())
-    parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in sizes.items() if size >= 0.05 * GIB)
+    whole = sum(sizes.values())
     stage = "FSDP2" if work.fsdp else f"ZeRO-{work.stage}" if work.stage else "no ZeRO"
-    devices = f"{work.devices} device{'s' if work.devices > 1 else ''}"
-    whole = f"memory about {size_text(sum(sizes.values()))} per device ({stage}, {devices})"
-    out = [f"{whole}: {parts}" if parts else whole]
+    line = f"memory about {size_text(whole)} per device ({stage}, {amount(work.devices, 'device')})"
+    parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in sizes.items() if size >= 0.05 * GIB)
+    out = [f"{line}: {parts}" if parts else line]
     if base.own_pictures:
         out.append("       and the activations of the vision tower, which depend on the sizes of the pictures")
     if host_memory(work):
         out.append(f"       and {host_memory(work) / GIB:.1f} GiB of host memory per device (offloaded)")
-    if leanest < min(0.9 * sum(sizes.values()), sum(sizes.values()) - 0.05 * GIB):
-        out.append(f"       with {flags} about {leanest / GIB:.1f} GiB")
+    if leanest < min(0.9 * whole, whole - 0.05 * GIB):
+        out.append(f"       with {flags} about {size_text(leanest)}")
     change: str | None = ""
     if request.gpu_memory is not None:
         lines, change = verdict(work, lean, flags, request.gpu_memory)
@@ -235,33 +230,14 @@ def costs_of(run: Run, counts: Counts, batching: Batching, *, has_steps: bool) -
     steps = batching.steps if has_steps else SMOKE_STEPS
     start = start_seconds(run, steps, flops if on_cpu else None, work.tokens if counts.has_pictures else 0)
     before = f", about {duration_text(start)} before the first" if start else ""
-    out.append(f"time   about {duration_text(step)} a step on {where}{total}{before}")
-    out += start_notes(run, steps, start)
+    out += [f"time   about {duration_text(step)} a step on {where}{total}{before}", *start_notes(run, steps, start)]
     if work.base_kl:
         share = flops_per_step(work) / flops_per_step(replace(work, base_kl=0.0)) - 1
-        room = sum(sizes.values()) - sum(memory(replace(work, base_kl_activations=0.0)).values())
+        room = whole - sum(memory(replace(work, base_kl_activations=0.0)).values())
         texts, every = amount(run.base_kl.texts, "text"), run.base_kl.every
         price = f"{share * every:.0%} more time in that step, {share:.0%} in all"
         out.append(f"base_kl  reads {texts} in one step of {every}: {price}, {room / GIB:.1f} GiB")
     return Costs(out, change)
-
-
-def _frugal(work: Workload, run: Run, counts: Counts, batching: Batching) -> tuple[Workload, str]:
-    """Return the work in half precision and with checkpointing, and the flags for what it lacks of both."""
-    missing = {"bf16": not work.half, "activation_checkpointing": not work.checkpointing}
-    frugal = {name: True for name, lacks in missing.items() if lacks}
-    if not frugal:
-        return work, ""
-    lean = workload_of({**run.derived.train, **frugal}, run.launch, run.base, run.targets, counts, batching)
-    lean = replace(lean, fixed=work.fixed, packed_bytes=work.packed_bytes)
-    flags = " ".join(f"--{name.replace('activation', 'gradient')} True" for name in frugal)
-    return _with_base_kl(lean, run, counts), flags
-
-
-def num_held(run: Run) -> int:
-    """Return the numbers in the factors of the earlier runs, which the base of a run holds."""
-    saved = None if run.recipe.after is None else read_sidecar(Path(run.recipe.after))
-    return 0 if saved is None else sum((t.rank or 0) * (2 if t.has_anchor else 1) * sum(t.shape) for t in saved.targets)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -273,7 +249,6 @@ class Workload:
     anchors: int  # frozen copies of initial factors
     full: int  # parameters of modules that train in full
     fixed: int = 0  # numbers in the factors that never change, in float32
-    base_bytes: float  # per frozen parameter that is not packed
     packable: int = 0  # frozen parameters that quantisation packs
     packed_bytes: float | None = None  # per packed parameter; None: not quantised
     stage: int
@@ -281,10 +256,13 @@ class Workload:
     devices: int
     records: int  # per device and micro-step
     tokens: int  # of one record, image tokens included
+    supervised: int = 1  # tokens of a micro-step
+    pictures: int = 0  # of a micro-step, where the tower reads them all at one size
+    image_tokens: int = 0
     accumulation: int
     checkpointing: bool
-    half: bool  # activations in 16 bits
-    activations: float  # peak bytes that a micro-step adds
+    half: bool  # base and activations in 16 bits
+    activations: float = 0.0  # peak bytes that a micro-step adds
     base_kl: float = 0.0  # tokens of the texts of `base_kl` that a step reads too, on average
     base_kl_activations: float = 0.0  # and the peak bytes that they add
     optimizer_bytes: float = 8.0  # per trained parameter: two moments of Adam; 2.0 with 8 bits
@@ -295,6 +273,80 @@ class Workload:
     def trained(self) -> int:
         return self.adapters + self.full
 
+    @property
+    def base_bytes(self) -> float:
+        return 2.0 if self.half else 4.0
+
+
+def _work_of(run: Run, counts: Counts, batching: Batching, *frugal: str) -> Workload:
+    """Return the work of a run, also with the flags `frugal`.
+
+    Texts and captions of `base_kl` take turns. A caption has its picture, and about 80 tokens of system text, question
+    and answer. Records of earlier tasks are as long as this run's.
+    """
+    base, term, recipe = run.base, run.base_kl, run.recipe
+    train = {**run.derived.train, **{RENAMED.get(name, name): True for name in frugal}}
+    work = workload_of(train, run.launch, base, run.targets, counts, batching)
+    if recipe.quantization != "none":
+        work = replace(work, packed_bytes=bytes_per_number(recipe.quantization))
+    saved = None if recipe.after is None else read_sidecar(Path(recipe.after))
+    earlier = () if saved is None else saved.targets  # the base holds their factors
+    held = sum((t.rank or 0) * (2 if t.has_anchor else 1) * sum(t.shape) for t in earlier)
+    work = replace(work, fixed=work.fixed + held)
+    if not term.weight:
+        return work
+    longest = of_text = max(LENGTH, work.tokens if recipe.after else 0)
+    if base.reads_pictures and recipe.calibration.num_pictures and counts.has_pictures:
+        largest = base.tokens_of_a_picture if base.tiling is None else base.tiling.most_tokens
+        longest = max(longest, (largest or work.tokens) + 80)
+    # In proportion; and logits and probabilities of the model and of the base in float32, with their gradients.
+    in_proportion = work.activations * term.texts * longest / (work.records * work.tokens)
+    extra = in_proportion + 5 * 4 * term.texts * of_text * base.config.get_text_config().vocab_size
+    return replace(work, base_kl=term.texts * (LENGTH + longest) / 2 / term.every, base_kl_activations=extra)
+
+
+def workload_of(
+    train: Mapping[str, Any],
+    launch: Launch,
+    base: Base,
+    targets: Sequence[Target],
+    counts: Counts,
+    batching: Batching,
+) -> Workload:
+    model, sizes = base.meta, trained_sizes(targets, base.meta)
+    adapters = sum(sizes[t.path] for t in targets if t.rank is not None)
+    zero = (launch.deepspeed or {}).get("zero_optimization", {})
+    offloads = {
+        name for name in ("optimizer", "param") if (zero.get(f"offload_{name}") or {}).get("device", "none") != "none"
+    }
+    fsdp = None if launch.fsdp is None else strategy_of(launch.fsdp)
+    work = Workload(
+        total=num_parameters(model),
+        adapters=adapters,
+        anchors=sum(sizes[t.path] for t in targets if t.has_anchor),
+        full=sum(sizes.values()) - adapters,
+        fixed=sum((t.rank or 0) * t.shape[1] for t in targets if t.has_fixed_A),
+        packable=sum(num_parameters(model.get_submodule(path)) for path in quantized_layers(model)) * bool(adapters),
+        stage=3 if fsdp else launch.zero_stage,
+        fsdp=fsdp,
+        devices=batching.num_devices,
+        records=batching.per_device,
+        tokens=max(int(counts.tokens), 2),
+        supervised=int(counts.supervised * batching.per_device),
+        # Other processors decide by the size of a picture what the tower computes; `tokens` has its tokens.
+        pictures=math.ceil(batching.per_device * counts.records) if base.kind == "llava" else 0,
+        image_tokens=base.tokens_of_a_picture,
+        accumulation=batching.accumulation,
+        checkpointing=bool(train.get("activation_checkpointing")),
+        half=bool(train.get("bf16") or train.get("fp16")),
+        optimizer_bytes=2.0 if "8bit" in str(train.get("optim", "")) else 8.0,
+        offload_optimizer="optimizer" in offloads,
+        offload_weights="param" in offloads,
+    )
+    # The loss of FSDP2 keeps the logits of the supervised positions in float32, and their gradients.
+    logits = 2 * 4 * work.supervised * base.config.get_text_config().vocab_size if fsdp else 0
+    return replace(work, activations=activations(base, targets, work) + logits)
+
 
 def memory(work: Workload) -> dict[str, float]:
     """Return bytes per device, by purpose.
@@ -302,23 +354,20 @@ def memory(work: Workload) -> dict[str, float]:
     DeepSpeed in bf16 keeps 16-bit trained weights and a float32 copy; FSDP2 trains float32 weights. With
     `shard_grad_op` it keeps all gathered weights from the forward to the backward.
     """
-    share = work.devices if work.stage == 3 else 1
-    grads = work.devices if work.stage >= 2 else 1
-    states = work.devices if work.stage >= 1 else 1
+    share, grads, states = (work.devices if work.stage >= stage else 1 for stage in (3, 2, 1))
     narrow = 2 if work.stage and work.half and work.fsdp is None else 4
-    gathered = work.total if work.fsdp == "shard_grad_op" else min(LIVE, work.total)
     master = 4 if narrow == 2 else 0
-    on_device, weights_here = not work.offload_optimizer, not work.offload_weights
+    gathered = work.total if work.fsdp == "shard_grad_op" else min(LIVE, work.total)
+    on_device = not work.offload_optimizer
     # The optimizer step of DeepSpeed casts gradients to float32, after activations are freed; ZeRO-3 casts in parts.
-    copies = 4 * min(work.trained / states, LIVE if work.stage == 3 else math.inf) * on_device if master else 0
+    copies = master * min(work.trained / states, LIVE if work.stage == 3 else math.inf) * on_device
     activations = work.activations + work.base_kl_activations
     working = "activations" if activations >= copies else "float32 gradients at the step"
-    anchor = work.base_bytes if work.packed_bytes is None else 4  # packed weights: float32 anchors
     sizes = {
-        "frozen weights": frozen_weights(work) / share * weights_here,
-        "anchors (never sharded)": work.anchors * anchor,
+        "frozen weights": frozen_weights(work) / share * (not work.offload_weights),
+        "anchors (never sharded)": work.anchors * (work.base_bytes if work.packed_bytes is None else 4),
         "fixed factors": 4 * work.fixed,
-        "trained weights": work.trained * narrow / share * weights_here,
+        "trained weights": work.trained * narrow / share * (not work.offload_weights),
         "gradients": work.trained * narrow / grads,
         "buckets of DDP": work.trained * narrow * (work.stage == 0 and work.devices > 1),
         "optimizer": work.trained * (work.optimizer_bytes + master) / states * on_device,
@@ -330,14 +379,12 @@ def memory(work: Workload) -> dict[str, float]:
 
 def frozen_weights(work: Workload) -> float:
     frozen = work.total if work.adapters else work.total - work.full
-    if work.packed_bytes is None:
-        return frozen * work.base_bytes
-    return (frozen - work.packable) * work.base_bytes + work.packable * work.packed_bytes
+    packed = 0 if work.packed_bytes is None else work.packable
+    return (frozen - packed) * work.base_bytes + packed * (work.packed_bytes or 0.0)
 
 
 def host_memory(work: Workload) -> float:
-    share = work.devices if work.stage == 3 else 1
-    states = work.devices if work.stage >= 1 else 1
+    share, states = (work.devices if work.stage >= stage else 1 for stage in (3, 1))
     weights = (frozen_weights(work) + work.trained * 2) / share * work.offload_weights
     return weights + work.trained * (work.optimizer_bytes + 4) / states * work.offload_optimizer
 
@@ -355,121 +402,8 @@ def flops_per_step(work: Workload) -> float:
     return work.accumulation * work.records * work.tokens * token + work.base_kl * (token + 2 * work.total)
 
 
-def activations(base: Base, targets: Sequence[Target], shape: Shape) -> float:
-    """Return the peak bytes of a micro-step: simulations of few layers, extrapolated to all layers.
-
-    The peak of the language model grows linearly with its layers, and the peak before it with those of a frozen vision
-    tower. A vision tower that trains is simulated whole.
-    """
-    config, towers = base.config, find_towers(base.meta)
-    text = config.get_text_config()
-    layers = text.num_hidden_layers
-    tower = config.to_dict().get("vision_config", {}).get("num_hidden_layers", 0) if shape.pictures else 0
-    shortens_tower = tower > FEW[1] and not any(target.tower == "vision" for target in targets)
-
-    def run(language: int, vision: int) -> Resident:
-        small = copy.deepcopy(config)
-        small.get_text_config().num_hidden_layers = language
-        if small.get_text_config().to_dict().get("layer_types"):
-            small.get_text_config().layer_types = text.layer_types[:language]
-        if shortens_tower:
-            small.vision_config.num_hidden_layers = vision
-        kept = [t for t in targets if t.tower != "language" or (towers.block_of(t.path) or 0) < language]
-        return simulate(small, kept, shape)
-
-    fewer, few = (min(count, layers) for count in FEW)
-    most = run(few, FEW[1])
-    of_language = most.language + (most.language - run(fewer, FEW[1]).language) * (layers - FEW[1])
-    of_pictures = most.pictures
-    if shortens_tower:
-        of_pictures += (most.pictures - run(few, FEW[0]).pictures) * (tower - FEW[1])
-    return max(of_language, of_pictures)
-
-
-def shape_of(base: Base, work: Workload, counts: Counts) -> Shape:
-    # Elsewhere the size of a picture decides what the tower computes; `tokens` includes the tokens of pictures.
-    return Shape(
-        records=work.records,
-        tokens=max(work.tokens, 2),
-        supervised=int(counts.supervised * work.records),
-        pictures=math.ceil(work.records * counts.records) if base.kind == "llava" else 0,
-        image_tokens=base.tokens_of_a_picture,
-        half=work.half,
-        checkpointing=work.checkpointing,
-        base_dtype=torch.bfloat16 if work.half else torch.float32,
-    )
-
-
-def workload_of(
-    train: Mapping[str, Any],
-    launch: Launch,
-    base: Base,
-    targets: Sequence[Target],
-    counts: Counts,
-    batching: Batching,
-) -> Workload:
-    model = base.meta
-    sizes = trained_sizes(targets, model)
-    adapters = sum(sizes[t.path] for t in targets if t.rank is not None)
-    half = bool(train.get("bf16") or train.get("fp16"))
-    zero = (launch.deepspeed or {}).get("zero_optimization", {})
-    fsdp = None if launch.fsdp is None else strategy_of(launch.fsdp)
-    work = Workload(
-        total=num_parameters(model),
-        adapters=adapters,
-        anchors=sum(sizes[t.path] for t in targets if t.has_anchor),
-        full=sum(sizes.values()) - adapters,
-        fixed=sum((t.rank or 0) * t.shape[1] for t in targets if t.has_fixed_A),
-        base_bytes=2.0 if half else 4.0,
-        packable=sum(num_parameters(model.get_submodule(path)) for path in quantized_layers(model)) * bool(adapters),
-        stage=3 if fsdp else launch.zero_stage,
-        fsdp=fsdp,
-        devices=batching.num_devices,
-        records=batching.per_device,
-        tokens=int(counts.tokens),
-        accumulation=batching.accumulation,
-        checkpointing=bool(train.get("activation_checkpointing")),
-        half=half,
-        activations=0.0,
-        optimizer_bytes=2.0 if "8bit" in str(train.get("optim", "")) else 8.0,
-        offload_optimizer=_offloads(zero, "offload_optimizer"),
-        offload_weights=_offloads(zero, "offload_param"),
-    )
-    shape = shape_of(base, work, counts)
-    step = activations(base, targets, shape)
-    if fsdp:  # its loss keeps the logits of the supervised positions in float32, and their gradients
-        step += 2 * 4 * shape.supervised * base.config.get_text_config().vocab_size
-    return replace(work, activations=step)
-
-
-def _with_base_kl(work: Workload, run: Run, counts: Counts) -> Workload:
-    """Return the work with the texts that `base_kl` reads, on average over all steps, and the memory of its step.
-
-    Texts and captions take turns. A caption has its picture, and about 80 tokens of system text, question and answer.
-    Records of earlier tasks are as long as this run's.
-    """
-    base, term = run.base, run.base_kl
-    if not term.weight:
-        return work
-    longest = of_text = LENGTH
-    if base.reads_pictures and run.recipe.calibration.num_pictures and counts.has_pictures:
-        largest = base.tokens_of_a_picture if base.tiling is None else base.tiling.most_tokens
-        longest = max(LENGTH, (largest or int(counts.tokens)) + 80)
-    if run.recipe.after:
-        longest, of_text = max(longest, int(counts.tokens)), max(of_text, int(counts.tokens))
-    # In proportion; and logits and probabilities of the model and of the base in float32, with their gradients.
-    vocabulary = base.config.get_text_config().vocab_size
-    in_proportion = work.activations * term.texts * longest / (work.records * max(work.tokens, 2))
-    extra = in_proportion + 5 * 4 * term.texts * of_text * vocabulary
-    return replace(work, base_kl=term.texts * (LENGTH + longest) / 2 / term.every, base_kl_activations=extra)
-
-
 def num_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
-
-
-def _offloads(zero: dict[str, Any], what: str) -> bool:
-    return (zero.get(what) or {}).get("device", "none") != "none"
 
 
 def needed(work: Workload) -> float:
@@ -499,31 +433,25 @@ def memory_savings(work: Workload, lean: Workload, flags: str) -> Iterator[tuple
     """Yield flags to add to the command line and their workload, mildest first; each includes `flags`, as `lean`."""
     if flags:
         yield flags, lean
+    smallest, least = lean, flags
     # Only divisors, so that the batch of a step stays the same.
     for records in (n for n in range(lean.records // 2, 0, -1) if lean.records % n == 0):
-        yield f"{flags} {_batch(lean, records)}".lstrip(), _with_batch(lean, records)
-    smallest = _with_batch(lean, 1)
-    least = f"{flags} {_batch(lean, 1)}".lstrip() if lean.records > 1 else flags
-    if work.devices > 1 and work.stage < 3 and work.packed_bytes is None:
+        less, accumulation = records / lean.records, lean.accumulation * lean.records // records
+        batch = f"--per_device_train_batch_size {records} --gradient_accumulation_steps {accumulation}"
+        smallest = replace(lean, records=records, accumulation=accumulation, activations=lean.activations * less)
+        least = f"{flags} {batch}".lstrip()
+        yield least, smallest
+    if work.packed_bytes is not None:
+        return
+    if work.devices > 1 and work.stage < 3:
         yield f"--deepspeed zero3 {flags}".rstrip(), replace(lean, stage=3)
         yield f"--deepspeed zero3 {least}".rstrip(), replace(smallest, stage=3)
-    if work.packable and work.packed_bytes is None and work.stage < 3:
-        packed = replace(smallest, packed_bytes=bytes_per_number("4bit", double_quant=True))
+    if work.packable and work.stage < 3:
+        packed = replace(smallest, packed_bytes=bytes_per_number("4bit"))
         yield f"--quantization 4bit {least}".rstrip(), packed
-    if not work.offload_weights and work.packed_bytes is None:
+    if not work.offload_weights:
         offloaded = replace(smallest, stage=3, offload_weights=True, offload_optimizer=True)
         yield f"--deepspeed zero3_offload {least}".rstrip(), offloaded
-
-
-def _batch(work: Workload, records: int) -> str:
-    accumulation = work.accumulation * work.records // records
-    return f"--per_device_train_batch_size {records} --gradient_accumulation_steps {accumulation}"
-
-
-def _with_batch(work: Workload, records: int) -> Workload:
-    accumulation = work.accumulation * work.records // records
-    return replace(work, records=records, accumulation=accumulation,
-                   activations=work.activations * records / work.records)  # fmt: skip
 
 
 def distinct_inputs(targets: Sequence[Target]) -> list[Target]:
@@ -554,11 +482,10 @@ def start_seconds(run: Run, steps: int, flops: float | None, row: float) -> floa
     reads the weights in half precision once for each step of 16 texts. A CPU needs twice as long for a token that it
     writes as for one that it reads, and LAYER seconds for each layer of a forward, however small it is.
 
-    Processes share the texts, captions, inputs and weights; under ZeRO-3 a model that does not fit on one device writes
-    all of them in each. Each pass over the calibration runs the model in all, and sums C of the inputs that fit beside
-    it, and as much on what is held out; a pass ends at its last layer, so it runs half of the model on average. The
-    eigenvalue solver makes C tridiagonal, which reads the rest of C once for each column: 4/3 n^3 bytes, limited by
-    memory; the other steps are products with about 6 n^3 operations.
+    Processes share the texts, captions, inputs and weights. Each pass over the calibration runs the model in all,
+    and sums C of the inputs that fit beside it, and as much on what is held out; a pass ends at its last layer, so
+    it runs half of the model on average. The eigenvalue solver makes C tridiagonal, which reads the rest of C once
+    for each column: 4/3 n^3 bytes, limited by memory; the other steps are products with about 6 n^3 operations.
     """
     base, settings, size = run.base, run.recipe.calibration, num_parameters(run.base.meta)
     new = [target for target in run.targets if run.folder.checkpoint is None and run.recipe.adapter is None]
@@ -593,13 +520,7 @@ def start_notes(run: Run, steps: int, start: float) -> list[str]:
     samples = run.recipe.calibration.num_samples
     if start < LONG_START or samples <= FEWER_SAMPLES:
         return []
-    recipe = run.recipe.model_copy(
-        update={"calibration": run.recipe.calibration.model_copy(update={"samples": FEWER_SAMPLES})}
-    )
-    flops = measured_flops()
-    whole, less = (start_seconds(each, steps, flops, LENGTH) for each in (run, replace(run, recipe=recipe)))
-    saved = duration_text(start * (1 - less / whole))
-    return [f"       --calibration_samples {FEWER_SAMPLES} saves about {saved} of the start; later starts reuse it"]
+    return [f"       --calibration_samples {FEWER_SAMPLES} shortens the start; later starts reuse it"]
 
 
 def measured_flops(size: int = 1024, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> float:
@@ -633,203 +554,144 @@ def duration_text(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds >= 9.5 else f"{seconds:.2g} s"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Shape:
-    records: int
-    tokens: int  # of one record, image tokens included
-    supervised: int
-    pictures: int
-    image_tokens: int
-    half: bool  # bf16 autocast
-    checkpointing: bool
-    base_dtype: torch.dtype
-
-
-@dataclass(frozen=True, slots=True)
-class Resident:
-    """Bytes that stay between steps, without the optimizer, and the peak that a step adds."""
-
-    frozen: int
-    anchors: int  # and factors that never change
-    trained: int
-    pictures: int  # peak before the language model, without gradients
-    language: int  # peak from there on
-    with_gradients: int  # peak with the gradients allocated so far
-
-    @property
-    def activations(self) -> int:
-        return max(self.pictures, self.language)
-
-
 class _Ledger:
+    """Counts the bytes of every storage when an operation allocates it and when it is freed, without gradients."""
+
     def __init__(self) -> None:
-        self.live = self.gradients = 0
-        self.peak = self.peak_with_gradients = self.peak_of_pictures = 0
+        self.live = self.peak = 0
         self.seen: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
     def count(self, tensor: Tensor) -> None:
         """Count the storage of a tensor that an operation returns, if it is new."""
         storage = tensor.untyped_storage()
         if storage not in self.seen:
-            size = storage.nbytes()
-            self.seen[storage] = size
-            self.live += size
-            weakref.finalize(storage, self.release, size)
-        self.note()
+            self.seen[storage] = storage.nbytes()
+            self.live += storage.nbytes()
+            weakref.finalize(storage, self.release, storage.nbytes())
+        self.peak = max(self.peak, self.live)
 
     def release(self, size: int) -> None:
         self.live -= size
 
-    def note(self) -> None:
-        self.peak = max(self.peak, self.live - self.gradients)
-        self.peak_with_gradients = max(self.peak_with_gradients, self.live)
-
-    def begin_language(self) -> None:
-        self.peak_of_pictures, self.peak = self.peak, self.live - self.gradients
-
     def gradient(self, parameter: Tensor) -> None:
+        """Leave out the gradient of a parameter, which stays until the step."""
         assert parameter.grad is not None
-        self.gradients += parameter.grad.untyped_storage().nbytes()
+        self.live -= parameter.grad.untyped_storage().nbytes()
 
 
-def simulate(config: Any, targets: Sequence[Target], shape: Shape) -> Resident:
-    """Run one forward and backward pass of the model of `config` with the targets, without data."""
+def activations(base: Base, targets: Sequence[Target], work: Workload) -> float:
+    """Return the peak bytes of a micro-step: simulations of few layers, extrapolated to all layers.
+
+    Both peaks grow linearly with the layers of each tower.
+    """
+    towers, text = find_towers(base.meta), base.config.get_text_config()
+    depths = {"language": text.num_hidden_layers}
+    if work.pictures:
+        depths["vision"] = base.config.vision_config.num_hidden_layers
+
+    def peaks(**layers: int) -> Tensor:
+        small = copy.deepcopy(base.config)
+        small.get_text_config().num_hidden_layers = layers["language"]
+        if text.to_dict().get("layer_types"):
+            small.get_text_config().layer_types = text.layer_types[: layers["language"]]
+        if work.pictures:
+            small.vision_config.num_hidden_layers = layers["vision"]
+        kept = [t for t in targets if (towers.block_of(t.path) or 0) < layers.get(str(t.tower), FEW[1])]
+        return torch.tensor(simulate(small, kept, work))
+
+    few = {tower: min(FEW[1], depth) for tower, depth in depths.items()}
+    most = whole = peaks(**few)
+    for tower, depth in depths.items():
+        if depth > few[tower]:
+            whole = whole + (most - peaks(**few | {tower: FEW[0]})) * (depth - few[tower])
+    return float(whole.max())
+
+
+def simulate(config: Any, targets: Sequence[Target], work: Workload) -> tuple[int, int]:
+    """Run a forward and a backward pass of the model of `config` with the targets, without data.
+
+    Returns the bytes that the pass adds at its peak: before the language model, and from there on.
+    """
+    dtype = torch.bfloat16 if work.half else torch.float32
+    auto = AutoModelForImageTextToText if "vision_config" in config.to_dict() else AutoModelForCausalLM
     with torch.device("meta"):
-        base = _model(config, shape.base_dtype)
+        base = auto.from_config(config, attn_implementation="sdpa", dtype=dtype)
         model = _adapted(base, targets)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
     with without_data(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        _onto_cpu(model)
-        anchors = sum(_size(model.get_buffer(name)) for name in fixed_names(model))
-        trained = [p for p in model.parameters() if p.requires_grad]
-        frozen = sum(_size(p) for p in model.parameters() if not p.requires_grad)
+        model.to_empty(device="cpu")
         ledger = _Ledger()
-        hooks = [p.register_post_accumulate_grad_hook(ledger.gradient) for p in trained]
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(ledger.gradient)
         model.train()
-        if shape.checkpointing:
+        if work.checkpointing:
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         for tensor in (*model.parameters(), *model.buffers()):
             ledger.seen[tensor.untyped_storage()] = 0  # resident, not part of the step
-        autocast = torch.autocast("cpu", torch.bfloat16) if shape.half else nullcontext()
-        with _flash_attention(), after_operations(ledger.count):
-            with autocast:
-                loss = _loss(base, shape, ledger.begin_language)
+        with after_operations(ledger.count):
+            with torch.autocast("cpu", torch.bfloat16, enabled=work.half):
+                embeds = _embeddings(base, work, dtype)
+                of_pictures, ledger.peak = ledger.peak, ledger.live
+                loss = _loss(base, embeds, work)
+            del embeds
             loss.backward()
-        del hooks
-    peaks = ledger.peak_of_pictures, ledger.peak, ledger.peak_with_gradients
-    return Resident(frozen, anchors, sum(map(_size, trained)), *peaks)
-
-
-def _model(config: Any, dtype: torch.dtype) -> Any:
-    auto = AutoModelForImageTextToText if "vision_config" in config.to_dict() else AutoModelForCausalLM
-    return auto.from_config(config, attn_implementation="sdpa", dtype=dtype)
+    return of_pictures, ledger.peak
 
 
 def _adapted(base: nn.Module, targets: Sequence[Target]) -> nn.Module:
-    """Return the model as in training: anchored adapters are installed, and trained weights are float32."""
-    model: nn.Module = base
+    """Return the model as in training: adapters are installed, the other targets train in full."""
     base.requires_grad_(False)
-    if any(target.rank is not None for target in targets):
-        tuned = make_lora(base, targets)
-        for target in (t for t in targets if t.rank is not None):
-            layer = lora_layer(tuned, target.path)
-            set_dropout(layer, "default", target.dropout)
-            if target.has_fixed_A:
-                fix_A(layer, "default")
-            elif target.has_anchor:
-                dtype, rank = factor_dtype(layer.get_base_layer()), target.rank or 0
-                A0 = torch.empty(rank, target.shape[1], dtype=dtype)
-                B0 = torch.empty(target.shape[0], rank, dtype=dtype)
-                install_factors(layer, "default", A0, B0)
-        model = tuned
-    else:
+    with_adapters = [target for target in targets if target.rank is not None]
+    if not with_adapters:
         for target in targets:
             base.get_submodule(target.path).requires_grad_(True)
+        return base
+    model = make_lora(base, targets)
+    for target in with_adapters:
+        layer = lora_layer(model, target.path)
+        set_dropout(layer, "default", target.dropout)
+        if target.has_fixed_A:
+            fix_A(layer, "default")
+        elif target.has_anchor:
+            dtype, rank = factor_dtype(layer.get_base_layer()), target.rank or 0
+            A0 = torch.empty(rank, target.shape[1], dtype=dtype)
+            B0 = torch.empty(target.shape[0], rank, dtype=dtype)
+            install_factors(layer, "default", A0, B0)
     return model
 
 
-def _onto_cpu(model: nn.Module) -> None:
-    """Move every weight to the CPU, without data; trained weights become float32. Tied weights stay tied."""
-    moved: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for name, old in list(module.named_parameters(recurse=False)):
-            if id(old) not in moved:
-                dtype = torch.float32 if old.requires_grad else old.dtype
-                moved[id(old)] = nn.Parameter(torch.empty(old.shape, dtype=dtype), requires_grad=old.requires_grad)
-            module.register_parameter(name, moved[id(old)])
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            module.register_buffer(name, torch.empty(buffer.shape, dtype=buffer.dtype))
+def _embeddings(base: Any, work: Workload, dtype: torch.dtype) -> Tensor:
+    """Return the input of the language model: embeddings plus image features, whose positions do not matter."""
+    embeds: Tensor = base.get_input_embeddings()(torch.zeros(work.records, work.tokens, dtype=torch.long))
+    if work.checkpointing:
+        embeds.requires_grad_(True)
+    if not work.pictures:
+        return embeds
+    vision, towers = base.config.vision_config, find_towers(base)
+    pixels = torch.zeros(work.pictures, 3, vision.image_size, vision.image_size, dtype=dtype)
+    states = base.get_submodule(towers.vision)(pixels, output_hidden_states=True).hidden_states
+    num_layers = len(layers_of(base.config))  # their features are joined, and all layers have the same shape
+    features = torch.cat([states[-1][:, : work.image_tokens]] * num_layers, dim=-1)
+    features = base.get_submodule(towers.projector)(features).flatten(0, 1).to(embeds.dtype)
+    rows = torch.zeros(min(len(features), embeds.shape[0] * embeds.shape[1]), dtype=torch.long)
+    return embeds.flatten(0, 1).index_add(0, rows, features[: len(rows)]).view_as(embeds)
 
 
-def _loss(base: Any, shape: Shape, begin_language: Callable[[], None]) -> Tensor:
-    inner = inner_model(base)
+def _loss(base: Any, embeds: Tensor, work: Workload) -> Tensor:
     text = base.config.get_text_config().to_dict()
     width = text.get("hidden_size_per_layer_input")  # Gemma 4 has embeddings of the ids in each layer
-    language = base.get_submodule(find_towers(base).language) if shape.pictures or width else inner
-    assert language is not None
-    ids = torch.zeros(shape.records, shape.tokens, dtype=torch.long)
-    embeds = base.get_input_embeddings()(ids)
-    if shape.checkpointing:
-        embeds.requires_grad_(True)
-    if shape.pictures:
-        embeds = _with_features(base, embeds, shape)
+    language: Any = base.get_submodule(find_towers(base).language) if work.pictures or width else inner_model(base)
     inputs = {"inputs_embeds": embeds}
     if width:
-        inputs["per_layer_inputs"] = embeds.new_zeros(*ids.shape, text["num_hidden_layers"], width)
-    begin_language()
+        inputs["per_layer_inputs"] = embeds.new_zeros(*embeds.shape[:2], text["num_hidden_layers"], width)
     hidden = language(**inputs, use_cache=False)[0].flatten(0, 1)
+    count = max(min(work.supervised, len(hidden)), 1)
+    targets = torch.zeros(count, dtype=torch.long).split(max(CHUNK // text["vocab_size"], 1))
     head = base.get_output_embeddings()
-    piece = max(CHUNK // base.config.get_text_config().vocab_size, 1)
-    count = max(min(shape.supervised, shape.records * shape.tokens), 1)
-    targets = torch.zeros(count, dtype=torch.long).split(piece)
-    rest = [p for p in head.parameters() if p.requires_grad]
-    total: Tensor = GradientsAtOnce.apply(head, hidden[:count], targets, *rest)
-    return total
-
-
-def _with_features(base: Any, embeds: Tensor, shape: Shape) -> Tensor:
-    """Return the embeddings plus image features; their positions do not matter for memory."""
-    vision = base.config.vision_config
-    pixels = torch.zeros(shape.pictures, 3, vision.image_size, vision.image_size, dtype=shape.base_dtype)
-    towers = find_towers(base)
-    tower, projector = (base.get_submodule(path) for path in (towers.vision, towers.projector))
-    states = tower(pixels, output_hidden_states=True).hidden_states
-    num_layers = len(layers_of(base.config))  # their features are joined, and all layers have the same shape
-    features = torch.cat([states[-1][:, : shape.image_tokens]] * num_layers, dim=-1)
-    features = projector(features).flatten(0, 1).to(embeds.dtype)
-    flat = embeds.flatten(0, 1)
-    rows = torch.zeros(min(len(features), len(flat)), dtype=torch.long)
-    return flat.index_add(0, rows, features[: len(rows)]).view_as(embeds)
-
-
-class _Flash(torch.autograd.Function):
-    """Attention that saves what fused kernels save: queries, keys, values, result and one number per row."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        out = torch.empty_like(query)
-        ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:3], dtype=torch.float32))
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        query, key, value, *_ = ctx.saved_tensors
-        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-
-
-@contextmanager
-def _flash_attention() -> Iterator[None]:
-    original = nn.functional.scaled_dot_product_attention
-
-    def attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Tensor:
-        return _Flash.apply(query, key, value)
-
-    nn.functional.scaled_dot_product_attention = attention  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        nn.functional.scaled_dot_product_attention = original
-
-
-def _size(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+    trained = [p for p in head.parameters() if p.requires_grad]
+    loss: Tensor = GradientsAtOnce.apply(head, hidden[:count], targets, *trained)
+    return loss

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from accelerate.utils import get_mixed_precision_context_manager
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments, get_scheduler
+from transformers.training_args import trainer_log_levels
 from transformers.utils import is_accelerate_available
 
 import llava_recipes
@@ -198,6 +199,7 @@ def hf_arguments(train: Mapping[str, Any], output_dir: Path, *, is_started: bool
             _prepare_processes(train)
         make = TrainingArguments if is_started else unstarted_arguments
         args = make(output_dir=str(output_dir), **_keywords(train))
+        _ = trainer_log_levels[args.log_level], trainer_log_levels[args.log_level_replica]
         if is_started:
             _start_deepspeed(train)
         with nullcontext() if is_started else suppress(ImportError):  # a plan says which package is missing
@@ -317,8 +319,6 @@ def _quantization(recipe: Recipe, base: Base) -> Any:
     return quantization_config(
         recipe.quantization,
         unquantized(base.meta),
-        quant_type=recipe.quant_type,
-        double_quant=recipe.double_quant,
         compute_dtype=half,
     )
 

@@ -13,7 +13,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -21,7 +21,7 @@ from itertools import chain, groupby
 from math import prod
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -62,7 +62,7 @@ from milora_vl.models.devices import fastest_dtype, quantized_layers, train_devi
 from milora_vl.models.loading import split_processor
 from milora_vl.models.names import BUILT_IN_MODELS, MADE_IN_MEMORY, hub_id
 from milora_vl.models.parts import Parts
-from milora_vl.models.processors import configure_processor, usable_inputs
+from milora_vl.models.processors import ProcessorSettings, configure_processor, usable_inputs
 from milora_vl.models.projector import projector_file
 from milora_vl.models.prompts import recipe_of_run
 from milora_vl.models.smol_llava import folder_of
@@ -85,21 +85,20 @@ from milora_vl.train.data import RunData, Task, read_earlier_records, task_entry
 from milora_vl.train.launch import Launch, dtype_name, hf_arguments, read_launch, require_processes_for_fsdp
 from milora_vl.train.recipe import (
     AUTOCAST,
+    PROG,
     BaseKLConfig,
     CalibrationConfig,
     Changes,
+    DataConfig,
     PartsConfig,
     Recipe,
+    Request,
     default_rate,
     differences,
     load_recipe,
     value_of,
 )
-from milora_vl.train.settings import PROG, Request, Settings, default_rules, to_merge
-
-if TYPE_CHECKING:
-    from milora_vl.train.recipe import Recipe
-
+from milora_vl.train.settings import Settings, default_rules, to_merge
 
 # Name of the feature selection in LLaVA -> in Hugging Face.
 FEATURES = {"patch": "default", "cls_patch": "full"}
@@ -303,13 +302,17 @@ def _check_pictures(recipe: Recipe, base: Base, targets: Sequence[Target]) -> No
         message = f"{name} resizes pictures to fixed sizes" if base.reads_pictures else f"{name} reads only text"
         where = Key.of("data.min_pixels" if data.max_pixels is None else "data.max_pixels")
         raise UserError(message, code="pixels-unsupported", where=where, hint="remove the limit")
-    for key in data.processor.of_videos:
+    for key in processor_settings(data).of_videos:
         with at_flag(Key.of(f"data.{key}")):
             raise no_videos(name)
     if (ratio == "anyres" and tiling is None) or (ratio == "plain" and tiling is not None):
         message = f"{ratio}, but {name} {'sees a picture once' if tiling is None else 'tiles its pictures'}"
         where, hint = Key.of("data.image_aspect_ratio"), "use pad or plain" if tiling is None else "use anyres"
         raise UserError(message, code="image-aspect-ratio", where=where, hint=hint)
+
+
+def processor_settings(data: DataConfig) -> ProcessorSettings:
+    return ProcessorSettings(**{key.name: getattr(data, key.name) for key in fields(ProcessorSettings)})
 
 
 def _check_base_kl(recipe: Recipe, base: Base, targets: Sequence[Target]) -> None:
@@ -477,7 +480,7 @@ def require_usable(recipe: Recipe, base: Base) -> None:
     if recipe.factor_cache:  # a complete cache may be on a disk that is read-only
         require_folder(Path(recipe.factor_cache), Key.of("factor_cache"), is_written=False)
     if base.own_pictures:
-        configure_processor(base.processor, recipe.data.processor)
+        configure_processor(base.processor, processor_settings(recipe.data))
         usable_inputs(base.processor, base.name)
     if base.parts is not None:
         composing.require_parts(base.parts)

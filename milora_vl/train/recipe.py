@@ -1,19 +1,19 @@
-"""The keys of a recipe with their flags, and the names and values of Hugging Face's TrainingArguments.
+"""What a user can ask for: the keys of a recipe with their flags, Hugging Face's arguments, and LLaVA's flags.
 
-A new key is a field of a class below; its flag stands beside it.
+A new key is a field of a class below; its flag stands beside it. Nothing here imports torch.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import ast
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, replace
-from enum import Enum
-from functools import cache
+from dataclasses import dataclass, field, replace
+from functools import cache, reduce
+from importlib.util import find_spec
+from operator import or_
 from pathlib import Path
-from types import NoneType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
 from pydantic import (
@@ -28,23 +28,21 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from transformers import TrainingArguments
 
 import llava_recipes
 from milora_data.encode.templates import template_name
-from milora_vl.common.cli.console import did_you_mean, suggest
+from milora_vl.common.cli.console import suggest
 from milora_vl.common.cli.parser import RECORDS
 from milora_vl.common.errors import Key, Problem, UserError
 from milora_vl.common.strict_models import EXPECTED, Strict, problems_of, unknown_key
 from milora_vl.common.yaml_text import read_file, read_mapping
 from milora_vl.core.policy import Policy, PolicyError
 from milora_vl.core.policy.rules import DEFAULT_RULES
-from milora_vl.models.processors import ProcessorSettings
+from milora_vl.core.policy.rules import METHODS as RULE_METHODS
 
-if TYPE_CHECKING:
-    pass
-
-
+PROG = "python -m milora_vl.train"
+ADAPTERS = tuple(name for name, method in RULE_METHODS.items() if "rank" in method.fields)
+METHODS = (*ADAPTERS, "full", "projector")
 SAMPLES, PICTURES = 48, 32  # of a calibration
 TRAIN_DEFAULTS: dict[str, Any] = {"logging_steps": 10, "logging_first_step": True, "report_to": ["none"]}
 
@@ -104,10 +102,6 @@ class DataConfig(Strict):
         if self.fps is not None and self.num_frames is not None:
             raise ValueError("expected fps or num_frames, got both")
         return self
-
-    @property
-    def processor(self) -> ProcessorSettings:
-        return ProcessorSettings(**{key.name: getattr(self, key.name) for key in fields(ProcessorSettings)})
 
 
 class PartsConfig(Strict):
@@ -213,8 +207,6 @@ class Recipe(Strict):
         Flag("run whose update stays: a new adapter learns other data beside it, off the inputs of its records"),
     ] = None
     quantization: Annotated[Literal["none", "4bit", "8bit"], Flag("none, 4bit or 8bit")] = "none"
-    quant_type: Annotated[Literal["nf4", "fp4"], Flag("4-bit data type of the base: nf4 or fp4")] = "nf4"
-    double_quant: Annotated[bool, Flag("also quantise the constants of a 4-bit base")] = True
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16", "fastest"],
         Flag("data type of the frozen weights: auto, float32, bfloat16, float16 or fastest"),
@@ -313,19 +305,19 @@ def train_section(section: Any) -> tuple[dict[str, Any], list[Problem]]:
             problems.append(unknown_key(path, known_arguments(), "recipe-unknown-key"))
             continue
         try:
-            pair = canonical_argument(name, coerced(name, value))
+            typed = coerced(name, value)
         except ValueError as error:
             problems.append(Problem(str(error), "recipe-value", path))
             continue
-        if pair is None:
-            continue
-        if pair[0] in REFUSED:
-            problems.append(Problem(str(REFUSED[pair[0]]), "recipe-refused", path))
-        elif train.get(pair[0], pair[1]) != pair[1]:
-            contradiction = f"contradicts {pair[0]}: {train[pair[0]]!r}, which is the same setting"
+        newest = RENAMED.get(str(name), str(name))
+        if name in REFUSED:
+            if typed and REFUSED[name]:
+                problems.append(Problem(str(REFUSED[name]), "recipe-refused", path))
+        elif train.get(newest, typed) != typed:
+            contradiction = f"contradicts {newest}: {train[newest]!r}, which is the same setting"
             problems.append(Problem(contradiction, "recipe-contradiction", path, "remove one of the two"))
         else:
-            train[pair[0]] = pair[1]
+            train[newest] = typed
     return train, problems
 
 
@@ -372,26 +364,15 @@ def read_recipe(name: str, flag: str = "--recipe") -> tuple[dict[str, Any], str]
     raise UserError(f"unknown recipe {name!r}: {found}", code="recipe-unknown", where=flag, hint=hint)
 
 
-# Older name -> newest name. A recipe holds the newest; `keywords` gives an older transformers the older.
+# Older name -> newest name, as LLaVA's scripts and transformers' documentation write them.
 RENAMED = {
     "evaluation_strategy": "eval_strategy",
-    "no_cuda": "use_cpu",
-    "per_gpu_train_batch_size": "per_device_train_batch_size",
-    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
     "warmup_ratio": "warmup_steps",
-    "group_by_length": "train_sampling_strategy",
-    "push_to_hub_model_id": "hub_model_id",
-    "push_to_hub_token": "hub_token",
-    "torchdynamo": "torch_compile_backend",
 }
-SWITCHES = ("group_by_length", "overwrite_output_dir", "save_safetensors")  # of transformers 4
-NOT_FLAGS = ("_n_gpu", "parallelism_config")  # an internal counter; a Python object
 REFUSED = {
-    "overwrite_output_dir": "a run never overwrites files: use another --output_dir, or --resume_from_checkpoint",
     "local_rank": None,  # old launchers pass it; torch reads the environment
-    "save_safetensors": None,  # always on
     "resume_from_checkpoint": "is a flag of the command, not of the recipe",
     "output_dir": "is a flag of the command, not of the recipe",
     "label_smoothing_factor": "is not supported: the loss is the plain cross-entropy of the supervised tokens",
@@ -399,8 +380,6 @@ REFUSED = {
 # Where Hugging Face's help does not describe what this command does.
 HELP = {
     "label_smoothing_factor": "refused: the loss is the plain cross-entropy of the supervised tokens",
-    "overwrite_output_dir": f"refused: {REFUSED['overwrite_output_dir']}",
-    "save_safetensors": "no effect: always on",
     "learning_rate": "learning rate of adapter rules and of rules without one [2e-4; 2e-5 for modules in full]",
     "gradient_checkpointing": "save memory for about half more time [False]",
     "deepspeed": "zero2, zero3, zero3_offload, or a JSON file",
@@ -416,64 +395,69 @@ LIMITS: dict[str, Any] = {
     ),
     **dict.fromkeys(
         (
-            "dataloader_num_workers",
-            "warmup_steps",
-            "eval_steps",
-            "weight_decay",
-            "max_grad_norm",
-            "adam_epsilon",
-            "seed",
-            "data_seed",
+            "dataloader_num_workers", "warmup_steps", "eval_steps", "weight_decay", "max_grad_norm", "adam_epsilon",
+            "seed", "data_seed",
         ),
         Field(ge=0),
     ),
     **dict.fromkeys(("num_train_epochs", "logging_steps", "save_steps"), Field(gt=0)),
     **dict.fromkeys(("adam_beta1", "adam_beta2"), Field(ge=0, lt=1)),
-}
-KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a word", list: "a list"}
+}  # fmt: skip
+KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a word", list: "a list", dict: "JSON"}
 
 
 @dataclass(frozen=True, slots=True)
 class Argument:
-    hint: Any
+    kinds: tuple[type, ...]
     default: Any
-    choices: tuple[str, ...]
     help: str
 
     @property
-    def members(self) -> set[Any]:
-        return {getattr(kind, "__origin__", kind) for kind in get_args(self.hint) or (self.hint,)} - {NoneType}
-
-    @property
-    def is_switch(self) -> bool:
-        return self.members == {bool}
-
-    @property
-    def is_list(self) -> bool:
-        return list in self.members
+    def flag_kind(self) -> type:
+        """Return what a flag makes of its text; `coerced` does the rest."""
+        return bool if self.kinds == (bool,) else list if list in self.kinds else str
 
 
 @cache
 def known_arguments() -> Mapping[str, Argument]:
-    """Return all arguments of the installed transformers by name, also by the names of older and newer versions."""
-    hints, found = get_type_hints(TrainingArguments), dict[str, Argument]()
-    for field in dataclasses.fields(TrainingArguments):
-        if not field.init or field.name in NOT_FLAGS:
+    """Return all arguments of the installed TrainingArguments by name, also by the names of RENAMED.
+
+    They are read from its source, which takes no seconds, as its import does. An Enum counts as text.
+    """
+    package = find_spec("transformers")
+    assert package is not None
+    assert package.origin is not None
+    tree = ast.parse((Path(package.origin).parent / "training_args.py").read_text(encoding="utf-8"))
+    nodes, found = list(ast.walk(tree)), dict[str, Argument]()
+    constants = {
+        name.id: node.value
+        for node in nodes
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
+        for name in node.targets
+        if isinstance(name, ast.Name)
+    }
+    (arguments,) = (node for node in nodes if isinstance(node, ast.ClassDef) and node.name == "TrainingArguments")
+    for node in arguments.body:
+        if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id[0] != "_"):
             continue
-        hint = hints[field.name]
-        kinds = [kind for kind in get_args(hint) or (hint,) if isinstance(kind, type) and issubclass(kind, Enum)]
-        choices = [member.value for kind in kinds for member in kind] or field.metadata.get("choices") or ()
-        default = None if field.default is dataclasses.MISSING else field.default
-        default = default.value if isinstance(default, Enum) else default
-        text = " ".join(str(field.metadata.get("help", field.name)).replace("%%", "%").split())
+        values = {word.arg: word.value for word in node.value.keywords} if isinstance(node.value, ast.Call) else {}
+        default = values.get("default", ast.Constant(None))
+        default = constants[default.id] if isinstance(default, ast.Name) else default
+        name, value = node.target.id, ast.literal_eval(default)
+        words = {each.id for each in ast.walk(node.annotation) if isinstance(each, ast.Name)}
+        kinds = tuple(kind for kind in KINDS if kind.__name__ in words) or (str,)
+        metadata = values["metadata"]
+        assert isinstance(metadata, ast.Dict)
+        texts = zip(metadata.keys, metadata.values, strict=True)
+        about = next(text for key, text in texts if isinstance(key, ast.Constant) and key.value == "help")
+        text = " ".join(str(ast.literal_eval(about)).replace("%%", "%").split())
         text = text if len(text) <= 160 else text[:160].rsplit(" ", 1)[0] + " ..."
-        found[field.name] = Argument(hint, default, tuple(choices), HELP.get(field.name, f"{text} [{default}]"))
+        found[name] = Argument(kinds, value, HELP.get(name, f"{text} [{value}]"))
+    del found["parallelism_config"]  # a Python object
     for old, new in RENAMED.items():
         other = found.get(new) or found[old]
         found.setdefault(old, replace(other, help=f"older name of {new}"))
         found.setdefault(new, other)
-    for name in SWITCHES:
-        found[name] = Argument(bool, None, (), HELP.get(name, f"older name of {RENAMED.get(name)}"))
     return found
 
 
@@ -496,59 +480,31 @@ def coerced(name: str, value: Any) -> Any:
 
     Raises ValueError with what is expected. Hugging Face checks the rest.
     """
-    argument = known_arguments()[name]
-    members = argument.members
+    kinds = known_arguments()[name].kinds
     if value is None or value == "None":
         return None
-    if value in ("", [""]) and name in ("debug", "report_to", "lr_scheduler_kwargs"):  # a variable that is not set
-        return argument.default
-    if name == "fsdp" and str(value).lower() in ("", "false", "no", "0", "off"):
-        return None
-    if name == "debug" and isinstance(value, list):  # Hugging Face takes several names in one text
-        value = " ".join(value)
-    if name in ("log_level", "log_level_replica") and isinstance(value, str):
-        value = value.lower()
-    if isinstance(value, bool) and bool not in members and str in members:  # YAML 1.1 reads a bare `no` as false
+    if isinstance(value, bool) and bool not in kinds and str in kinds:  # YAML 1.1 reads a bare `no` as false
         value = "yes" if value else "no"
-    if dict in members and isinstance(value, str) and value.lstrip().startswith("{"):
+    if dict in kinds and isinstance(value, str) and value.lstrip().startswith("{"):
         try:
             value = json.loads(value)
         except ValueError:
             raise ValueError(f"expected JSON text, got {value!r}") from None
-    expected = " or ".join(KINDS.get(kind, "a mapping or JSON text") for kind in KINDS | {dict: ""} if kind in members)
-    if (isinstance(value, bool) and bool not in members) or (
-        isinstance(value, list | dict) and type(value) not in members
-    ):
+    expected = " or ".join(KINDS[kind] for kind in kinds)
+    if isinstance(value, bool | list | dict) and type(value) not in kinds:
         raise ValueError(f"expected {expected}, got {value!r}")
-    hint: Any = Annotated[argument.hint, LIMITS[name]] if name in LIMITS else argument.hint
+    hint: Any = reduce(or_, kinds)
+    hint = Annotated[hint, LIMITS[name]] if name in LIMITS else hint
     try:
         valid = TypeAdapter(hint, config=ConfigDict(allow_inf_nan=False)).validate_python(value)
     except ValidationError as error:
         fault = error.errors()[0]
         limit = EXPECTED[fault["type"]] if fault["type"].startswith(("greater", "less")) else expected
         raise ValueError(f"expected {limit.format(**fault.get('ctx', {}))}, got {value!r}") from None
-    value = value if isinstance(value, int) and members == {float} else valid  # a recipe keeps its 500
+    value = value if isinstance(value, int) and kinds == (float,) else valid  # a recipe keeps its 500
     if name == "max_steps" and value < 1 and value != -1:
         raise ValueError(f"expected a number of at least 1, or -1 to train by epochs, got {value!r}")
-    if argument.choices and isinstance(value, str) and value not in argument.choices:
-        near = did_you_mean(suggest(value, argument.choices)[:1])
-        raise ValueError(
-            "\n".join(filter(None, (f"got {value!r}, expected one of {', '.join(argument.choices)}", near)))
-        )
     return value
-
-
-def canonical_argument(name: str, value: Any) -> tuple[str, Any] | None:
-    """Return the newest name and value of an argument; None if it has no effect any more.
-
-    >>> canonical_argument("warmup_ratio", 0.03), canonical_argument("group_by_length", True)
-    (('warmup_steps', 0.03), ('train_sampling_strategy', 'group_by_length'))
-    """
-    if name == "group_by_length":
-        return "train_sampling_strategy", "group_by_length" if value else "random"
-    if name in REFUSED and (REFUSED[name] is None or not value):
-        return None
-    return RENAMED.get(name, name), value
 
 
 Changes = dict[str, tuple[Any, Any]]
@@ -589,3 +545,49 @@ def default_rate(train: Mapping[str, Any], method: str | None) -> float:
     rate = train.get("learning_rate")
     default = LLAVA_FULL_RATE if method == "full" else DEFAULT_RULES[0]["learning_rate"]
     return float(default if rate is None else rate)
+
+
+# Flag of LLaVA's scripts -> (type, help). Those that are other names of ours (--lora_r, --version, ...) stand there.
+LLAVA_FLAGS: dict[str, tuple[type, str]] = {
+    "lora_enable": (bool, "an adapter on the language tower (milora, or --method), the projector in full"),
+    "tune_mm_mlp_adapter": (bool, "train the projector alone (stage 1, pretrain.sh)"),
+    "bits": (int, "16, or 8 or 4 to quantise the base"),
+    "vision_tower": (str, "vision tower to add to a text-only model: a folder, a hub id or timm/NAME"),
+    "mm_projector_type": (str, "only mlp2x_gelu is supported, as in LLaVA-1.5"),
+    "mm_vision_select_layer": (int, "layer of the tower that supplies the features [-2]"),
+    "mm_use_im_start_end": (bool, "only False is supported, as in LLaVA-1.5"),
+    "mm_use_im_patch_token": (bool, "only False is supported, as in LLaVA-1.5"),
+    "lazy_preprocess": (bool, "no effect: records are always encoded during training"),
+    "group_by_modality_length": (bool, "build batches of one modality and similar length"),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyEdits:
+    """Flags that replace a field in the rules; None keeps the field."""
+
+    method: str | None = None
+    protect: float | None = None
+    rank: int | None = None
+    alpha: float | None = None
+    dropout: float | None = None
+    learning_rate: float | None = None
+    mm_projector_lr: float | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    recipe: str | None = None
+    overrides: dict[str, Any] = field(default_factory=dict)  # nested as the recipe is
+    flags: dict[str, str] = field(default_factory=dict)  # dotted keys of `overrides` -> their flags
+    edits: PolicyEdits = field(default_factory=PolicyEdits)
+    policy: str | None = None
+    llava: dict[str, Any] = field(default_factory=dict)
+    output_dir: str | None = None
+    resume: str | None = None
+    format: str = "human"
+    action: str = "train"  # train | dry_run | print_recipe | list_models | list_recipes
+    argument: str = ""  # argument of the action
+    devices: int | None = None  # for a plan
+    gpu_memory: float | None = None  # GiB per device, for a plan
+    words: tuple[str, ...] = field(default=(), compare=False)  # the command line as typed

@@ -6,13 +6,11 @@ from __future__ import annotations
 
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +23,19 @@ from transformers.trainer_pt_utils import get_model_param_count
 
 from milora_data.encode.templates import OWN, render_chat_template
 from milora_data.encode.tokens import remember_legacy
+from milora_vl.common.cli.console import versions
 from milora_vl.common.cli.screen import Screen
 from milora_vl.common.errors import UserError
 from milora_vl.common.evaluator_protocol import TrainingQuestions
 from milora_vl.core.adapter import checkpoints
 from milora_vl.core.adapter.earlier import joined_rank, read_earlier
-from milora_vl.core.weights.distributed import gather_objects, raised_in_all, rank_and_world_size
+from milora_vl.core.weights.distributed import free_memory, gather_objects, raised_in_all, rank_and_world_size
 from milora_vl.models import loading
+from milora_vl.models.base import Base
 from milora_vl.train import data
 from milora_vl.train.base_kl import BaseKL
 from milora_vl.train.callbacks import ForgettingCallback, Probe, SuiteCallback, calls_on_sigterm, training_questions
-from milora_vl.train.counts import Batching
+from milora_vl.train.counts import Batching, num_parameters, size_text
 from milora_vl.train.data import EarlierRecords, RunData, has_other_records, read_earlier_records, task_entry
 from milora_vl.train.launch import base_dtype, dtype_name, load_base_model, refused_arguments, stage_of, trained_dtype
 from milora_vl.train.output import (
@@ -76,7 +76,6 @@ from milora_vl.train.start import Built, build_model, compile_blocks, make_texts
 from milora_vl.train.trainer import MiloraTrainer
 
 GIT_TIMEOUT = 10  # seconds
-PACKAGES = ("milora-vl", "torch", "transformers", "peft", "accelerate", "timm", "deepspeed", "bitsandbytes")
 
 
 def train(settings: Settings) -> int:
@@ -197,12 +196,24 @@ def compose_base(run: Run, screen: Screen) -> Run:
 def load_base(run: Run, records: RunData, screen: Screen) -> tuple[nn.Module, Any]:
     recipe, args = run.recipe, run.args
     data.check(data.strict_collator(recipe, run.base, run.base.processor), recipe, records)
+    if args.fsdp:
+        require_one_device(run.base, base_dtype(recipe), args.device)
     with screen.step(f"loading {recipe.model}"):
         loaded, processor = load_base_model(recipe, run.base, base_dtype(recipe), args.device)
     tokenizer, pictures = loading.split_processor(processor)
     if pictures is None and recipe.template == "vicuna_v1" and tokenizer.chat_template:
         screen.warn("the template is vicuna_v1, but this model has a chat template: use --template chat_template")
     return loaded, processor
+
+
+def require_one_device(base: Base, dtype: torch.dtype, device: torch.device) -> None:
+    """Raise UserError if a base does not fit on an accelerator: FSDP2 shards it after the start."""
+    size, free = num_parameters(base.meta) * dtype.itemsize, free_memory(device)
+    if device.type != "cpu" and size > free:
+        message = (
+            f"the base has {size_text(size)}, {device} has {size_text(free)} free, and FSDP2 needs all of it there"
+        )
+        raise UserError(message, where="--fsdp", hint="load it in shards:  --deepspeed zero3")
 
 
 def make_probe(run: Run, loaded: nn.Module, processor: Any, screen: Screen) -> Probe | None:
@@ -251,19 +262,19 @@ def adapt(
     recipe, checkpoint, targets, term = run.recipe, run.folder.checkpoint, list(run.targets), run.base_kl
     source = checkpoint or recipe.adapter
     held = read_earlier(loaded, Path(recipe.after), targets, run.tasks) if recipe.after and checkpoint is None else None
-    batches, base_kl, files = None, None, dict[str, Any]({RECORDS: records_content(records)})
+    batches, weights, base_kl, files = None, None, None, dict[str, Any]({RECORDS: records_content(records)})
     show_start(run, loaded, steps, screen)
     if run.reads_calibration:
         stored = None if checkpoint is None else read_start(checkpoint.parent, TEXTS)
         texts = make_texts(recipe, run.base, loaded, processor, records.train, screen, steps, earlier, stored)
         files[TEXTS] = texts.content
-        batches = texts.sources() if run.protects else None
+        batches, weights = (texts.sources(), texts.made_by.weights) if run.protects else (None, None)
         if term.weight:
             base_kl = BaseKL(texts.sources(term.texts), term.weight, term.every)
     set_seed(run.args.seed)  # LoRA starts from random numbers, here as in HF's example scripts
     with screen.step("applying the policy" if source is None else f"restoring {source}"):
         dtype = trained_dtype(run.args)
-        built = build_model(recipe, loaded, targets, checkpoint, batches, dtype, held)
+        built = build_model(recipe, loaded, targets, checkpoint, batches, dtype, held, weights)
     if held is not None:
         own = task_entry(run.folder.path, recipe, targets, built.model.milora_protection, records)
         built.model.earlier = replace(held, tasks=(*run.tasks, own))
@@ -271,6 +282,8 @@ def adapt(
         compile_blocks(built.model, run.derived.compiled)
     if run.args.gradient_checkpointing:
         built.model.enable_input_require_grads()  # frozen embeddings would cut the graph
+    if run.args.device.type == "cuda":
+        torch.cuda.empty_cache()  # what the start needed; the largest blocks do not fit what a step asks for
     return built, base_kl, files
 
 
@@ -364,16 +377,6 @@ def collect_first_files(
         screen=screen,
         is_writer=bool(run.args.should_save),
     )
-
-
-def versions() -> dict[str, str]:
-    found = {"python": sys.version.split()[0]}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def git_state() -> dict[str, Any] | None:

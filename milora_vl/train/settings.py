@@ -34,43 +34,21 @@ from milora_vl.core.policy.rules import METHODS as RULE_METHODS
 from milora_vl.core.policy.towers import find_towers
 from milora_vl.models.base import Base
 from milora_vl.models.prompts import recipe_of_run
-from milora_vl.train.recipe import Recipe, checked, differences, flags_of, known_arguments, read_recipe, train_section
+from milora_vl.train.recipe import (
+    ADAPTERS,
+    PROG,
+    PolicyEdits,
+    Recipe,
+    Request,
+    checked,
+    differences,
+    flags_of,
+    known_arguments,
+    read_recipe,
+    train_section,
+)
 
-PROG = "python -m milora_vl.train"
-ADAPTERS = tuple(name for name, method in RULE_METHODS.items() if "rank" in method.fields)
-METHODS = (*ADAPTERS, "full", "projector")
 ADAPTER_FIELDS = ("rank", "alpha", "rslora", "dropout", "seed", "protect")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PolicyEdits:
-    """Flags that replace a field in the rules; None keeps the field."""
-
-    method: str | None = None
-    protect: float | None = None
-    rank: int | None = None
-    alpha: float | None = None
-    dropout: float | None = None
-    learning_rate: float | None = None
-    mm_projector_lr: float | None = None
-
-
-@dataclass(frozen=True)
-class Request:
-    recipe: str | None = None
-    overrides: dict[str, Any] = field(default_factory=dict)  # nested as the recipe is
-    flags: dict[str, str] = field(default_factory=dict)  # dotted keys of `overrides` -> their flags
-    edits: PolicyEdits = field(default_factory=PolicyEdits)
-    policy: str | None = None
-    llava: dict[str, Any] = field(default_factory=dict)
-    output_dir: str | None = None
-    resume: str | None = None
-    format: str = "human"
-    action: str = "train"  # train | dry_run | print_recipe | list_models | list_recipes
-    argument: str = ""  # argument of the action
-    devices: int | None = None  # for a plan
-    gpu_memory: float | None = None  # GiB per device, for a plan
-    words: tuple[str, ...] = field(default=(), compare=False)  # the command line as typed
 
 
 def edited(rules: Sequence[RuleDict] | None, edits: PolicyEdits) -> list[RuleDict]:
@@ -127,8 +105,8 @@ def _refuse_useless(has_adapters: bool, edits: PolicyEdits) -> None:
             raise UserError(message, code="flag-no-effect", where=" ".join(flags), hint=hint)
     elif not has_adapters and (flags or edits.method):
         where = "--method" if edits.method else flags[0]
-        hint = f"add one with --policy, or use a recipe that has one: {PROG} --list-recipes"
-        raise UserError("no rule of the recipe makes an adapter", code="policy-no-adapter-rule", where=where, hint=hint)
+        hint = "add --lora_enable True to LLaVA's flags, or a rule with --policy"
+        raise UserError("no rule makes an adapter", code="policy-no-adapter-rule", where=where, hint=hint)
 
 
 def _edit_adapter(rule: RuleDict, edits: PolicyEdits) -> None:
@@ -160,9 +138,6 @@ def _edit_adapter(rule: RuleDict, edits: PolicyEdits) -> None:
 def _without_adapter(rule: RuleDict) -> RuleDict:
     kept = {name: value for name, value in rule.items() if name not in ADAPTER_FIELDS}
     return kept | {"method": "full"} if "method" in kept else kept
-
-
-DECIDES_POLICY = ("lora_enable", "tune_mm_mlp_adapter", "freeze_mm_mlp_adapter", "freeze_backbone")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -224,7 +199,7 @@ def join_settings(request: Request) -> Settings:
         of_adapter = settings_of_adapter(Path(adapter))
     elif after:
         of_adapter, notes = _of_after(after, request)
-    meaning = _meaning_of(request, adapter or after)
+    llava, lines = of_llava(request, adapter or after)
     flags = dict(request.overrides)
     if request.policy is not None:
         flags["policy"] = _read_policy(request.policy)
@@ -232,7 +207,7 @@ def join_settings(request: Request) -> Settings:
     if len(sampled) == 1:  # the flag replaces either setting of the recipe
         flags["data"] = dict.fromkeys({"fps", "num_frames"} - sampled) | flags["data"]
     problems: list[Problem] = []
-    layers = [of_adapter, content, _of_llava(request, meaning, adapter or after), flags]
+    layers = [of_adapter, content, llava, flags]
     for number, layer in enumerate(layers):
         if "train" in layer:
             train, wrong = train_section(layer["train"])
@@ -256,8 +231,7 @@ def join_settings(request: Request) -> Settings:
         problems.append(Problem(message, "recipe-no-model", "--model", hint))
     if problems:
         raise UserError(problems=located(problems, request, source, recipe))
-    line = [meaning.line] if meaning.line else []
-    return Settings(request=request, recipe=recipe, is_set=is_set, source=source, notes=[*line, *notes])
+    return Settings(request=request, recipe=recipe, is_set=is_set, source=source, notes=[*lines, *notes])
 
 
 def _joined(*layers: Mapping[str, Any]) -> dict[str, Any]:
@@ -278,22 +252,6 @@ def _of_after(after: str, request: Request) -> tuple[dict[str, Any], list[str]]:
     return settings_after(Path(after))
 
 
-def _of_llava(request: Request, meaning: Meaning, adapter: str) -> dict[str, Any]:
-    layer: dict[str, Any] = {}
-    flags = request.llava
-    if meaning.rules:
-        layer["policy"] = meaning.rules
-    if meaning.quantization:
-        layer["quantization"] = meaning.quantization
-    if flags.get("group_by_modality_length"):
-        layer["train"] = {"train_sampling_strategy": "group_by_length"}
-    if parts := llava_parts(flags):
-        layer["parts"] = parts
-    if is_script(flags) and not request.recipe and not adapter:
-        layer["data"] = {"image_aspect_ratio": "plain"}
-    return layer
-
-
 def _give_way(below: dict[str, Any], flags: Mapping[str, Any]) -> list[str]:
     """Drop the held-out records of a recipe whose data the flags replace. Returns a note about them."""
     data, over = below.get("data"), flags.get("data", {})
@@ -305,25 +263,6 @@ def _give_way(below: dict[str, Any], flags: Mapping[str, Any]) -> list[str]:
         below.get("train", {}).pop(name, None)
     note = f"--data_path replaces the data of the recipe, so {data.pop('eval_path')} is not used"
     return [f"{note} (set --eval_data_path FILE)"]
-
-
-def _meaning_of(request: Request, adapter: str) -> Meaning:
-    flags, edits = dict(request.llava), request.edits
-    if not flags:
-        return Meaning([])
-    if request.recipe or request.policy or adapter:
-        clash = [f"--{name}" for name in DECIDES_POLICY if flags.get(name) and not (adapter and name == "lora_enable")]
-        if clash:
-            decided_by = "adapter" if adapter else "recipe" if request.recipe else "policy"
-            hint = "remove the flags" if adapter else "use --method"
-            message = f"the {decided_by} already decides what trains"
-            raise UserError(message, code="flag-conflict", where=" ".join(clash), hint=hint)
-        # --rank and the like change the rules given, not those that LLaVA's flags would mean.
-        meaning = llava_meaning(flags, rank=None, alpha=None, dropout=None)
-        return Meaning([], meaning.quantization)
-    if edits.method in ADAPTERS and (is_script(flags) or flags.get("freeze_backbone")):
-        flags["lora_enable"] = True
-    return llava_meaning(flags, rank=edits.rank, alpha=edits.alpha, dropout=edits.dropout)
 
 
 def _is_file(text: str) -> bool:
@@ -352,8 +291,7 @@ def _read_policy(text: str) -> list[Any]:
 # The keys of a recipe that describe a model and its inputs. The keys of FIXED are parts of the adapter itself.
 FIXED = ("template", "calibration")
 TAKEN = (
-    "model", "parts", "projector_weights", "quantization", "quant_type", "double_quant", "dtype",
-    "attn_implementation", "policy", *FIXED,
+    "model", "parts", "projector_weights", "quantization", "dtype", "attn_implementation", "policy", *FIXED,
 )  # fmt: skip
 OF_SECTIONS = {
     "data": (
@@ -506,126 +444,60 @@ def _takes_adapter(modules: str, base: Base) -> bool:
         return False
 
 
-# name -> (type, help). Flags that are aliases of ours (--lora_r, --version, ...) are in flags.py.
-LLAVA_FLAGS: dict[str, tuple[type, str]] = {
-    "lora_enable": (
-        bool,
-        "an adapter on the language tower (milora, or --method), the projector in full",
-    ),
-    "lora_bias": (str, "only none is supported: biases stay frozen"),
-    "tune_mm_mlp_adapter": (bool, "train the projector alone (stage 1, pretrain.sh)"),
-    "freeze_mm_mlp_adapter": (bool, "keep the projector frozen"),
-    "freeze_backbone": (bool, "keep the language model frozen"),
-    "bits": (int, "16, or 8 or 4 to quantise the base"),
-    "vision_tower": (str, "vision tower to add to a text-only model: a folder, a hub id or timm/NAME"),
-    "mm_projector_type": (str, "only mlp2x_gelu is supported, as in LLaVA-1.5"),
-    "mm_vision_select_layer": (int, "layer of the tower that supplies the features [-2]"),
-    "mm_vision_select_feature": (str, "patch, or cls_patch to keep the class token"),
-    "mm_patch_merge_type": (str, "only flat is supported, as in LLaVA-1.5"),
-    "mm_use_im_start_end": (bool, "only False is supported, as in LLaVA-1.5"),
-    "mm_use_im_patch_token": (bool, "only False is supported, as in LLaVA-1.5"),
-    "is_multimodal": (bool, "no effect: records with and without images can always be mixed"),
-    "lazy_preprocess": (bool, "no effect: records are always encoded during training"),
-    "group_by_modality_length": (bool, "build batches of one modality and similar length"),
-    "mpt_attn_impl": (str, "no effect: MPT models are not supported"),
+# The values that are accepted, and why no other is.
+LLAVA_ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
+    "mm_use_im_start_end": ((False,), "LLaVA-1.5 has no start and end tokens around images"),
+    "mm_use_im_patch_token": ((False,), "LLaVA-1.5 has no patch token"),
+    "mm_projector_type": (("mlp2x_gelu",), "Hugging Face's LLaVA has a projector of two layers"),
+    "bits": ((16, 8, 4), "as in LLaVA"),
 }
-# The one value of LLaVA-1.5's scripts that is accepted, and why no other is.
-LLAVA_ONLY: dict[str, tuple[Any, str]] = {
-    "mm_use_im_start_end": (False, "LLaVA-1.5 has no start and end tokens around images"),
-    "mm_use_im_patch_token": (False, "LLaVA-1.5 has no patch token"),
-    "lora_bias": ("none", "biases stay frozen"),
-    "mm_projector_type": ("mlp2x_gelu", "Hugging Face's LLaVA has a projector of two layers"),
-    "mm_patch_merge_type": ("flat", "as in LLaVA-1.5; for the others use a llava-hf/llava-v1.6-* model"),
-}
-# LLaVA's flag -> field of the recipe's `parts`.
-LLAVA_PARTS = {
-    "vision_tower": "vision_tower",
-    "mm_vision_select_layer": "select_layer",
-    "mm_vision_select_feature": "select_feature",
-}
-_IN_FULL = "without --lora_enable the whole language tower trains in full, embeddings and head included, {}"
+LLAVA_PARTS = {"vision_tower": "vision_tower", "mm_vision_select_layer": "select_layer"}
 
 
-@dataclass(frozen=True, slots=True)
-class Meaning:
-    rules: list[dict[str, Any]]
-    quantization: str | None = None
-    line: str = ""
+def of_llava(request: Request, adapter: str) -> tuple[dict[str, Any], list[str]]:
+    """Return what LLaVA's flags mean, as a layer of a recipe, and a line about the rules that they choose.
 
-
-def llava_meaning(flags: Mapping[str, Any], *, rank: int | None, alpha: float | None, dropout: float | None) -> Meaning:
-    """Return rules, quantisation and a line that explains them; no rules if the flags do not choose what trains."""
-    for name, value in flags.items():
-        only, why = LLAVA_ONLY.get(name, (value, ""))
-        if value != only:
-            raise UserError(f"got {value}; only {only} is supported: {why}", code="flag-unsupported", where=f"--{name}")
-    bits = flags.get("bits", 16)
-    if bits not in (4, 8, 16):
-        raise UserError(f"expected 16, 8 or 4, got {bits}", code="flag-value", where="--bits")
-    quantization = f"{bits}bit" if bits != 16 else None
-    if not decide_what_trains(flags):
-        return Meaning([], quantization)
-    rules, explanation = _llava_rules(flags, rank, alpha, dropout)
-    if all(rule["method"] == "full" for rule in rules):
-        _refuse_adapter_flags(flags, explanation, {"rank": rank, "alpha": alpha, "dropout": dropout})
-    if quantization:
-        explanation += f", with the base quantised to {bits} bits"
-    return Meaning(rules, quantization, f"LLaVA flags: {explanation}")
-
-
-def decide_what_trains(flags: Mapping[str, Any]) -> bool:
-    """Return whether the flags decide what trains: they belong to a LLaVA script, or freeze something.
-
-    The other flags concern the data or the model and leave the policy unchanged.
+    With flags of a script, LLaVA's defaults apply to the others. Rules come from them alone, unless `adapter`, the
+    recipe or a policy already decides what trains.
     """
-    return is_script(flags) or any(flags.get(name) for name in ("freeze_backbone", "freeze_mm_mlp_adapter"))
+    flags, layer = request.llava, dict[str, Any]()
+    for name, value in flags.items():
+        accepted, why = LLAVA_ONLY.get(name, ((value,), ""))
+        if value not in accepted:
+            message = f"got {value}; only {', '.join(map(str, accepted))} is supported: {why}"
+            raise UserError(message, code="flag-unsupported", where=f"--{name}")
+    if flags.get("bits", 16) != 16:
+        layer["quantization"] = f"{flags['bits']}bit"
+    if flags.get("group_by_modality_length"):
+        layer["train"] = {"train_sampling_strategy": "group_by_length"}
+    if parts := {field: flags[flag] for flag, field in LLAVA_PARTS.items() if flags.get(flag) is not None}:
+        layer["parts"] = parts
+    decides = [f"--{name}" for name in ("lora_enable", "tune_mm_mlp_adapter") if flags.get(name)]
+    if not decides and flags.get("lora_enable") is None and flags.get("vision_tower") is None:
+        return layer, []
+    if not request.recipe and not adapter:
+        layer["data"] = {"image_aspect_ratio": "plain"}
+    if decided_by := "adapter" if adapter else "recipe" if request.recipe else "policy" if request.policy else "":
+        if decides and not (adapter and decides == ["--lora_enable"]):
+            hint = "remove the flags" if adapter else "use --method"
+            message = f"the {decided_by} already decides what trains"
+            raise UserError(message, code="flag-conflict", where=" ".join(decides), hint=hint)
+        return layer, []
+    layer["policy"], line = _rules_of_llava(request)
+    quantized = f", with the base quantised to {flags['bits']} bits" if "quantization" in layer else ""
+    return layer, [f"LLaVA flags: {line}{quantized}"]
 
 
-def is_script(flags: Mapping[str, Any]) -> bool:
-    """Return whether the flags belong to a LLaVA script; then LLaVA's defaults apply to missing flags."""
-    named = any(flags.get(name) is not None for name in ("vision_tower", "lora_enable"))
-    return named or bool(flags.get("tune_mm_mlp_adapter"))
-
-
-def llava_parts(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the tower that a script names, as the `parts` section of a recipe."""
-    return {field: flags[flag] for flag, field in LLAVA_PARTS.items() if flags.get(flag) is not None}
-
-
-def _llava_rules(
-    flags: Mapping[str, Any], rank: int | None, alpha: float | None, dropout: float | None
-) -> tuple[list[dict[str, Any]], str]:
-    projector: list[dict[str, Any]] = [{"modules": "projector", "method": "full"}]
-    alone = [name for name in ("tune_mm_mlp_adapter", "freeze_backbone") if flags.get(name)]
-    if alone and flags.get("freeze_mm_mlp_adapter") and not flags.get("lora_enable"):
-        message = f"nothing would train with --{alone[0]} and --freeze_mm_mlp_adapter"
-        hint = "remove one of the two flags"
-        raise UserError(message, code="policy-nothing-trains", where=f"--{alone[0]}", hint=hint)
+def _rules_of_llava(request: Request) -> tuple[list[RuleDict], str]:
+    flags, edits = request.llava, request.edits
+    projector, end = {"modules": "projector", "method": "full"}, "the projector in full"
     if flags.get("tune_mm_mlp_adapter"):
-        return projector, "--tune_mm_mlp_adapter True trains only the projector"
-    if flags.get("freeze_mm_mlp_adapter"):
-        projector = []
-    of_projector = "and the projector in full" if projector else "and the projector frozen"
-    if flags.get("lora_enable"):
-        # LLaVA's defaults for flags that the script does not set.
-        rank = 64 if rank is None else rank
-        rule = {"rank": rank, "alpha": 16 if alpha is None else alpha, "dropout": 0.05 if dropout is None else dropout}
-        language = {"modules": "language", "method": DEFAULT_RULES[0]["method"], **rule}
-        return [language, *projector], (
-            f"--lora_enable True trains an adapter of rank {rank} on the language tower {of_projector}"
-        )
-    if flags.get("freeze_backbone"):
-        return projector, "--freeze_backbone True trains only the projector"
-    if not is_script(flags):
-        without = without_projector(DEFAULT_RULES)
-        return without, "--freeze_mm_mlp_adapter True trains the default policy without the projector"
-    return [{"modules": "language.*", "method": "full"}, *projector], _IN_FULL.format(of_projector)
-
-
-def _refuse_adapter_flags(flags: Mapping[str, Any], explanation: str, adapter: Mapping[str, float | None]) -> None:
-    unused = " ".join(f"--{name}" for name, value in adapter.items() if value is not None)
-    if not unused:
-        return
-    alone = flags.get("tune_mm_mlp_adapter") or flags.get("freeze_backbone")
-    hint = f"remove {unused}" if alone else "add --lora_enable True, or --method milora"
-    raise UserError(f"no rule makes an adapter: {explanation}", code="policy-no-adapter-rule", where=unused, hint=hint)
+        return [projector], "--tune_mm_mlp_adapter True trains only the projector"
+    if flags.get("lora_enable") or edits.method in ADAPTERS:
+        given = {name: value for name, value in asdict(edits).items() if value is not None}
+        rule = {"rank": 64, "alpha": 16, "dropout": 0.05} | given
+        fields = {name: rule[name] for name in ("rank", "alpha", "dropout")}
+        line = f"--lora_enable True trains an adapter of rank {rule['rank']} on the language tower"
+        return [{"modules": "language", "method": DEFAULT_RULES[0]["method"], **fields}, projector], f"{line} and {end}"
+    line = "without --lora_enable the whole language tower trains in full, embeddings and head included"
+    return [{"modules": "language.*", "method": "full"}, projector], f"{line}, and {end}"

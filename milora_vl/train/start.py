@@ -106,7 +106,7 @@ class Texts:
     rows: list[tuple[str, list[int]]]
     records: list[tuple[RecordCollator[Any], Sequence[Record]]]
     tasks: list[tuple[RecordCollator[Any], Sequence[Record]]]
-    tokenizer: Any
+    made_by: _Sources
     content: dict[str, Any]  # of the file TEXTS, for a resumed run
 
     def sources(self, size: int = ROWS) -> Mapping[str, Batches]:
@@ -117,7 +117,9 @@ class Texts:
 
     def batches(self, size: int = ROWS) -> list[Mapping[str, Tensor]]:
         """Return batches of what the base writes and sees, arguments of the model's forward."""
-        found: list[Mapping[str, Tensor]] = [batch.inputs for batch in padded_batches(self.rows, size, self.tokenizer)]
+        found: list[Mapping[str, Tensor]] = [
+            batch.inputs for batch in padded_batches(self.rows, size, self.made_by.tokenizer)
+        ]
         for collate, records in self.records:
             found += _collated(collate, records, size)
         return found
@@ -181,7 +183,7 @@ def make_texts(
     if stored is not None:
         require_same("records or pictures of the calibration", stored["records"], keys, lambda n: shown[n][1].source)
     content = {"rows": rows, "captions": captions, "records": keys.hex()}
-    return Texts(rows, found, of_tasks, sources.tokenizer, content)
+    return Texts(rows, found, of_tasks, sources, content)
 
 
 def show_start(run: Run, model: Any, steps: int, screen: Screen) -> None:
@@ -418,11 +420,12 @@ def build_model(
     calibration: Calibration | None = None,
     dtype: torch.dtype = torch.float32,
     earlier: Earlier | None = None,
+    weights: str | None = None,
 ) -> Built:
     """Apply the resolved policy, or load the adapter of `checkpoint`, else of the recipe, with its initial factors.
 
     `calibration` holds the batches for protected inputs. `dtype` is the data type of the trained weights. `earlier` is
-    the update that the base of a new run holds.
+    the update that the base of a new run holds, and `weights` the key of the base without it.
     """
     checkpoint_kind = checkpoint_kind_of(targets)
     adapter = checkpoint or (Path(recipe.adapter) if recipe.adapter else None)
@@ -442,6 +445,7 @@ def build_model(
             calibration=calibration,
             cache_dir=recipe.factor_cache,
             calibration_cache=cache_folder(recipe),
+            weights=weights if earlier is None else None,
             progress=True,
         )
         if earlier is not None:

@@ -31,11 +31,12 @@ from milora_vl.core.adapter.folders import ANCHORS_FILE, PROJECTOR_FILES
 from milora_vl.core.adapter.lora import base_model_of
 from milora_vl.core.adapter.sidecar import FILE_NAME
 from milora_vl.core.policy import Target
+from milora_vl.core.policy.towers import image_token_of
 from milora_vl.interop.trainer import RatesOfRules
 from milora_vl.models.losses import add_chunked_loss, row_losses, summed_loss, supervised_positions
 from milora_vl.models.projector import save_projector
 from milora_vl.train import data
-from milora_vl.train.base_kl import BaseKL, add_base_kl
+from milora_vl.train.base_kl import BaseKL, add_base_kl, with_positions
 from milora_vl.train.callbacks import (
     Bars,
     FrozenTowers,
@@ -86,6 +87,7 @@ class MiloraTrainer(RatesOfRules, CheckpointTrainer):
         self.base_kl = base_kl
         if base_kl is not None:
             add_base_kl(cast("PeftModel", model))
+            self.image_token = image_token_of(base_model_of(model))
         super().__init__(
             model,
             args,
@@ -95,7 +97,7 @@ class MiloraTrainer(RatesOfRules, CheckpointTrainer):
             processing_class=processing_class,
             callbacks=[stop := StopOnSignal(), LogBeforeSave(), IntervalsOfThisRun()],
         )
-        self.stop_on_signal, stop.accelerator = stop, self.accelerator
+        self.stop_on_signal = stop
         self.remove_callback(PrinterCallback if self.args.disable_tqdm else DEFAULT_PROGRESS_CALLBACK)
         self.add_callback(Lines)
         if sys.stderr.isatty() and not self.args.disable_tqdm:
@@ -161,7 +163,7 @@ class MiloraTrainer(RatesOfRules, CheckpointTrainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         texts = None if self.base_kl is None else self.base_kl.next_batch(self.state.global_step, self.args)
         if texts is not None:
-            inputs = {**inputs, "base_kl": texts}
+            inputs = {**inputs, "base_kl": with_positions(texts, self.image_token)}
         return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(

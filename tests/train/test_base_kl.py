@@ -16,7 +16,7 @@ from transformers import LlavaForConditionalGeneration
 from milora_vl import apply_milora
 from milora_vl.core.adapter.lora import base_model_of
 from milora_vl.models.tiny import tiny_llava
-from milora_vl.train.base_kl import BaseKL, add_base_kl
+from milora_vl.train.base_kl import BaseKL, add_base_kl, with_positions
 from milora_vl.train.command import main
 from support.calibrated import llava_batches
 from support.launched import KINDS, needs_deepspeed, train_in_two
@@ -61,15 +61,15 @@ def test_the_term_is_the_kl_from_the_base_and_leaves_the_model_as_it_is(rules: s
     model = apply_milora(tiny_llava()[0], RULES[rules], calibration=calibration)
     trained = {name: p.requires_grad for name, p in model.named_parameters()}
     add_base_kl(model)
-    ids = batches[0]["input_ids"]
-    assert model(**batches[0], base_kl=batches[0])["base_kl"] == 0, "at the start the model is the base"
+    ids, texts = batches[0]["input_ids"], with_positions(batches[0], base.config.image_token_id)
+    assert model(**batches[0], base_kl=texts)["base_kl"] == 0, "at the start the model is the base"
     with torch.no_grad():
         for parameter in (p for p in model.parameters() if p.requires_grad):
             parameter.add_(0.02 * torch.randn_like(parameter))
     alone = model(**batches[0]).logits
     in_head: list[int] = []
     hook = base_model_of(model).lm_head.register_forward_hook(lambda m, inputs, out: in_head.append(out.shape[1]))
-    output = model(**batches[0], base_kl=batches[0])
+    output = model(**batches[0], base_kl=texts)
     hook.remove()
     assert torch.equal(output["logits"], alone)
     real = batches[0]["attention_mask"][:, 1:].bool() & (ids[:, 1:] != base.config.image_token_id)
@@ -85,7 +85,7 @@ def test_the_term_is_the_kl_from_the_base_and_leaves_the_model_as_it_is(rules: s
     assert any("projector" in name for name in names)
     modes: list[bool] = []
     base_model_of(model).model.language_model.register_forward_hook(lambda m, *_: modes.append(m.training))
-    model.train()(**batches[0], base_kl=batches[0])
+    model.train()(**batches[0], base_kl=texts)
     assert modes == [True, False, True], "the base has no dropout and no noise"
 
 
@@ -98,7 +98,7 @@ def test_a_model_that_computes_all_logits_has_the_same_term(monkeypatch: pytest.
         with torch.no_grad():
             for parameter in (p for p in model.parameters() if p.requires_grad):
                 parameter.add_(0.02)
-            return float(model(**batch, base_kl=batch)["base_kl"])
+            return float(model(**batch, base_kl=with_positions(batch, base.config.image_token_id))["base_kl"])
 
     chosen, stock = term(), LlavaForConditionalGeneration.forward
     monkeypatch.setattr(
@@ -111,11 +111,11 @@ def test_a_deep_copy_computes_its_own_term() -> None:
     batches = llava_batches(tiny_llava()[0])
     model = apply_milora(tiny_llava()[0], RULES["anchored"])
     add_base_kl(model)
-    copied = copy.deepcopy(model)
+    copied, texts = copy.deepcopy(model), with_positions(batches[0], None)
     with torch.no_grad():
         for parameter in (p for p in copied.parameters() if p.requires_grad):
             parameter.add_(0.02 * torch.randn_like(parameter))
-        own, of_copy = (float(one(**batches[0], base_kl=batches[0])["base_kl"]) for one in (model, copied))
+        own, of_copy = (float(one(**batches[0], base_kl=texts)["base_kl"]) for one in (model, copied))
     assert own == 0 < of_copy
 
 

@@ -134,8 +134,8 @@ def test_what_is_no_adapter_of_ours_and_an_output_folder_in_use_are_refused(
         plan(["--adapter", str(first), *words, str(first)])
     with raises_code("adapter-no-folder", where="--adapter"):
         plan(["--adapter", str(tmp_path / "none"), *words, "new"])
-    with raises_code("flag-conflict", where="--freeze_backbone"):
-        plan(["--adapter", str(first), "--freeze_backbone", "True", *words, "new"])
+    with raises_code("flag-conflict", where="--tune_mm_mlp_adapter"):
+        plan(["--adapter", str(first), "--tune_mm_mlp_adapter", "True", *words, "new"])
     stock = tmp_path / "stock"
     shutil.copytree(first, stock, ignore=shutil.ignore_patterns("milora*", "checkpoint-*"))
     for _ in range(2):  # without milora.json, and with it in a folder of LLaVA

@@ -163,9 +163,9 @@ def test_a_broken_picture_ends_the_run_with_its_name(workers: str, tiny_data: Pa
 def test_batches_of_similar_length_come_in_the_same_order_in_a_resumed_run(
     plain_run: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
-    """--group_by_length, stopped in the middle of the second epoch (three steps each)."""
+    """Batches by length, stopped in the middle of the second epoch (three steps each)."""
     whole, part = tmp_path / "whole", tmp_path / "part"
-    extra = ["--rank", "4", "--group_by_length", "True", "--save_steps", "4"]
+    extra = ["--rank", "4", "--train_sampling_strategy", "group_by_length", "--save_steps", "4"]
     assert main(training(tiny_data, whole, *extra)) == 0
     shutil.copytree(whole, part)
     shutil.rmtree(part / "checkpoint-6")

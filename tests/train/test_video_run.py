@@ -77,7 +77,7 @@ def words(model: Path, data: Path, name: str = "train.json") -> list[str]:
 @pytest.fixture(scope="module")
 def run(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
-    assert main([*words(model, data), "--group_by_length", "True", "--output_dir", str(folder)]) == 0
+    assert main([*words(model, data), "--train_sampling_strategy", "group_by_length", "--output_dir", str(folder)]) == 0
     return folder
 
 
@@ -156,7 +156,7 @@ def test_pictures_train_beside_videos_from_parts(model: Path, data: Path, tmp_pa
         turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A dog."}]
         rows.insert(2 * number, {"id": f"p{number}", "image": f"{number}.png", "conversations": turns})
     (data / "both.json").write_text(json.dumps(rows))
-    line = [*words(model, data, "both.json"), "--dropout", "0", "--group_by_length", "False", "--use_cpu"]
+    line = [*words(model, data, "both.json"), "--dropout", "0", "--use_cpu"]
     line = [word for word in line if word not in ("--device", "cpu")]
     assert main([*line, "--output_dir", str(tmp_path / "one")]) == 0
     line += ["--per_device_train_batch_size", "1"]

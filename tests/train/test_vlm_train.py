@@ -84,7 +84,9 @@ def test_a_model_of_another_family_describes_pictures_for_its_calibration(
     assert max(layer["overlap"] for layer in protection.values()) < 1e-5
 
 
-@pytest.mark.parametrize("how", [["--group_by_length", "True"], ["--packing", "True", "--max_length", "100"]], ids=str)
+@pytest.mark.parametrize(
+    "how", [["--train_sampling_strategy", "group_by_length"], ["--packing", "True", "--max_length", "100"]], ids=str
+)
 def test_a_run_learns_and_a_resumed_one_ends_the_same(how: list[str], qwen: Path, data: Path, tmp_path: Path) -> None:
     words = [*flags(qwen, data), "--save_steps", "2", "--max_pixels", "512", *how]
     assert main([*words, "--output_dir", str(tmp_path / "whole")]) == 0

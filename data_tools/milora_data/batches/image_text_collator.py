@@ -20,6 +20,7 @@ from milora_data.encode.templates import OWN, Segment, template_name
 from milora_data.encode.tokens import fast_backend, own_template
 from milora_data.pictures.load import ImageError, ImagePolicy, Picture
 from milora_data.pictures.pixels import AspectRatio, PixelMaker, Tiling
+from milora_data.records.boxes import Boxes
 from milora_data.records.record import IMAGE, Record
 from milora_vl.common.errors import DataError, UserError, with_context
 
@@ -88,6 +89,7 @@ class ImageTextCollator(RecordCollator[Row]):
         self.image_processor = image_processor
         self.tiling = tiling
         self.image_aspect_ratio: AspectRatio = "anyres" if tiling else image_aspect_ratio
+        self.boxes = Boxes(f"LLaVA ({self.image_aspect_ratio})")
         self._maker: PixelMaker | None = None
         require_template(template, tokenizer)
         self.template = template
@@ -102,16 +104,21 @@ class ImageTextCollator(RecordCollator[Row]):
         return self.image_tokens if self.image_processor is not None else 0
 
     def full_length(self, record: Record) -> int:
-        text = encode(record, self.tokenizer, template=self.template, image_token_id=-1, image_tokens=0)
+        text = self._text(record)
         return len(text.input_ids) + sum(self._counts_by_size(record)[: text.num_images])
 
     def num_supervised(self, record: Record) -> int:
-        text = encode(record, self.tokenizer, template=self.template, image_token_id=-1, image_tokens=0)
+        text = self._text(record)
         return len(text.labels) - text.labels.count(IGNORE)
+
+    def _text(self, record: Record) -> Encoded:
+        """Return a record without the tokens of its pictures."""
+        record = self._with_boxes(record)
+        return encode(record, self.tokenizer, template=self.template, image_token_id=-1, image_tokens=0)
 
     def segments(self, record: Record) -> list[Segment]:
         try:
-            return record_segments(record, self.tokenizer, self.template)[1]
+            return record_segments(self._with_boxes(record), self.tokenizer, self.template)[1]
         except DataError as error:
             raise with_context(error, record.place) from None
 
@@ -177,7 +184,7 @@ class ImageTextCollator(RecordCollator[Row]):
 
     def _encoded(self, record: Record, counts: list[int]) -> Encoded:
         encoded = encode(
-            record,
+            self._with_boxes(record),
             self.tokenizer,
             template=self.template,
             image_token_id=self.image_token_id,

@@ -35,6 +35,7 @@ from milora_data.encode.templates import Segment
 from milora_data.encode.tokens import IGNORE
 from milora_data.pictures.load import ImageError, ImagePolicy, Picture, load_image
 from milora_data.pictures.videos import Frames, require_one_size
+from milora_data.records.boxes import Boxes, require_no_boxes
 from milora_data.records.record import IMAGE, VIDEO, Record, Turn, Video
 from milora_vl.common.cli.console import amount
 from milora_vl.common.errors import DataError, UserError, first_line, with_context, with_problems
@@ -99,6 +100,7 @@ class ProcessorCollator(RecordCollator[ProcessorSample]):
         # ZeRO-3 and FSDP2 gather the vision tower on all processes together: none may skip it.
         self.always_shows_images = int(os.environ.get("WORLD_SIZE", "1")) > 1
         self.inputs = ProcessorInputs(processor)
+        self.boxes = Boxes.of(processor)
         self.pad_to_multiple_of = pad_to_multiple_of
         self.model_config = model_config
         self.packing = packing
@@ -160,7 +162,7 @@ class ProcessorCollator(RecordCollator[ProcessorSample]):
 
     def _rendered(self, record: Record) -> Rendered:
         try:
-            turns = with_video_marks(record.turns, len(record.images), len(record.videos))
+            turns = with_video_marks(self._with_boxes(record).turns, len(record.images), len(record.videos))
             form = self.inputs.video_format if record.videos else self.inputs.format
             rendered = form.render(turns)
             self.inputs.require_images(rendered.text, len(record.images), len(record.videos))
@@ -457,6 +459,7 @@ def with_video_marks(turns: Sequence[Turn], num_images: int, num_videos: int) ->
     has such a mark already.
     """
     text = "\n".join(turn.text for turn in turns)
+    require_no_boxes([text])
     if VIDEO_MARK in text:
         message, hint = f"a text contains {VIDEO_MARK!r}, which stands for a video here", "remove these characters"
         raise DataError(message, code="record-image-token-in-text", hint=hint)

@@ -6,6 +6,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -16,7 +17,8 @@ from milora_data.encode.labels import NoSupervisedTokens
 from milora_data.encode.templates import Segment
 from milora_data.encode.tokens import IGNORE
 from milora_data.pictures.load import ImageError, ImagePolicy, Picture, picture_size
-from milora_data.records.record import Record, parse_record
+from milora_data.records.boxes import Boxes
+from milora_data.records.record import Record, parse_record, with_boxes
 from milora_vl.common.compat.torch import FailedBatch
 from milora_vl.common.errors import DataError, UserError, with_context
 
@@ -48,6 +50,7 @@ class RecordCollator(ABC, Generic[Sample]):
     that would add a record of the training to the loss, such a batch has no labels (`for_evaluation`).
     """
 
+    boxes: Boxes  # how the model writes boxes
     is_evaluating = False
     is_causal = False  # in the model, no position of a batch sees a later one
     always_shows_images = False  # a batch without images gets a plain one, so that all processes run the vision tower
@@ -95,6 +98,11 @@ class RecordCollator(ABC, Generic[Sample]):
             return picture_size(picture.within(self.image_folder))
         except ImageError:
             return BLANK
+
+    def _with_boxes(self, record: Record) -> Record:
+        """Return the record with its boxes as the model writes them. Raises `DataError`."""
+        turns = with_boxes(record.turns, self.boxes, lambda: [self._size(name) for name in record.images])
+        return record if turns is record.turns else replace(record, turns=tuple(turns))
 
     @property
     def hidden_tokens(self) -> int:

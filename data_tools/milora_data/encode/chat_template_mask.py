@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 from milora_data.encode.templates import OWN, TEMPLATES, Segment, render, split_turns, template_name
 from milora_data.encode.tokens import TokenizerTraits, eos_text, own_template, tokenizer_traits
+from milora_data.records.boxes import require_no_boxes
 from milora_data.records.record import IMAGE, Turn
 from milora_vl.common.errors import MALFORMED, DataError, UserError
 
@@ -51,6 +52,7 @@ def segments_of(
     With `prompt`, they end where the next answer begins. Raises `DataError` for turns that the template refuses.
     """
     name = template_name(template)
+    require_no_boxes(turn.text for turn in turns)
     bos = tokenizer_traits(tokenizer).bos if traits is None else traits.bos
     text = str(tokenizer.bos_token) if bos else ""
     if name == OWN:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, overload
 
 from milora_data.pictures.load import Picture, decoded, described, is_embedded, local_name
+from milora_data.records.boxes import BOX, REF, Boxes, marked
 from milora_vl.common.errors import DataError, with_context
 
 Role = Literal["user", "assistant", "system", "tools", "tool"]
@@ -182,6 +183,14 @@ class CompactRecords(Sequence[Record]):
         return record
 
 
+def with_boxes(turns: Sequence[Turn], boxes: Boxes, sizes: Callable[[], Sequence[tuple[int, int]]]) -> Sequence[Turn]:
+    """Return the turns with their boxes as a model writes them; `sizes` gives (height, width) of each picture."""
+    if not any("<bbox " in turn.text for turn in turns):
+        return turns
+    known = sizes()
+    return [replace(turn, text=boxes.written(turn.text, known)) for turn in turns]
+
+
 def identifier_of(row: Mapping[str, Any], keys: Sequence[str], default: object) -> str:
     """Return the first value of a row under `keys`, as text; 0 is a value, None and an empty text are none.
 
@@ -207,6 +216,10 @@ def parse_record(value: object, *, source: str = "", embedded: Literal["read", "
         text = "".join(turn.text for turn in turns)
         if videos and not images and VIDEO not in text and text.count(IMAGE) == len(videos):  # LLaVA-Video's marks
             turns = tuple(replace(turn, text=turn.text.replace(IMAGE, VIDEO)) for turn in turns)
+        if value.get("objects") and (BOX in text or REF in text):
+            shown = marked([turn.text for turn in turns], value["objects"], len(images))
+            turns = tuple(replace(turn, text=one) for turn, one in zip(turns, shown, strict=True))
+            value = {key: item for key, item in value.items() if key != "objects"}
         extra = {key: item for key, item in value.items() if key not in KNOWN_KEYS}
         unread = tuple(key for turn in value["conversations"] for key in turn if _is_unread(turn, key))
         record = Record(identifier_of(value, ("id",), ""), images, turns, source, extra, videos, unread)

@@ -16,6 +16,7 @@ from typing import Any
 
 from milora_data.keys import KeyOf, data_key, digest, file_key
 from milora_data.pictures.load import Picture, is_embedded, refusal
+from milora_data.records.boxes import boxes_in
 from milora_data.records.record import IMAGE, VIDEO, identifier_of, parse_record
 from milora_eval.benchmark import (
     Answer,
@@ -176,6 +177,9 @@ def _item(row: Any, number: int, path: Path, data_dir: Path, read: KeyOf) -> Ite
     turns, answers = record.turns, row.get("answers", row.get("answer"))
     if any(turn.keys or turn.role == "tools" for turn in turns):
         raise DataError("calls of tools are not scored", code="record-tools", where=where, hint="remove the record")
+    if any(boxes_in(turn.text for turn in turns if turn.role == "assistant")):
+        hint = "read the boxes of stored answers with milora_data.records.boxes.Boxes"
+        raise DataError("boxes in answers are not scored", code="record-box", where=where, hint=hint)
     answers = answers if isinstance(answers, list) else [] if answers is None else [answers]
     if turns and turns[-1].role == "assistant":
         turns, answers = turns[:-1], answers if row.get("answers") else [turns[-1].text]

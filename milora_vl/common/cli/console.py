@@ -18,8 +18,9 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
-from importlib import import_module
+from importlib import import_module, metadata
 from itertools import pairwise
 from pathlib import Path
 from typing import NoReturn
@@ -27,7 +28,17 @@ from typing import NoReturn
 from milora_vl.common.errors import Key, Problem, UserError
 from milora_vl.common.secrets import without_secrets
 
+PACKAGES = ("milora-vl", "torch", "transformers", "peft", "accelerate", "timm", "deepspeed", "bitsandbytes")
 CODES = "exit codes: 0 done, 1 the run failed or errors were found, 2 bad usage, 130 interrupted\n"
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the installed packages that results depend on."""
+    found = {"python": sys.version.split()[0]}
+    for package in PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
 
 
 def suggest(word: str, candidates: Iterable[str]) -> list[str]:

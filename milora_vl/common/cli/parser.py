@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,8 @@ from typing import Any, NoReturn
 from milora_vl.common.cli.console import did_you_mean, require_folder, suggest
 from milora_vl.common.cli.web import url_problem
 from milora_vl.common.errors import Problem, UserError
+
+NEGATIVE = re.compile(r"-[\d.]+e[-+]?\d+|-inf|-nan", re.IGNORECASE)
 
 
 def count(text: str) -> int:
@@ -89,6 +92,10 @@ class CommandParser(argparse.ArgumentParser):
             name, equals, value = argument.partition("=")
             if name.startswith("--"):
                 arguments[position] = declared.get(name.replace("-", "_"), name) + equals + value
+        for position in range(len(arguments) - 1, 0, -1):  # argparse takes -1e-3 for a flag
+            flag, number = arguments[position - 1 : position + 1]
+            if flag in declared.values() and NEGATIVE.fullmatch(number):
+                arguments[position - 1 : position + 1] = [f"{flag}={number}"]
         try:
             return super().parse_known_args(arguments, namespace)
         except argparse.ArgumentError as error:

@@ -96,17 +96,18 @@ def apply_targets(
     calibration: Calibration | None = None,
     cache_dir: str | Path | None = None,
     calibration_cache: str | Path | None = None,
+    weights: str | None = None,
     progress: bool = False,
 ) -> Any:
     """Return what `apply_milora` returns, for a policy that is resolved already.
 
-    `calibration_cache` caches every fixed A in place of `cache_dir`.
+    `calibration_cache` caches every fixed A in place of `cache_dir`; `weights` is the key of the model if it is known.
     """
     require_calibration(targets, calibration)
     if all(target.rank is None for target in targets):
         check_rates_at_first_step(_train_in_full(model, targets))
         return model
-    fixed = protect(model, targets, calibration, calibration_cache or cache_dir, is_shown=progress)
+    fixed = protect(model, targets, calibration, calibration_cache or cache_dir, weights=weights, is_shown=progress)
     initial = initialize(model, targets, cache_dir=cache_dir, progress=progress)
     sidecar = _describe(model, targets, initial, fixed)
     tuned = adopt(make_lora(model, targets))

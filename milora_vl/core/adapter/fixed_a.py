@@ -161,19 +161,21 @@ def protect(
     calibration: Calibration | None,
     cache_dir: str | Path | None,
     *,
+    weights: str | None = None,
     is_shown: bool = False,
 ) -> dict[str, tuple[Tensor, Protection]]:
     """Return A (r, in) of every target with `protect`, and its protection: made in one process, the same in all.
 
     Devices differ in the signs and in the order of nearly equal directions, and gradients of B add up only for one A.
-    `is_shown` shows a progress bar, or the file of the cache, on stderr. Warns about layers that protect less than
+    `weights` is the key of the model if it is known, and `is_shown` shows a progress bar, or the file of the cache, on
+    stderr. Warns about layers that protect less than
     asked or almost nothing, and about too little data.
     """
     fixed = [target for target in targets if target.has_fixed_A]
     if calibration is None or not fixed:
         return {}
     is_first = rank_and_world_size()[0] == 0
-    key = "" if cache_dir is None else calibration_key(model, fixed, calibration)
+    key = "" if cache_dir is None else calibration_key(model, fixed, calibration, weights)
     file = Path(cache_dir or "") / f"{key}.safetensors"
     factors, stored = (_read(file, fixed) if key and is_first else None) or ({}, None)  # each node has its own cache
     found = gather_objects(stored)[:1]
@@ -276,7 +278,9 @@ def overlap(A: Tensor, V: Tensor) -> float:
     return float(inside / whole) if whole > 0 else 0.0
 
 
-def calibration_key(model: nn.Module, targets: Sequence[Target], calibration: Calibration | None) -> str:
+def calibration_key(
+    model: nn.Module, targets: Sequence[Target], calibration: Calibration | None, weights: str | None = None
+) -> str:
     """Return a hash of all that decides a fixed A: weights, rules and calibration. Every process calls this."""
     digest = hashlib.sha256(f"{VERSION}".encode())
     for t in targets:
@@ -285,5 +289,5 @@ def calibration_key(model: nn.Module, targets: Sequence[Target], calibration: Ca
     sources = [] if calibration is None else sources_of(calibration)
     torch.save([[dict(batch) for batch in part] for part in sources], content)
     digest.update(xxhash.xxh3_128_digest(content.getbuffer()))
-    digest.update(shared_digest(model).encode())
+    digest.update((weights or shared_digest(model)).encode())
     return f"calibration-{digest.hexdigest()[:32]}"

@@ -182,3 +182,8 @@ def test_a_place_that_cannot_be_written_is_a_line(
         run(broken)
     assert caught.value.code == code
     assert message in capsys.readouterr().err
+
+
+def test_versions_are_listed(capsys: Any) -> None:
+    assert main(["--version"]) == 0
+    assert {"python", "milora-vl", "torch"} <= {line.split()[0] for line in capsys.readouterr().out.splitlines()}

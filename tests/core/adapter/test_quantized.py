@@ -65,17 +65,14 @@ def test_another_base_is_told_from_a_quantised_one(folder: Path, tiny_llava) -> 
 
 
 def test_a_recipe_says_how_a_base_is_quantised(folder: Path) -> None:
-    """LLaVA's --bits, --quant_type and --double_quant; 4 bits are multiplied in the precision of the run."""
-    content = {"model": str(folder), "quantization": "4bit", "quant_type": "fp4", "double_quant": False}
+    """As QLoRA and LLaVA do; 4 bits are multiplied in the precision of the run."""
+    content = {"model": str(folder), "quantization": "4bit"}
     for train, dtype in (({"bf16": True}, torch.bfloat16), ({}, torch.float32)):
         recipe = Recipe.parse({**content, "train": train})
         model = load_base_model(recipe, find_base(str(folder)), torch.float32, torch.device("cpu"))[0]
         layer = model.get_submodule(Q)
         state = layer.weight.quant_state
-        assert (state.quant_type, state.nested, layer.compute_dtype) == ("fp4", False, dtype)
-    recipe = Recipe.parse({"model": str(folder), "quantization": "4bit"})
-    default = load_base_model(recipe, find_base(str(folder)), torch.float32, torch.device("cpu"))
-    assert default[0].get_submodule(Q).weight.quant_state.nested
+        assert (state.quant_type, state.nested, layer.compute_dtype) == ("nf4", True, dtype)
 
 
 @pytest.mark.parametrize(

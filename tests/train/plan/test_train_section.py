@@ -41,6 +41,9 @@ def words(records: Path, flags: str) -> list[str]:
         ("--save_steps 0", "flag-value", "--save_steps"),
         ("--load_best_model_at_end --eval_data_path VAL", "train-arguments", "load_best_model_at_end"),
         ("--optim_args foo", "train-arguments", "train"),
+        ("--logging_strategy sometimes", "train-arguments", "sometimes.*steps"),
+        ("--log_level loud", "train-arguments", "loud"),
+        ("--optim adamw_trch", "train-arguments", "adamw_trch"),
         ('--accelerator_config {"x":1}', "train-arguments", "AcceleratorConfig"),
     ],
 )
@@ -54,9 +57,7 @@ def test_the_plan_refuses_it_and_names_the_setting(flags: str, code: str, says: 
     [
         "--eval_strategy steps --eval_steps 0 --logging_steps 1 --eval_data_path VAL",
         "--metric_for_best_model accuracy",
-        "--log_level WARNING",
         '--lr_scheduler_type polynomial --lr_scheduler_kwargs {"lr_end":0.15} --learning_rate 0.5',
-        "--debug= --report_to= --lr_scheduler_kwargs=",
         "--debug=underflow_overflow",
         "--optim sgd --optim_args momentum=0.9",
     ],

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from milora_vl.train.settings import PolicyEdits, edited
+from milora_vl.train.recipe import PolicyEdits
+from milora_vl.train.settings import edited
 from support.problems import raises_code
 
 PROJECTOR = {"modules": "projector", "method": "full", "learning_rate": 2e-5}
@@ -61,7 +62,7 @@ def test_a_new_rank_keeps_the_scale_unless_alpha_is_given() -> None:
     ("rules", "edits", "code", "message"),
     [
         (RULES, PolicyEdits(method="full", rank=8), "flag-no-effect", "--rank: no effect with --method full"),
-        ([PROJECTOR], PolicyEdits(method="milora"), "policy-no-adapter-rule", "no rule of the recipe makes an adapter"),
+        ([PROJECTOR], PolicyEdits(method="milora"), "policy-no-adapter-rule", "no rule makes an adapter"),
         ([PROJECTOR], PolicyEdits(alpha=1), "policy-no-adapter-rule", "--alpha: no rule"),
         (
             RULES[:1],
