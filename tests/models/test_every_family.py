@@ -14,6 +14,7 @@ from PIL import Image
 from milora_data.batches.processor_collator import ProcessorCollator
 from milora_data.records.record import Turn
 from milora_vl import collator_for
+from milora_vl.core.policy.policy import Policy
 from milora_vl.core.policy.towers import find_towers
 from milora_vl.models.generate import Prompt, generate
 from milora_vl.models.processors import usable_inputs
@@ -96,6 +97,15 @@ def test_experts_for_pictures_are_language_and_their_gates_have_no_adapter() -> 
     hit = {target.path for target in family_table.targets_of(model)}
     assert gates
     assert not hit & set(gates)
+
+
+def test_experts_in_one_tensor_are_refused_and_the_other_layers_get_adapters() -> None:
+    model = tiny_model(tiny_family("qwen3_vl_moe")[0])
+    with pytest.warns(UserWarning, match=r"no hook sees them.*target_parameters.*Attention and shared layers"):
+        targets = Policy.parse([{"modules": "language", "method": "milora"}]).resolve(model)
+    assert {target.path.rpartition(".")[2] for target in targets} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    with raises_code("policy-no-match", hint="no hook sees them"):
+        Policy.parse([{"modules": "*.mlp.experts", "method": "milora"}]).resolve(model)
 
 
 def test_a_model_whose_config_declares_no_vision_part_is_asked_nothing_about_pictures(pictures: Path) -> None:

@@ -36,6 +36,10 @@ from milora_vl.core.weights.matrices import is_adaptable, is_linear, matrix_shap
 _TOWER_SELECTOR = re.compile(
     rf"(?P<tower>{'|'.join(TOWERS)})(?:\.layers\[(?P<first>-?\d+)(?:-(?P<last>-?\d+))?\])?(?:\.(?P<tail>[\w.]+|\*))?"
 )
+NO_ADAPTER_ON_EXPERTS = (
+    "They get no adapter: their inputs are inside the module, where no hook sees them, so no A can be chosen for them "
+    "(PEFT's target_parameters adds a plain LoRA)."
+)
 
 
 class Selector:
@@ -67,7 +71,7 @@ class Selector:
         return paths
 
     def experts(self) -> list[str]:
-        """Return the modules that hold the experts of a mixture in 3-D weights, which adapters do not support."""
+        """Return the modules that hold the experts of a mixture in 3-D weights, which get no adapter."""
         return [
             path
             for path, module in self.modules.items()
@@ -129,7 +133,7 @@ class Selector:
             lines.append(f"it matches modules of type {', '.join(kinds[:4])}, which adapters do not support")
         experts = self.experts()
         if experts:
-            lines.append(f"{experts[0]} holds its experts in 3-D weights, which adapters do not support")
+            lines.append(f"{experts[0]} holds experts as 3-D weights. {NO_ADAPTER_ON_EXPERTS}")
             lines.append(f"to train them in full, select the module:  {{modules: {experts[0]}, method: full}}")
         if self.towers.layout == "unknown":
             lines.append("this model has a vision part but no known layout: select its modules by full path or glob")
@@ -359,7 +363,7 @@ def _warn_of_experts(selector: Selector, targets: Sequence[Target]) -> None:
     if experts:
         warnings.warn(
             f"{len(experts):,} modules hold experts as 3-D weights (first: {experts[0]}). "
-            "Adapters do not support them, so they are not trained.",
+            f"{NO_ADAPTER_ON_EXPERTS} Attention and shared layers are trained; `full` trains the experts.",
             stacklevel=4,
         )
 
