@@ -102,10 +102,10 @@ def test_experts_for_pictures_are_language_and_their_gates_have_no_adapter() -> 
 def test_experts_in_one_tensor_are_refused_and_the_other_layers_get_adapters() -> None:
     model = tiny_model(tiny_family("qwen3_vl_moe")[0])
     with pytest.warns(UserWarning, match=r"no hook sees them.*target_parameters.*Attention and shared layers"):
-        targets = Policy.parse([{"modules": "language", "method": "milora"}]).resolve(model)
+        targets = Policy.parse([{"modules": "language", "method": "milora", "rank": 2}]).resolve(model)
     assert {target.path.rpartition(".")[2] for target in targets} == {"q_proj", "k_proj", "v_proj", "o_proj"}
     with raises_code("policy-no-match", hint="no hook sees them"):
-        Policy.parse([{"modules": "*.mlp.experts", "method": "milora"}]).resolve(model)
+        Policy.parse([{"modules": "*.mlp.experts", "method": "milora", "rank": 2}]).resolve(model)
 
 
 def test_a_model_whose_config_declares_no_vision_part_is_asked_nothing_about_pictures(pictures: Path) -> None:
