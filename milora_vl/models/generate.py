@@ -35,6 +35,7 @@ from milora_vl.common.errors import DataError, UserError, first_line, with_conte
 from milora_vl.core.evaluation_mode import evaluated
 from milora_vl.core.policy.towers import is_wrapped_by_peft
 from milora_vl.models.base import Base
+from milora_vl.models.devices import out_of_memory
 from milora_vl.models.image_tokens import image_token_id, image_tokens, is_llava, tiling_of, uses_processor
 from milora_vl.models.loading import split_processor
 
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from transformers.generation.streamers import BaseStreamer
 
 Shown: TypeAlias = "str | Path | Picture | Image.Image"  # a path, a picture of a record with its path, or its pixels
+LESS_MEMORY = "use a smaller --batch_size, --dtype bfloat16, or --device cpu"
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +131,7 @@ def generate(
 
     reader = reader_of(model, processor, template, image_aspect_ratio, share_pictures and num_beams == 1)
     config = _greedy(reader, max_new_tokens, num_beams)
-    with torch.inference_mode(), _evaluated(model), _memory_explained():
+    with torch.inference_mode(), _evaluated(model), out_of_memory(LESS_MEMORY):
         for places in reader.batches(prompts, batch_size):
             inputs = reader.inputs([prompts[place] for place in places])
             output = model.generate(**inputs, generation_config=config, streamer=streamer)
@@ -341,16 +343,6 @@ def _named(prompt: Prompt) -> str:
         return prompt.source
     text = prompt.turns[-1].text.replace(IMAGE, "").replace(VIDEO, "")
     return f"question {text.strip()[:60]!r}"
-
-
-@contextmanager
-def _memory_explained() -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        message = f"out of memory: {first_line(error)}"
-        hint = "use a smaller --batch_size, --dtype bfloat16, or --device cpu"
-        raise UserError(message, hint=hint, exit_code=1) from None
 
 
 class LlavaReader:

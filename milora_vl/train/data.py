@@ -488,52 +488,30 @@ def _position_file(args: TrainingArguments) -> str:
     return f"stream_state_{args.process_index}.pth"
 
 
-NAME_OTHERS = "name similar records in the recipe:  calibration: {earlier: FILE, image_folder: FOLDER}"
 Task = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class EarlierRecords:
-    """The entries of earlier tasks, with the places where their records are now; and these, in random order."""
+    """The records of earlier tasks: the recipe to collate by, records, and a random order of them."""
 
-    tasks: tuple[Task, ...]
-    found: tuple[tuple[Recipe, Sequence[Record], Sequence[int]], ...]  # the recipe to collate by, records, their order
+    found: tuple[tuple[Recipe, Sequence[Record], Sequence[int]], ...]
 
 
 def read_earlier_records(tasks: Sequence[Task], recipe: Recipe, screen: Screen, *, are_used: bool) -> EarlierRecords:
     """Read the records of earlier tasks if the run uses them, those in one place once.
 
-    Those of `calibration.earlier` replace records that are missing, unreadable or changed. Raises UserError where there
-    are none.
+    Raises UserError where they are missing, unreadable or changed.
     """
-    if not tasks or not are_used:
-        return EarlierRecords(tuple(tasks), ())
-    read = [_read_task(task, recipe, screen) for task in tasks]
-    if recipe.calibration.earlier is not None and all(task == now for task, (now, *_) in zip(tasks, read, strict=True)):
-        screen.warn("calibration.earlier has no effect: the records of all earlier runs are in place")
-    places = {str(data): (task, data, records) for task, data, records in read}
+    places: dict[str, tuple[Task, DataConfig, Sequence[Record]]] = {}
+    for task in tasks if are_used else ():
+        data, read = _records_of(task, recipe, screen)
+        places[str(data)] = task, data, read.train
     found = []
     for task, data, records in places.values():
         order = torch.randperm(len(records), generator=torch.Generator().manual_seed(SEED)).tolist()
         found.append((recipe.model_copy(update={"template": task["template"], "data": data}), records, order))
-    return EarlierRecords(tuple(task for task, *_ in read), tuple(found))
-
-
-def _read_task(task: Task, recipe: Recipe, screen: Screen) -> tuple[Task, DataConfig, Sequence[Record]]:
-    """Return a task, where its records are, and the records; a task whose records are others has their place."""
-    run, calibration = task["run"], recipe.calibration
-    try:
-        data, read = _records_of(task, recipe, screen)
-    except UserError as error:
-        if calibration.earlier is None:
-            raise
-        screen.say(f"note: {calibration.earlier} is used for the records of {run}: {error.first.message}")
-        folder = {} if calibration.image_folder is None else {"image_folder": calibration.image_folder}
-        task = {**task, "data": {**task["data"], "path": calibration.earlier, **folder}}
-        data = _data_of(task, recipe)
-        read = read_records(data)
-        task = {**task, "fingerprint": read.fingerprint, "pictures": read.pictures}
-    return task, data, read.train
+    return EarlierRecords(tuple(found))
 
 
 def _records_of(task: Task, recipe: Recipe, screen: Screen) -> tuple[DataConfig, RunData]:
@@ -625,7 +603,7 @@ def task_entry(
 
 def _records_missing(run: str, why: str) -> UserError:
     message = f"the records of {run} are needed to protect what it has learned, and {why}"
-    return UserError(message, where=Key.of("after"), hint=NAME_OTHERS)
+    return UserError(message, where=Key.of("after"), hint="put back the file and its pictures")
 
 
 def has_other_records(adapter: Path, fingerprint: str) -> bool:

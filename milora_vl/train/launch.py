@@ -305,7 +305,7 @@ def load_base_model(recipe: Recipe, base: Base, dtype: torch.dtype, device: torc
     quantization = _quantization(recipe, base)
     model: Any = load_weights(recipe.model, dtype, quantization=quantization, device=device)
     model = (model if quantization is not None else model.to(device)).eval()
-    _set_attention(model, recipe)
+    set_attention(model, recipe)
     if recipe.projector_weights:
         load_projector(model, Path(recipe.projector_weights))
     return model, base.processor
@@ -323,7 +323,8 @@ def _quantization(recipe: Recipe, base: Base) -> Any:
     )
 
 
-def _set_attention(model: Any, recipe: Recipe) -> None:
+def set_attention(model: Any, recipe: Recipe) -> None:
+    """Set the attention of each tower. Raises UserError if transformers knows no such one, or lacks its package."""
     name: Any = recipe.attn_implementation
     if not isinstance(name, str):
         config, language = model.config, recipe.attention_of("language")
@@ -334,7 +335,7 @@ def _set_attention(model: Any, recipe: Recipe) -> None:
         model.set_attn_implementation(name)
     except (ValueError, ImportError) as error:
         reason = first_line(error)
-        message, hint = f"{recipe.attn_implementation} is not available here: {reason}", "use sdpa or eager"
+        message, hint = f"{recipe.attn_implementation} is not available here: {reason[:300]}", "use sdpa or eager"
         raise UserError(message, where=Key.of("attn_implementation"), hint=hint) from None
 
 

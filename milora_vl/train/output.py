@@ -43,6 +43,7 @@ from milora_vl.core.policy import Target
 from milora_vl.core.policy.towers import TOWERS
 from milora_vl.core.weights.distributed import gather_objects
 from milora_vl.core.weights.tensor_files import unreadable
+from milora_vl.models.devices import out_of_memory
 from milora_vl.models.generate import Prompt, generate
 from milora_vl.report import model_card
 from milora_vl.report.page import try_write_report
@@ -210,20 +211,17 @@ def push_command(folder: Path, repository: str) -> str:
 @contextmanager
 def run_failures(args: TrainingArguments) -> Iterator[None]:
     """Give errors of the block the exit code of a run that failed; out of memory names flags that need less."""
+    batch, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    smaller = f"--per_device_train_batch_size {max(batch // 2, 1)} --gradient_accumulation_steps {2 * accumulation}"
+    leaner = "--gradient_checkpointing True, --deepspeed zero3, a smaller --max_length"
     try:
-        yield
+        with out_of_memory(f"the same step in less memory: {smaller}\nor: {leaner}"):
+            yield
     except UserError as error:
         raise UserError(problems=error.problems, exit_code=1) from None
     except UnpicklingError as error:  # optimizer, scheduler or random states of a resumed run
         message, hint = f"a file of the checkpoint {unreadable('', error).message}", "resume from an earlier checkpoint"
         raise UserError(message, code="checkpoint-unreadable", hint=hint, exit_code=1) from None
-    except torch.OutOfMemoryError as error:
-        batch, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
-        smaller = f"--per_device_train_batch_size {max(batch // 2, 1)} --gradient_accumulation_steps {2 * accumulation}"
-        hint = f"the same step in less memory: {smaller}\n"
-        hint += "or: --gradient_checkpointing True, --deepspeed zero3, a smaller --max_length"
-        message = f"out of memory: {first_line(error)}"
-        raise UserError(message, hint=hint, exit_code=1) from None
 
 
 def evaluation_commands(recipe: Recipe, output_dir: Path) -> list[list[str]]:

@@ -13,10 +13,10 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from itertools import chain, groupby
 from math import prod
 from operator import attrgetter
@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AutoProcessor, AutoTokenizer, TrainingArguments
+from transformers import AutoProcessor, AutoTokenizer, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
 import llava_recipes
@@ -36,7 +36,7 @@ from milora_data.encode.templates import OWN, no_videos
 from milora_data.encode.tokens import share_template
 from milora_data.records.record import IMAGE, Record
 from milora_vl.common import atomic_write
-from milora_vl.common.cli.console import amount, beside, command_line, did_you_mean, require_folder, suggest
+from milora_vl.common.cli.console import amount, beside, command_line, require_folder
 from milora_vl.common.cli.screen import Screen
 from milora_vl.common.cli.table import drawn
 from milora_vl.common.errors import Key, Problem, UserError, at_flag, collected, first_line
@@ -82,7 +82,14 @@ from milora_vl.train.counts import (
     trained_sizes,
 )
 from milora_vl.train.data import RunData, Task, read_earlier_records, task_entry
-from milora_vl.train.launch import Launch, dtype_name, hf_arguments, read_launch, require_processes_for_fsdp
+from milora_vl.train.launch import (
+    Launch,
+    dtype_name,
+    hf_arguments,
+    read_launch,
+    require_processes_for_fsdp,
+    set_attention,
+)
 from milora_vl.train.recipe import (
     AUTOCAST,
     PROG,
@@ -100,10 +107,7 @@ from milora_vl.train.recipe import (
 )
 from milora_vl.train.settings import Settings, default_rules, to_merge
 
-# Name of the feature selection in LLaVA -> in Hugging Face.
-FEATURES = {"patch": "default", "cls_patch": "full"}
 SMALL, SMALL_RATE = 1e9, 1e-3  # parameters of a small model, and the rate that it wants: docs/choose.md
-FLASH_PACKAGES = {f"flash_attention_{n}": f"flash-attn-{n}".removesuffix("-2") for n in (2, 3, 4)}
 QUANT = "pip install -e '.[quant]'"
 
 
@@ -177,7 +181,7 @@ def make_run(settings: Settings, *, is_started: bool) -> Run:
     run_folder = choose_folder(path, request.resume)
     tasks, notes = tasks_before(recipe, base.meta, targets, run_folder.checkpoint)
     launch = read_launch(recipe.train)
-    require_installed(recipe, is_started=is_started)
+    require_installed(recipe, base, is_started=is_started)
     derived = derived_arguments(recipe, base, targets, launch)
     check_arguments(recipe, targets, derived, launch)
     if is_started:
@@ -240,9 +244,9 @@ def fit(settings: Settings) -> tuple[Recipe, Base, list[Target], list[str]]:
         targets = Policy.parse(recipe.policy or []).resolve(base.meta)
     if base.own_pictures and "template" not in settings.is_set:
         recipe = recipe.model_copy(update={"template": OWN})
-    for check in (_check_pictures, _check_base_kl, _check_calibration, _check_quantization):
+    for refuse in (_check_pictures, _check_base_kl, _check_calibration, _check_quantization):
         with collected(problems):
-            check(recipe, base, targets)
+            refuse(recipe, base, targets)
     if problems:
         raise UserError(problems=problems)
     return recipe, base, targets, [*notes, *_recipe_warnings(recipe, base, targets)]
@@ -328,7 +332,7 @@ def _check_base_kl(recipe: Recipe, base: Base, targets: Sequence[Target]) -> Non
 def _check_calibration(recipe: Recipe, base: Base, targets: Sequence[Target]) -> None:
     calibration = recipe.calibration
     files = [("text", name) for name in calibration.text or []]
-    files += [(key, name) for key in ("data", "earlier") if (name := getattr(calibration, key))]
+    files += [("data", calibration.data)] if calibration.data else []
     for key, name in files:
         if not Path(name).exists() and not name.startswith("hub:"):
             where = Key(("calibration", key))
@@ -347,7 +351,10 @@ def _check_quantization(recipe: Recipe, base: Base, targets: Sequence[Target]) -
 
 
 def _recipe_warnings(recipe: Recipe, base: Base, targets: Sequence[Target]) -> list[str]:
-    messages = _tower_warnings(recipe.parts, base)
+    messages = []
+    if recipe.parts != PartsConfig() and base.parts is None:
+        has = "keeps the vision tower that it was trained with" if base.reads_pictures else "reads only text"
+        messages.append(f"parts: no effect, {base.name} {has}")
     if base.parts is not None and recipe.template == OWN:
         messages.append(f"--template {OWN}: a composed base uses vicuna_v1, not the template of {base.name}")
     has_term = bool(base_kl_of(recipe, base, targets).weight)
@@ -364,36 +371,6 @@ def _recipe_warnings(recipe: Recipe, base: Base, targets: Sequence[Target]) -> l
             "and the text after them (use --max_length 4096)"
         )
     return messages
-
-
-def _tower_warnings(named: PartsConfig, base: Base) -> list[str]:
-    """Return warnings about settings without effect: a model that reads images keeps its own vision tower."""
-    if named == PartsConfig() or base.parts is not None:
-        return []
-    if not base.reads_pictures:
-        return ["the flags about the vision layer have no effect without --vision_tower"]
-    values = base.config.to_dict()
-    differing = []
-    if named.vision_tower and not _is_tower(base.config, named.vision_tower):
-        differing.append(named.vision_tower)
-    if values.get("vision_feature_layer", named.select_layer) != named.select_layer:
-        differing.append(f"layer {named.select_layer}")
-    if values.get("vision_feature_select_strategy", "default") != FEATURES[named.select_feature]:
-        differing.append(f"feature {named.select_feature}")
-    if not differing:
-        return []
-    return [f"{base.name} keeps the vision tower that it was trained with; no effect: {', '.join(differing)}"]
-
-
-def _is_tower(config: Any, name: str) -> bool:
-    """Return whether a named tower has the shape of the model's tower. The weights always come from the model."""
-    try:
-        other = loading.config_of(name)
-    except UserError:  # the run does not need this tower
-        return False
-    sizes = ("model_type", "hidden_size", "image_size", "patch_size", "num_hidden_layers")
-    tower, named = config.vision_config.to_dict(), other.to_dict()
-    return all(tower.get(size) == named.get(size) for size in sizes)
 
 
 def with_rates(targets: Sequence[Target], train: Mapping[str, Any]) -> list[Target]:
@@ -436,23 +413,13 @@ def missing_packages(recipe: Recipe) -> list[tuple[str, str, str]]:
     return [need[1:] for need in needs if need[0] and importlib.util.find_spec(need[1]) is None]
 
 
-def require_installed(recipe: Recipe, *, is_started: bool) -> None:
+def require_installed(recipe: Recipe, base: Base, *, is_started: bool) -> None:
     """Raise UserError for a missing package that a plan needs too, or (`is_started`) the run alone."""
     train = recipe.train
     for package, key, hint in missing_packages(recipe) if is_started else ():
         message = f"the package {package} is not installed"
         raise UserError(message, code="package-missing", where=Key.of(key), hint=hint)
-    known = ["eager", *(name for name in AttentionInterface().valid_keys() if "|" not in name)]
-    for name in {recipe.attention_of("language"), recipe.attention_of("vision")}:
-        if name not in known and "/" not in name:  # OWNER/NAME is a kernel of the hub
-            message = f"unknown attention implementation {name!r}; transformers knows {', '.join(sorted(known))}"
-            hint = did_you_mean(suggest(name, known)) or "use sdpa"
-            raise UserError(message, where=Key.of("attn_implementation"), hint=hint)
-        package = "kernels" if "/" in name else FLASH_PACKAGES.get(name, "torch")
-        if not (_is_installed(package) or _is_installed("kernels")):
-            message = f"{name} needs the package {package}, which is not installed"
-            hint = f"pip install {package}, or pip install kernels, or --attn_implementation sdpa"
-            raise UserError(message, code="package-missing", where=Key.of("attn_implementation"), hint=hint)
+    set_attention(deepcopy(base.meta), recipe)
     named = train.get("report_to") or []
     trackers = [name for name in ([named] if isinstance(named, str) else named) if name not in ("all", "none")]
     try:
@@ -462,14 +429,6 @@ def require_installed(recipe: Recipe, *, is_started: bool) -> None:
         hint = "install it, or use --report_to none: report.html shows the losses"
         where = Key.of("train.report_to")
         raise UserError(first_line(error), code="tracker-unavailable", where=where, hint=hint) from None
-
-
-def _is_installed(distribution: str) -> bool:
-    try:
-        version(distribution)
-    except PackageNotFoundError:
-        return False
-    return True
 
 
 def require_usable(recipe: Recipe, base: Base) -> None:
@@ -798,7 +757,7 @@ def check_arguments(recipe: Recipe, targets: Sequence[Target], derived: Derived,
 
 # Paths, logging, saving, speed, and what is compared elsewhere: the records, the steps, and the batch in total.
 FREE = re.compile(
-    r"factor_cache|attn_implementation|calibration\.(image_folder|earlier)|data\.(path|image_folder)"
+    r"factor_cache|attn_implementation|calibration\.image_folder|data\.(path|image_folder)"
     r"|(sweep|eval)\..+"
     r"|train\.(learning_rate|weight_decay|max_steps|num_train_epochs|gradient_accumulation_steps|disable_tqdm|run_name"
     r"|(activation_checkpointing|logging_|log_|save_total|save_on|save_only|hub_|push_|report_|dataloader_[npm]"

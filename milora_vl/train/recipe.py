@@ -125,13 +125,12 @@ class CalibrationConfig(Strict):
     ] = None  # 0 beside data
     text: Annotated[list[str], Field(min_length=1)] | None = None  # text files
     data: str | None = None  # records, as in data.path
-    earlier: str | None = None  # records for earlier runs whose own are missing, with `after`
-    image_folder: str | None = None  # of data and of earlier
+    image_folder: str | None = None  # of data
 
     @model_validator(mode="after")
     def _has_a_source(self) -> CalibrationConfig:
-        if self.image_folder is not None and self.data is None and self.earlier is None:
-            raise ValueError("image_folder belongs to data or earlier, which are missing")
+        if self.image_folder is not None and self.data is None:
+            raise ValueError("image_folder belongs to data, which is missing")
         if self.text is None and self.data is None and self.samples == 0 and not self.pictures:
             raise ValueError("expected samples, pictures, text or data, got none")
         return self
@@ -327,9 +326,6 @@ def conflicts(recipe: Recipe) -> list[Problem]:
     if recipe.adapter and recipe.after:
         hint = "--after keeps what the adapter has learned; --adapter trains the same adapter for more steps"
         found.append(("after", "an adapter trains further, or a new one trains after it, got both", hint))
-    if recipe.calibration.earlier and not recipe.after:
-        hint = "add --after FOLDER, or use calibration.data"
-        found.append(("calibration.earlier", "no earlier run, so these records have no use", hint))
     if train.get("bf16", dtype == "bfloat16") and train.get("fp16", dtype == "float16"):
         key = "train.fp16" if train.get("fp16") else "train.bf16"
         hint = "remove one: bf16 needs no loss scaling, fp16 suits older GPUs"

@@ -94,7 +94,7 @@ def train(settings: Settings) -> int:
                 stack.enter_context(created(run.folder.path))
             records = read_records(run, screen)
             run = freeze_unseen_projector(run, records, screen)
-            run, earlier = read_earlier_tasks(run, screen)
+            earlier = read_earlier_records(run.tasks, run.recipe, screen, are_used=run.reads_calibration)
             run = compose_base(run, screen)
             questions = training_questions(run.recipe)
             loaded, processor = load_base(run, records, screen)
@@ -174,11 +174,6 @@ def freeze_unseen_projector(run: Run, records: RunData, screen: Screen) -> Run:
     if note:
         screen.say(note)
     return run
-
-
-def read_earlier_tasks(run: Run, screen: Screen) -> tuple[Run, EarlierRecords]:
-    earlier = read_earlier_records(run.tasks, run.recipe, screen, are_used=run.reads_calibration)
-    return replace(run, tasks=earlier.tasks), earlier
 
 
 def compose_base(run: Run, screen: Screen) -> Run:

@@ -340,9 +340,6 @@ def settings_after(folder: Path) -> tuple[dict[str, Any], list[str]]:
     Raises UserError as `settings_of`.
     """
     settings = settings_of_adapter(folder, "--after")
-    if calibration := settings.get("calibration"):
-        kept = {name: value for name, value in calibration.items() if name != "earlier"}
-        settings["calibration"] = kept if kept.get("data") else {**kept, "image_folder": None}
     rules = [Rule.model_validate(rule) for rule in settings["policy"]]
     adapter = next(rule for rule in rules if rule.method not in (None, "full", "frozen"))
     settings["policy"] = [

@@ -140,23 +140,14 @@ def test_records_that_have_moved_or_changed(
     recorded("nowhere.json")
     words = second(data, moved, tmp_path / "b", "--max_steps", "1", "--save_strategy", "no")
     for more in ([], ["--dry_run"]):
-        with raises_code("", where="--after", hint="calibration: {earlier: FILE"):
+        with raises_code("", where="--after", hint="put back"):
             main([*words, *more])
-    recipe = tmp_path / "recipe.yaml"
-    earlier = {"earlier": str(data / "train.json"), "image_folder": str(data / "images")}
-    recipe.write_text(yaml.safe_dump({"calibration": earlier}))
-    assert main([*words, "--recipe", str(recipe)]) == 0
-    [task, _] = read_json(tmp_path / "b", "milora.json")["tasks"]
-    assert task["data"]["path"] == str(data / "train.json")
     (data / "broken.json").write_text("{")
     words = second(data, moved, tmp_path / "c", "--dry_run")
     for name, said in (("next.json", "other records"), ("broken.json", "JSON")):
         recorded(name)
-        with raises_code("", message=said, hint="calibration: {earlier: FILE"):
+        with raises_code("", message=said, hint="put back"):
             main(words)
-        capsys.readouterr()
-        assert main([*words, "--recipe", str(recipe)]) == 0
-        assert f"{data / 'train.json'} is used for the records of {moved}" in capsys.readouterr().out
 
 
 def test_equal_names_in_the_folder_of_the_next_run_are_not_taken_for_the_earlier_records(

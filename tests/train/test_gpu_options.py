@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from milora_vl import apply_milora, load_model
 from milora_vl.train import launch, plan
 from milora_vl.train.command import main
-from milora_vl.train.launch import _set_attention
+from milora_vl.train.launch import set_attention
 from milora_vl.train.recipe import Recipe
 from milora_vl.train.start import compile_blocks
 from support.adapter_cases import one_rule, token_batch
@@ -30,9 +30,9 @@ PLAIN = ("--rank", "4", "--dropout", "0", "--save_strategy", "no")
 @pytest.mark.parametrize(
     ("name", "code", "says"),
     [
-        ("flash_atention_2", "", "did you mean flash_attention_2"),
-        ("flash_attention_2", "package-missing", "pip install flash-attn, or"),
-        ("kernels-community/flash-attn3", "package-missing", "needs the package kernels"),
+        ("flash_atention_2", "", "is not supported"),
+        ("flash_attention_2", "", "doesn't seem to be installed"),
+        ("kernels-community/flash-attn3", "", "install kernels"),
         ("{projector: sdpa}", "recipe-value", "attn_implementation"),
     ],
 )
@@ -48,7 +48,7 @@ def test_attention_is_refused_before_weights_load(
 def test_each_tower_has_its_attention(name: str) -> None:
     model, _ = load_model(name)
     recipe = Recipe.parse({"model": name, "attn_implementation": {"language": "eager", "vision": "sdpa"}})
-    _set_attention(model, recipe)
+    set_attention(model, recipe)
     kinds = {type(m).__name__: m.config._attn_implementation for m in model.modules() if isinstance(m, PreTrainedModel)}
     assert {kind: "sdpa" if "CLIP" in kind else "eager" for kind in kinds} == kinds
 

@@ -82,7 +82,7 @@ def test_every_script_is_planned_at_its_real_shapes(script: str, place: Path, ca
     assert main([*words(script, place), "--dry-run"]) == 0
     shown = capsys.readouterr().out
     assert COUNTS[script] in shown
-    assert shown.count("warning:") <= 1  # tf32 on a CPU
+    assert shown.count("warning:") <= 2  # tf32 on a CPU; the tower of a LLaVA stays its own
     assert "GiB per device" in shown
     assert ("ZeRO-2" if "zero2" in SCRIPTS[script]["--deepspeed"] else "ZeRO-3") in shown
 
