@@ -53,7 +53,7 @@ EXTRAS_TESTS := tests/core/adapter/test_quantized.py tests/core/adapter/test_ear
 
 test-extras: $(INSTALLED)  ## Run the tests of optional packages, which `test` skips, in a separate environment
 	$(BIN)/uv venv --quiet --seed --clear --python $(BIN)/python .venv-extras
-	$(BIN)/uv pip install --quiet --python .venv-extras/bin/python -e ".[dev,quant,web]" $(EXTRAS_PACKAGES)
+	$(BIN)/uv pip install --quiet --python .venv-extras/bin/python -e ".[dev,quant]" $(EXTRAS_PACKAGES)
 	$(BIN)/uv pip install --quiet --python .venv-extras/bin/python --no-deps llava-torch
 	.venv-extras/bin/python -m pytest -n $(JOBS) --dist worksteal -m "not gpu" $(EXTRAS_TESTS) $(PYTEST_ARGS)
 

@@ -1,4 +1,4 @@
-"""`python -m milora_vl.chat`: ask a model about a picture, or chat in the terminal or (`--web`) a browser.
+"""`python -m milora_vl.chat`: ask a model about a picture, or chat in the terminal.
 
 Prompt format (`milora_data.encode.templates`) and greedy decoding are as in an evaluation, so the answers are the same.
 """
@@ -9,12 +9,11 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 
 from milora_data.encode.templates import template_name
 from milora_vl.common.cli.console import run
-from milora_vl.common.cli.parser import OR_ADAPTER, Command, above_zero, count, flag, option, positive, shared
+from milora_vl.common.cli.parser import OR_ADAPTER, Command, above_zero, flag, option, positive, shared
 from milora_vl.common.errors import UserError, at_flag
 from milora_vl.core.adapter.folders import (
     holds_adapter,
@@ -33,7 +32,6 @@ examples:
   python -m milora_vl.chat --model smol-llava --adapter runs/demo --image cat.png --compare "What is this?"
   python -m milora_vl.chat --model qwen2.5-vl-3b --video clip.mp4 --fps 2 "What happens?"
   python -m milora_vl.chat --model smol-llava --adapter runs/demo        # a conversation; /quit to quit
-  python -m milora_vl.chat --model smol-llava --adapter runs/demo --web --compare
 """,
     inputs=(
         option("question", nargs="?", help="question to answer; without one, a conversation starts"),
@@ -63,11 +61,7 @@ examples:
         shared("device"),
         shared("dtype"),
     ),
-    outputs=(
-        flag("--web", "open a chat page in a browser; needs pip install -e '.[web]'"),
-        option("--port", type=count, default=7860, help="port of --web; 0 for any free port (default: %(default)s)"),
-        shared("format", about="output format of the answer (default: %(default)s)"),
-    ),
+    outputs=(shared("format", about="output format of the answer (default: %(default)s)"),),
 )
 
 
@@ -82,10 +76,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     videos = [session.open_video(place, options.fps, options.num_frames) for place in options.video or ()]
     session.require_askable(options, pictures, videos)
     chat = session.Chat.load(options)
-    if options.web:
-        about = " + ".join(str(part) for part in (options.model, options.adapter) if part)
-        session.serve(chat, options.image or (), about, options.port)
-        return 0
     if options.question is None:
         session.converse(chat, pictures, videos, (options.fps, options.num_frames))
         return 0
@@ -104,8 +94,6 @@ def _check(options: argparse.Namespace) -> None:
     adapter = options.adapter
     question, has_update = options.question is not None, options.base or holds_adapter(adapter or Path(options.model))
     for is_wrong, code, where, message, hint in (
-        (options.web and question, "flag-conflict", "--web", "takes no question", "type the question on the page"),
-        (options.web and options.video, "flag-conflict", "--video", "the page shows no videos", "remove --web"),
         (options.fps and not options.video, "flag-needs-another", "--fps", "needs --video", "add --video FILE"),
         (options.num_frames and not options.video, "flag-needs-another", "--num_frames", "needs --video", "add it"),
         (options.fps and options.num_frames, "flag-conflict", "--num_frames", "not beside --fps", "remove one of them"),
@@ -116,9 +104,6 @@ def _check(options: argparse.Namespace) -> None:
     ):
         if is_wrong:
             raise UserError(message, code=code, where=where, hint=hint)
-    if options.web and find_spec("gradio") is None:
-        hint = "pip install -e '.[web]'"
-        raise UserError("needs gradio, which is not installed", code="package-missing", where="--web", hint=hint)
     require_no_base(options.model, adapter, options.base)
     if adapter:
         require_adapter(adapter, "--adapter", "milora_vl.chat", "--model", options.model, "--adapter")

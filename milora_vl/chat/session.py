@@ -1,20 +1,18 @@
-"""`Chat`, a conversation with a model about pictures: in the terminal with `/` commands, or on a page (gradio)."""
+"""`Chat`, a conversation with a model about pictures, in the terminal with `/` commands."""
 
 from __future__ import annotations
 
 import re
 import sys
 from argparse import Namespace
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from html import escape, unescape
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from transformers import TextIteratorStreamer, TextStreamer
+from transformers import TextStreamer
 
 from milora_data.batches.processor_inputs import ProcessorInputs
 from milora_data.pictures.load import Picture, load_image
@@ -23,7 +21,7 @@ from milora_data.pictures.videos import Frames, require_one_size, require_pyav
 from milora_data.records.record import IMAGE, VIDEO, Turn, Video
 from milora_vl.common.cli.console import beside, report
 from milora_vl.common.cli.web import web_address
-from milora_vl.common.errors import UserError, at_flag, first_line
+from milora_vl.common.errors import UserError, at_flag
 from milora_vl.core.adapter.folders import base_of, holds_adapter
 from milora_vl.forgetting.measure import can_recover_base
 from milora_vl.interop.load_model import load_by_flags, update_since
@@ -43,7 +41,6 @@ COMMANDS = {
     "/reset": "start again with the same pictures and videos",
     "/quit": "quit",
 }
-BASE, TUNED = "base model: ", "fine-tuned: "  # before the answers on a page with `--compare`
 
 
 def open_picture(path: Path) -> Image.Image:
@@ -237,7 +234,7 @@ def _missing_marks(mark: str, question: str, num_shown: int, turns: Sequence[Tur
     if found <= num_shown:
         return f"{mark}\n" * (num_shown - found)
     thing = "picture" if mark == IMAGE else "video"
-    more = "--image FILE, /add FILE, or on the page" if mark == IMAGE else "--video FILE"
+    more = "--image FILE or /add FILE" if mark == IMAGE else "--video FILE"
     message = f"{found} {mark} in the conversation, but {num_shown} {thing}{'s' * (num_shown != 1)} shown"
     hint = f"write {mark} at most once for each {thing}; show one more {thing}:  {more}"
     raise UserError(message, where=f"question {question.strip()[:60]!r}", hint=hint)
@@ -327,92 +324,3 @@ class WordStreamer(TextStreamer):
         self.waiting, self.is_first = text[len(words) :], self.is_first and not words
         sys.stdout.write(words + "\n" if stream_end else words)
         sys.stdout.flush()
-
-
-def serve(chat: Chat, files: Sequence[Path], about: str, port: int) -> None:
-    """Serve the conversation on a page, to this machine only, until Ctrl-C. Raises UserError if the port is taken."""
-    import gradio as gr
-
-    site = page(chat, files, about)
-    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["monospace"]}  # none from the network
-    settings = {"theme": gr.themes.Soft(**fonts), "footer_links": [], "quiet": True, "prevent_thread_lock": True}
-    try:
-        site.launch(
-            server_name="127.0.0.1",
-            server_port=port or None,
-            share=False,
-            allowed_paths=[str(file) for file in files],
-            **settings,
-        )
-    except OSError as error:
-        raise UserError(first_line(error), where="--port", hint="choose another port, or 0 for a free one") from None
-    sys.stderr.write(f"open {site.local_url}     (Ctrl-C stops the server)\n")
-    site.block_thread()
-
-
-def page(chat: Chat, files: Sequence[Path], about: str) -> Any:
-    import gradio as gr
-
-    def respond(message: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> Iterator[list[dict[str, str]]]:
-        try:
-            yield from page_answers(chat, message["text"], message["files"], history)
-        except UserError as error:
-            raise gr.Error(escape(str(error)), print_exception=False) from None
-
-    return gr.ChatInterface(
-        respond,
-        multimodal=True,
-        title=escape(about),
-        chatbot=gr.Chatbot(height="70vh", show_label=False, render_markdown=False, buttons=["copy"]),
-        textbox=gr.MultimodalTextbox(
-            {"text": "", "files": [str(file) for file in files]},
-            file_types=["image"],
-            file_count="multiple",
-            placeholder="What is this?",
-        ),
-        analytics_enabled=False,
-        api_visibility="private",
-    )
-
-
-def page_answers(
-    chat: Chat, question: str, files: Sequence[str], history: Sequence[Mapping[str, Any]]
-) -> Iterator[list[dict[str, str]]]:
-    """Yield the messages that answer a question again for every new piece: with `compare`, the base model's first.
-
-    gradio keeps the conversation: `history` has the messages before, with their pictures. It shows messages as HTML
-    even without Markdown, so the answers are escaped.
-    """
-    cut = f" (truncated at {chat.max_new_tokens} tokens)"
-    turns: list[Turn] = []
-    pictures: list[Image.Image] = []
-    for message in [*history, {"role": "user", "content": [question, *({"path": file} for file in files)]}]:
-        content = message["content"]
-        both: list[Any] = [content] if isinstance(content, str) else list(content)
-        parts: list[dict[str, Any]] = [{"text": part} if isinstance(part, str) else part for part in both]
-        text = "".join(part.get("text", "") for part in parts)
-        if message["role"] == "user":
-            shown = (part.get("file", part).get("path") for part in parts)
-            pictures += [open_picture(Path(place)) for place in shown if place]
-            turns.append(chat.user_turn(text, pictures, turns))
-        elif not (chat.compare and text.startswith(BASE)):
-            turns.append(chat.answer_turn(unescape(text.removeprefix(TUNED).removesuffix(cut))))
-    messages: list[dict[str, str]] = []
-    for label, base in ((BASE, True), (TUNED, False)) if chat.compare else (("", False),):
-        for reply in _partial_answers(chat, turns, pictures, base=base):
-            text, end = reply.text, cut if reply.truncated else ""
-            yield [*messages, {"role": "assistant", "content": label + escape(text) + end}]
-        messages.append({"role": "assistant", "content": label + escape(text) + end})
-
-
-def _partial_answers(chat: Chat, turns: list[Turn], pictures: Sequence[Image.Image], *, base: bool) -> Iterator[Reply]:
-    """Yield growing prefixes of an answer; the last one is complete. Raises the errors of the model."""
-    streamer = TextIteratorStreamer(chat.tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[no-untyped-call]
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        answer = pool.submit(chat.reply, turns, pictures, streamer, base=base)
-        answer.add_done_callback(lambda _: streamer.end())  # type: ignore[no-untyped-call]  # also after an error
-        text = ""
-        for piece in streamer:
-            text += piece
-            yield Reply(text.lstrip())
-        yield answer.result()
