@@ -83,6 +83,7 @@ class RunData:
     streamed: bool = False  # `train` holds the first records of a stream
     keys: bytes = b""  # of each record of `train`: of its texts and its stored pictures (`TrainingCheck.keys`)
     picture_keys: bytes = b""  # of each picture file of `train` (`TrainingCheck.picture_keys`)
+    held_out_keys: bytes = b""  # of each record of `evaluation`, then of each of its picture files
     with_images: bytes = b""  # 1 for each record of `train` with an image, 0 for each other
     num_with_videos: int = 0  # of `train`
     unread: Mapping[str, int] = field(default_factory=dict)  # keys of turns that are not read
@@ -133,6 +134,7 @@ def read_records(config: DataConfig) -> RunData:
     return replace(
         train,
         evaluation=held_out.train,
+        held_out_keys=held_out.keys + held_out.picture_keys,
         skipped=train.skipped + held_out.skipped,
         unlearnable=train.unlearnable + held_out.unlearnable,
         broken=train.broken + held_out.broken,

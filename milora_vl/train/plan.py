@@ -12,7 +12,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, fields, replace
 from datetime import datetime
@@ -900,20 +900,32 @@ def read_start(folder: Path, name: str) -> dict[str, Any]:
 
 def records_content(data: RunData) -> dict[str, str]:
     """Return the content of the file RECORDS."""
-    return {"records": data.keys.hex(), "pictures": data.picture_keys.hex()}
+    return {"records": data.keys.hex(), "pictures": data.picture_keys.hex(), "held_out": data.held_out_keys.hex()}
 
 
-def require_same_records(folder: Path, data: RunData) -> list[str]:
-    """Return a warning about what a stream leaves unchecked.
+def require_same_records(folder: Path, data: RunData, recipe: Recipe) -> list[str]:
+    """Return warnings about other held-out records that change no step, and about what a stream leaves unchecked.
 
     Raises UserError with the first record or picture that differs from those that the run in `folder` had.
     """
     before = read_start(folder, RECORDS)
     require_same("records", before["records"], data.keys, lambda number: data.train[number].source)
-    names = lambda: list(dict.fromkeys(chain.from_iterable(map(files_of, data.train))))  # noqa: E731
-    require_same("pictures", before["pictures"], data.picture_keys, lambda number: str(names()[number]))
+    require_same("pictures", before["pictures"], data.picture_keys, lambda number: _files(data.train)[number])
+    held_out, warnings = data.evaluation or (), list[str]()
+    names = lambda: [*(record.source for record in held_out), *_files(held_out)]  # noqa: E731
+    try:
+        if before["held_out"] and data.held_out_keys:
+            require_same("held-out data", before["held_out"], data.held_out_keys, lambda number: names()[number])
+    except UserError as error:
+        if not is_free("data.eval_path", recipe):
+            raise
+        warnings = [f"{error.first.where}: {error.first.message}; held-out losses before and after are not comparable"]
     unread = f"of the stream, only the first {len(data.train):,} records and pictures were compared with the run's"
-    return [unread] if data.streamed else []
+    return [*warnings, *([unread] if data.streamed else [])]
+
+
+def _files(records: Iterable[Record]) -> list[str]:
+    return list(map(str, dict.fromkeys(chain.from_iterable(map(files_of, records)))))
 
 
 def require_same(what: str, before: str, now: bytes, name: Callable[[int], str]) -> None:

@@ -152,7 +152,7 @@ def read_records(run: Run, screen: Screen) -> RunData:
         raise UserError(message, where=str(recipe.data.path), hint="all machines must see the same data")
     warnings = records.warnings()
     if run.earlier is not None:
-        warnings += require_same_records(run.earlier.folder, records)
+        warnings += require_same_records(run.earlier.folder, records, recipe)
     elif recipe.adapter and has_other_records(Path(recipe.adapter), records.fingerprint):
         screen.say(
             f"note: {recipe.adapter} was trained on other records, and this run overwrites what it has learned; "

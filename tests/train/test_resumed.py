@@ -192,6 +192,24 @@ def test_records_are_told_by_their_contents(whole: Path, data: Path, tmp_path: P
     assert same_weights(run, whole)
 
 
+@pytest.mark.parametrize("chooses", [False, True])
+def test_other_held_out_records_are_named(chooses: bool, data: Path, tmp_path: Path, capfd: Any) -> None:
+    held_out = Path(shutil.copytree(data, tmp_path / "data")) / "val.json"
+    flags = ["--rank", "4", *CONSTANT, "--save_steps", "2", "--eval_steps", "2", "--eval_strategy", "steps"]
+    flags += ["--eval_data_path", str(held_out), *(["--load_best_model_at_end", "--save_total_limit", "1"] * chooses)]
+    assert main(training(data, tmp_path / "run", *flags, "--max_steps", "2")) == 0
+    resume = training(data, tmp_path / "run", *flags, "--max_steps", "4", "--resume_from_checkpoint", "auto")
+    records = json.loads(held_out.read_text())
+    records[1]["conversations"][1]["value"] += " Or not."
+    held_out.write_text(json.dumps(records))
+    if chooses:
+        with raises_code("resume-other-data", where=f"{held_out}:record 2"):
+            main(resume)
+        return
+    assert main(resume) == 0
+    assert f"{held_out}:record 2: this is the first of the held-out data that differ" in capfd.readouterr().err
+
+
 def test_a_checkpoint_without_its_recipe_is_refused(whole: Path, data: Path, tmp_path: Path) -> None:
     alone = shutil.copytree(whole / "checkpoint-4", tmp_path / "alone" / "checkpoint-4")
     resume = ["--resume_from_checkpoint", str(alone)]

@@ -37,6 +37,7 @@ def test_it_resumes_in_the_middle_of_an_epoch(
     half = training(tiny_data, tmp_path / "half", *extra)
     assert main([*half, "--resume_from_checkpoint", str(tmp_path / "half" / "checkpoint-3")]) == 0
     assert losses(tmp_path / "half") == losses(tmp_path / "whole")
+    assert "warning: of the stream, only the first " in capfd.readouterr().err
     with raises_code("", message="dataloader_num_workers"):
         main([*half, "--dataloader_num_workers", "1", "--max_steps", "9", "--resume_from_checkpoint", "true"])
 

@@ -60,7 +60,8 @@ def _counted(records: Sequence[Record], collate: RecordCollator[Any]) -> np.ndar
 def _key(records: Sequence[Record], collate: RecordCollator[Any]) -> str:
     """Return a hash of all that lengths depend on: settings, texts, and pictures where their size matters.
 
-    A stored picture counts by its content. A file counts by its size and its last change, which any other content is.
+    A picture in memory counts by its content. A file counts by its number, size and times, one of which any write
+    changes: 4 us a file, where a content key takes 30 us for 100 KB and reads all pictures of a set at each start.
     """
 
     def key_of(picture: Picture) -> str | None:
@@ -77,7 +78,7 @@ def _state(file: Path) -> str:
         status = file.stat()
     except (OSError, ValueError):
         return "missing"
-    return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
+    return f"{status.st_ino} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
 
 
 def _save(path: Path, lengths: np.ndarray) -> None:

