@@ -33,6 +33,7 @@ from milora_eval.scores.results import Results, headlines, numbers, read_results
 from milora_eval.scores.table import write_tables
 from milora_vl.common.errors import at_flag
 from milora_vl.core.weights.tensor_files import weights_digest
+from milora_vl.forgetting.answers import measure_on_answers
 from milora_vl.forgetting.measure import can_recover_base, measure_forgetting
 from milora_vl.forgetting.text import general_text
 from milora_vl.interop.load_model import load_by_flags, require_scalable
@@ -147,13 +148,24 @@ def settings(model: Any, processor: Any, template: str, image_aspect_ratio: str)
     }
 
 
-def add_forgetting(folder: Path, model: Any, processor: Any, base: Any | None, key: str, num_tokens: int) -> None:
-    """Measure the text forgetting and write it to results.json, unless it holds a value with the same key."""
+def add_forgetting(
+    folder: Path, model: Any, processor: Any, base: Any | None, plan: EvaluationPlan, key: str, num_tokens: int
+) -> None:
+    """Measure the forgetting of text, and of pictures if the model reads them, and write it to results.json.
+
+    Nothing is measured if the file holds values with the same key.
+    """
     results = read_results(folder)
     key = digest([key, num_tokens, general_text(), "errors by document"])
     if (results.get("forgetting") or {}).get("key") != key:
-        measured = measure_forgetting(model, split_processor(processor)[0], base=base, num_tokens=num_tokens)
-        write_results(folder, results | {"forgetting": asdict(measured) | {"key": key}})
+        sys.stderr.write(f"measuring forgetting on {num_tokens:,} tokens of general text\n")
+        tokenizer, images = split_processor(processor)
+        measured = asdict(measure_forgetting(model, tokenizer, base=base, num_tokens=num_tokens)) | {"key": key}
+        if images is not None:
+            sys.stderr.write("measuring forgetting on the base's answers about drawn shapes\n")
+            asked = {"template": plan.template, "image_aspect_ratio": plan.image_aspect_ratio}
+            measured["pictures"] = asdict(measure_on_answers(model, processor, base=base, **asked))
+        write_results(folder, results | {"forgetting": measured})
 
 
 def run_loaded(
@@ -199,9 +211,7 @@ def run_loaded(
             continue
         folders.append(results_folder(output_dir, plan.suite, sized.which))
         if scale and forgetting_tokens and (base is not None or can_recover_base(model)):
-            sys.stderr.write(f"measuring forgetting on {forgetting_tokens:,} tokens of general text\n")
-            key = str(done["generation"]["key"])
-            add_forgetting(folders[-1], model, processor, base, key, forgetting_tokens)
+            add_forgetting(folders[-1], model, processor, base, plan, done["generation"]["key"], forgetting_tokens)
     return folders if len(folders) == len(target.scales) else None
 
 

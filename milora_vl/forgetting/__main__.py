@@ -1,4 +1,4 @@
-"""`python -m milora_vl.forgetting`: measure forgetting on text, on samples of the base model and on pictures."""
+"""`python -m milora_vl.forgetting`: measure forgetting on text and on answers about pictures."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from milora_vl.core.adapter.folders import base_of, holds_adapter, model_of, new
 from milora_vl.report.page import regenerate_report
 from milora_vl.report.tables import forgetting_table
 
-PROBES = ("text", "samples", "pictures")
+PROBES = ("text", "pictures")
 
 
 def _probes(text: str) -> tuple[str, ...]:
@@ -33,12 +33,11 @@ COMMAND = Command(
     """\
 probes (tuned model against base model, in nats per token):
   text      general text (three books of the package, or --text): the paper's metric, and the loss on the text
-  samples   text sampled from the base model; needs no data
   pictures  answers of the base model about pictures (drawn shapes, or the LLaVA records of --data_path)
 
 examples:
   python -m milora_vl.forgetting --model smol-llava --adapter runs/demo
-  python -m milora_vl.forgetting --model runs/full --base llava-1.5-7b --on text,samples
+  python -m milora_vl.forgetting --model runs/full --base llava-1.5-7b --on text
   python -m milora_vl.forgetting --model llava-1.5-7b --adapter runs/a --data_path other.json --image_folder images
 """,
     inputs=(
@@ -55,7 +54,6 @@ examples:
         shared("limit", about="use only the first N questions"),
         shared("template"),
         shared("batch_size", default=8),
-        shared("seed", about="random seed of the samples (default: %(default)s)"),
         shared("device"),
         shared("dtype"),
     ),
@@ -77,20 +75,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         model, adapter = base_of(Path(model)), Path(model)
     from milora_vl.forgetting import job
 
-    settings = {
-        name: getattr(options, name)
-        for name in ("base", "on", "data_path", "image_folder", "template", "num_tokens", "limit", "batch_size", "seed")
-    }
-    todo = job.Job(
-        folder=folder, model=model, adapter=adapter, texts=options.text or (), device=options.device,
-        dtype=options.dtype, **settings,
-    )  # fmt: skip
-    results = todo.run()
+    results = job.measure(str(model), adapter, folder, options)
     if options.format == "json":
         sys.stdout.write(json.dumps(results, indent=1) + "\n")
     else:
         show(forgetting_table(results), options.format)
-    sys.stderr.write(f"written: {todo.file}\n")
+    sys.stderr.write(f"written: {folder / job.FILE}\n")
     regenerate_report(folder)
     base = ("--base", options.base) if options.base else ()
     next_step("milora_vl.analyze", options.adapter or options.model, *base)

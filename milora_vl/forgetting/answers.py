@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageDraw
@@ -14,7 +15,9 @@ from milora_data.encode.tokens import IGNORE
 from milora_data.pictures.load import Picture
 from milora_data.pictures.pixels import AspectRatio
 from milora_data.records.record import IMAGE, Record, Turn
-from milora_vl.forgetting.measure import ProbeBatch
+from milora_vl.common.progress import progress_bar
+from milora_vl.forgetting.measure import Forgetting, compare_on
+from milora_vl.forgetting.text import ProbeBatch
 from milora_vl.models.collator_for import collator_for
 from milora_vl.models.generate import Prompt, generate
 from milora_vl.models.image_tokens import uses_processor
@@ -47,6 +50,33 @@ def drawn_questions(folder: Path) -> list[Record]:
     return records
 
 
+def measure_on_answers(
+    model: Any,
+    processor: Any,
+    *,
+    base: Any | None = None,
+    records: Sequence[Record] | None = None,
+    image_folder: Path | None = None,
+    template: str = "vicuna_v1",
+    image_aspect_ratio: AspectRatio = "pad",
+    batch_size: int = 8,
+    limit: int | None = None,
+) -> Forgetting:
+    """Compare `model` with its base (see `measure_forgetting`) on the base's answers to the first questions of records.
+
+    Without records, the questions are about drawn shapes. At most `limit` questions are asked.
+    """
+    with TemporaryDirectory() as drawn:
+        folder = image_folder if records and image_folder is not None else Path(drawn)
+        asked = (records or drawn_questions(folder))[:limit]
+        batches = list(answer_batches(
+            model if base is None else base, processor, asked, image_folder=folder, without_adapter=base is None,
+            template=template, image_aspect_ratio=image_aspect_ratio, batch_size=batch_size,
+        ))  # fmt: skip
+    what = f"answers to {len(asked):,} questions" + ("" if records else " about drawn shapes")
+    return compare_on(batches, model, base=base, what=what)
+
+
 def answer_batches(
     model: Any,
     processor: Any,
@@ -66,12 +96,12 @@ def answer_batches(
     """
     asked = [replace(record, turns=(*_until_question(record),)).within(image_folder) for record in records]
     context: AbstractContextManager[None] = model.disable_adapter() if without_adapter else nullcontext()
-    with context:
+    with context, progress_bar("answers of the base", len(asked), "questions") as bar:
         answers = generate(
             model, processor,
             [Prompt(record.turns, record.images, videos=record.videos) for record in asked],
             template=template, max_new_tokens=max_new_tokens, batch_size=batch_size,
-            image_aspect_ratio=image_aspect_ratio,
+            image_aspect_ratio=image_aspect_ratio, on_batch=lambda numbers, _: bar.update(len(numbers)),
         )  # fmt: skip
     own = uses_processor(model.config)
     options: dict[str, Any] = {} if own else {"template": template, "image_aspect_ratio": image_aspect_ratio}

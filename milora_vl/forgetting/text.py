@@ -1,9 +1,8 @@
-"""The text probes of forgetting: three books of the package, or samples of the base model, with their seeds."""
+"""The text probe of forgetting: three books of the package, in blocks and batches."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from milora_data.encode.tokens import bos_ids
-from milora_vl.core.calibration.texts import RESERVED, SEED, padded, sampled_rows
+from milora_vl.core.calibration.texts import padded
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,32 +68,6 @@ def text_batches(
     yield from padded_batches(
         text_blocks(texts, tokenizer, num_tokens=num_tokens, block_length=block_length), batch_size, tokenizer
     )
-
-
-def sampled_batches(
-    model: Any,
-    tokenizer: Any,
-    *,
-    without_adapter: bool = False,
-    num_tokens: int = 8192,
-    length: int = 128,
-    batch_size: int = 16,
-    seed: int = 0,
-) -> Iterator[ProbeBatch]:
-    """Yield text sampled from `model` at temperature 1, without any data.
-
-    Each sample is a document that starts with BOS (or EOS without a BOS token) and ends with EOS or after `length` ids.
-    All ids but the first count. `without_adapter` samples from the base model of a PeftModel. The random state of the
-    caller does not change. Raises ValueError for the seed of the calibration texts, which would be measured again.
-    """
-    if 0 <= (seed & 0xFFFFFFFF) - SEED < RESERVED:  # torch's generator of the CPU uses 32 bits
-        raise ValueError(f"seed {seed} gives the calibration texts of protected inputs; use another seed")
-    count = max(2, -(-num_tokens // (length - 1)))  # a single document has no standard error
-    context: AbstractContextManager[None] = model.disable_adapter() if without_adapter else nullcontext()
-    with context:
-        rows = sampled_rows(model, *ends_of(tokenizer), count=count, length=length, batch_size=batch_size, seed=seed)
-    written = [(f"sample {i}", row) for i, row in enumerate(rows)]
-    yield from padded_batches(sorted(written, key=lambda pair: len(pair[1])), batch_size, tokenizer)
 
 
 def ends_of(tokenizer: Any) -> tuple[int, int]:

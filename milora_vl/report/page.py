@@ -85,7 +85,7 @@ def _content(run: RunFiles) -> dict[str, Any]:
         "gallery": gallery(run),
         "held_out": _held_out(run),
         "forgotten": forgotten(run),
-        "forgetting_table": tables.forgetting_table(run.forgetting),
+        "forgetting_table": tables.forgetting_table(forgotten(run) or {}, run.forgetting),
         "analysis": _analysis(run.folder / "analysis"),
         "plots": plots,
         "during_training": suites_of(run.history),
@@ -171,9 +171,10 @@ def duration(seconds: float) -> str:
 
 
 def forgotten(run: RunFiles) -> Json | None:
-    """Return the forgetting on general text that an evaluation measured; None if none did."""
+    """Return the forgetting that an evaluation measured, of `text` and of `pictures`; None if none did."""
     measured = (each.after.results.get("forgetting") for each in run.comparisons if each.after)
-    return next(filter(None, measured), None)
+    found = next(filter(None, measured), None)
+    return found and {"text": found, "pictures": found.get("pictures")}
 
 
 def _suite(comparison: SuiteScores, plots: Mapping[str, str]) -> dict[str, Any]:

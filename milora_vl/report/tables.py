@@ -212,21 +212,20 @@ def _span(values: Iterable[float]) -> str:
     return " – ".join(ends)
 
 
-def forgetting_table(forgetting: Json) -> Table:
-    """Return a table with one row per probe of `python -m milora_vl.forgetting`, from its forgetting.json."""
-    names = {"text": "general text", "samples": "the base model's own text", "pictures": "answers about pictures"}
-    rows = [
+def forgetting_table(*measured: Json) -> Table:
+    """Return a table with one row per probe of an evaluation or of `python -m milora_vl.forgetting`."""
+    probes = [found for each in measured for found in (each.get("text"), each.get("pictures")) if found]
+    rows = {
         (
-            f"{names[probe]} ({found['text']})" if probe == "pictures" else names[probe],
+            found["text"].replace("_", " "),
             _with_error(found["kl"], found["kl_stderr"]),
             _with_error(found["cross_entropy"], found["stderr"]),
             f"{found['base_entropy']:.3f}",
             _with_error(found["loss_change"], found["loss_change_stderr"], sign="+"),
             f"{found['n_tokens']:,} in {found['n_documents']:,}",
-        )
-        for probe in names
-        if (found := forgetting.get(probe))
-    ]
+        ): None
+        for found in probes
+    }
     header = ("probe", "forgotten (KL)", "cross-entropy", "base entropy", "change of loss", "tokens in documents")
     caption = "Compared with the predictions of the base model, in nats per token, ± one standard error over documents."
     return Table(header, tuple(rows), caption)

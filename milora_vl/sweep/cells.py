@@ -20,6 +20,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 CellNumbers = Mapping[str, Any]
 """What a finished cell has measured, and which cell it is: the columns of cells.csv."""
+PICTURES = "forgetting_pictures"  # the column of what a cell has forgotten about pictures
 _EDITS = ("method", "protect", "rank", "alpha", "dropout")
 
 

@@ -15,10 +15,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from milora_vl.common.cli.table import Table
-from milora_vl.sweep.cells import Cell, CellNumbers
+from milora_vl.sweep.cells import PICTURES, Cell, CellNumbers
 from milora_vl.sweep.results import mean_of
-
-PICTURES = "forgetting_pictures"  # the second number of vision-language tasks
 
 
 @dataclass(frozen=True, slots=True)

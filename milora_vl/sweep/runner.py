@@ -31,7 +31,7 @@ from milora_eval.scores.results import headline_of, read_results, require_lines
 from milora_vl.common.atomic_write import read_json, write_json, write_text
 from milora_vl.common.errors import UserError
 from milora_vl.common.evaluator_protocol import EvaluationRequest, QuestionSet
-from milora_vl.sweep.cells import Cell, CellNumbers, recipe_of
+from milora_vl.sweep.cells import PICTURES, Cell, CellNumbers, recipe_of
 from milora_vl.train.output import locked
 from milora_vl.train.recipe import Recipe
 
@@ -252,7 +252,9 @@ def _collect(sweep: Sweep, cell: Cell) -> dict[str, Any]:
         "method": cell.method, "learning_rate": cell.learning_rate, "rank": cell.rank, "seed": cell.seed,
         "validation_loss": losses[kept], "benchmark": ", ".join(scored.benchmarks), "metric": scored.metric,
         "score": scored.value, "score_stderr": scored.stderr, "forgetting": forgetting["kl"],
-        "forgetting_stderr": forgetting["kl_stderr"], "trainable": policy.get("trainable"),
+        "forgetting_stderr": forgetting["kl_stderr"],
+        **({PICTURES: forgetting["pictures"]["kl"]} if forgetting.get("pictures") else {}),
+        "trainable": policy.get("trainable"),
         "protect": " to ".join(f"{share:g}" for share in dict.fromkeys((shares[0], shares[-1]))),
     }  # fmt: skip
 

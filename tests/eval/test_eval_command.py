@@ -64,7 +64,16 @@ def both(adapter: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 def test_base_and_tuned_model_stand_in_one_table(both: tuple[Path, str, str], adapter: Path) -> None:
     folder, shown, said = both
-    for word in ("baseline", "base", "tuned", "difference", "yes_no", "mean over types", "text forgetting"):
+    for word in (
+        "baseline",
+        "base",
+        "tuned",
+        "difference",
+        "yes_no",
+        "mean over types",
+        "text forgetting",
+        "picture forgetting",
+    ):
         assert word in shown
     final, base = results(folder, "final"), results(folder, "base")
     assert (base["adapter"], final["adapter"]) == (None, str(adapter))
@@ -72,6 +81,9 @@ def test_base_and_tuned_model_stand_in_one_table(both: tuple[Path, str, str], ad
     assert f"truncated: {final['benchmarks'][0]['truncated']} of 22 answers of final to emoji, at 12 tokens" in said
     assert final["forgetting"]["kl"] > 0
     assert final["forgetting"]["cross_entropy"] > final["forgetting"]["base_entropy"]
+    assert final["forgetting"]["pictures"]["kl"] > 0
+    assert final["forgetting"]["pictures"]["n_documents"] == 20
+    assert "measuring forgetting on the base's answers about drawn shapes" in said
     assert f"next: python -m milora_eval view {folder / 'eval' / 'emoji' / 'base'}" in said
     assert "| text forgetting |" in (folder / "eval" / "emoji" / "final" / "table.md").read_text()
 

@@ -56,7 +56,8 @@ def test_several_scales_show_score_and_forgetting_and_resume(
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     shown = [row for row in rows if row and row[0] in ("0", "0.25", "0.5")]
     assert [row[0] for row in shown] == ["0", "0.25", "0.5"]
-    assert shown[0][1] == "0.0000"
+    assert shown[0][1:3] == ["0.0000", "0.0000"], "of text and of pictures"
+    assert 0 < float(shown[1][3]) < float(shown[2][3]), "the ± of the text stands between them"
 
 
 def test_a_scaled_evaluation_is_that_of_the_scaled_export(adapter: Path, data: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from milora_vl import Policy, apply_milora, load_model
+from milora_vl import Policy, apply_milora, load_adapter, load_model
 from milora_vl.forgetting.__main__ import main
 from support.adapter_cases import move
 from support.problems import raises_code
@@ -23,17 +23,26 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_an_adapter_is_measured_on_all_three(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_adapter_is_measured_on_text_and_pictures(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--model", "tiny", "--adapter", str(adapter), "--num_tokens", "600", "--limit", "8"]) == 0
     printed = capsys.readouterr().out
     found = json.loads((adapter / "forgetting.json").read_text())
-    for name in ("text", "samples", "pictures"):
+    for name in ("text", "pictures"):
         assert found[name]["kl"] > 0
         assert f"{found[name]['kl']:.3f}" in printed
     # The adapter's folder alone says which base it is for.
     out = adapter / "again"
     assert main(["--model", str(adapter), "--num_tokens", "600", "--on", "text", "--output_dir", str(out)]) == 0
     assert json.loads((out / "forgetting.json").read_text())["text"] == found["text"]
+    # Another probe of the same models stays in the file; one of other models does not.
+    again = ["--model", "tiny", "--num_tokens", "600", "--on", "text", "--output_dir", str(adapter)]
+    assert main([*again, "--adapter", str(adapter)]) == 0
+    assert json.loads((adapter / "forgetting.json").read_text())["pictures"] == found["pictures"]
+    model = load_adapter(load_model("tiny")[0], adapter, is_trainable=True)
+    move(model, 0.2)
+    model.save_pretrained(str(out))
+    assert main([*again, "--adapter", str(out)]) == 0
+    assert "pictures" not in json.loads((adapter / "forgetting.json").read_text())
 
 
 def test_a_whole_model_is_compared_with_its_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

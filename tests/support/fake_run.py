@@ -167,7 +167,9 @@ def evaluate(folder: Path, which: str, images: list[Json], num_questions: int) -
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     forgetting: Json = {"cross_entropy": 2.93, "stderr": 0.03, "base_entropy": 2.71, "kl": 0.22, "kl_stderr": 0.01}
-    forgetting |= {"n_tokens": 8192, "text": "alice_in_wonderland + news_from_nowhere"}
+    forgetting |= {"n_tokens": 8192, "n_documents": 2, "text": "alice_in_wonderland + news_from_nowhere"}
+    forgetting |= {"loss_change": 0.2, "loss_change_stderr": 0.01}
+    forgetting["pictures"] = forgetting | {"kl": 0.31, "n_documents": 20, "text": "answers about drawn shapes"}
     dump(folder / "results.json", {
         "suite": "emoji", "which": which, "model": "smol-llava", "template": "vicuna_v1", "seconds": 31.0,
         "adapter": "runs/demo" if which == "final" else None, "forgetting": forgetting if which == "final" else None,

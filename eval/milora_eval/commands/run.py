@@ -78,7 +78,7 @@ examples:
             "--forgetting_tokens",
             type=count,
             default=FORGETTING_TOKENS,
-            help="tokens of general text to measure forgetting on; 0 skips it (default: %(default)s)",
+            help="tokens of text to measure forgetting on, besides drawn shapes; 0 skips both (default: %(default)s)",
         ),
         option("--shard", default="1/1", metavar="i/n", help="evaluate part i of n; all parts write to one folder"),
         shared("device"),

@@ -119,15 +119,16 @@ def pairs_table(title: str, pairs: Sequence[Pair], names: tuple[str, str], means
 
 
 def scales_table(sizes: Mapping[float, Results], suite: str) -> Table:
-    header: tuple[str, ...] = ("scale", "text forgetting")
-    rows = []
+    has_pictures = any((results.get("forgetting") or {}).get("pictures") for results in sizes.values())
+    probes = ("text forgetting", *(("picture forgetting",) if has_pictures else ()))
+    header, rows = ("scale", *probes), []
     for scale, results in sizes.items():
-        metrics = headlines(results)
-        header = ("scale", "text forgetting", *(f"{name}: {metric.name}" for name, metric in metrics.items()))
-        forgetting = results.get("forgetting") or {"kl": 0.0 if scale == 0 else None}
-        kept = "" if forgetting["kl"] is None else _nats(forgetting["kl"], forgetting.get("kl_stderr"), 4)
-        rows.append((f"{scale:g}", kept, *map(value, metrics.values())))
-    note = "text forgetting: KL divergence from the base model on general text, nats per token"
+        metrics, forgetting = headlines(results), results.get("forgetting")
+        header = ("scale", *probes, *(f"{name}: {metric.name}" for name, metric in metrics.items()))
+        found = (forgetting, (forgetting or {}).get("pictures"))[: len(probes)]
+        kept = [_nats(f["kl"], f["kl_stderr"], 4) if f else "0.0000" if scale == 0 else "" for f in found]
+        rows.append((f"{scale:g}", *kept, *map(value, metrics.values())))
+    note = "forgetting: KL divergence from the base model on general text and on its answers, nats per token"
     return Table(header, tuple(rows), note, f"suite {suite}: sizes of the update")
 
 
@@ -184,19 +185,16 @@ def _mean_rows(name: str, means: Sequence[Mean], sign: str = "+") -> list[tuple[
 def with_forgetting(table: Table, forgetting: Mapping[str, Any] | None) -> Table:
     if not forgetting:
         return table
-    change = _nats(forgetting["kl"], forgetting["kl_stderr"])
-    cells: tuple[str, ...] = (change,)
-    note = "text forgetting: KL divergence from the base model on general text, nats per token"
-    if "difference" in table.header:
-        tuned = _nats(forgetting["cross_entropy"], forgetting["stderr"])
-        cells = (_nats(forgetting["base_entropy"], None), tuned, "+" + change)
-        note = (
-            "text forgetting: cross-entropy against the base model's predictions on general text, nats per token; "
-            "its minimum is the entropy of the base model"
-        )
-    row = ("text forgetting", f"{forgetting['n_tokens']:,}", "", *cells)
-    row += ("",) * (len(table.header) - len(row))
-    return replace(table, rows=(*table.rows, row), caption="\n".join(filter(None, (table.caption, note))))
+    is_pair, rows = "difference" in table.header, []
+    for name, found in (("text forgetting", forgetting), ("picture forgetting", forgetting.get("pictures"))):
+        if found:
+            change, base = _nats(found["kl"], found["kl_stderr"]), _nats(found["base_entropy"], None)
+            tuned = _nats(found["cross_entropy"], found["stderr"])
+            row = (name, f"{found['n_tokens']:,}", "", *((base, tuned, f"+{change}") if is_pair else (change,)))
+            rows.append(row + ("",) * (len(table.header) - len(row)))
+    what = "cross-entropy against the base model's predictions" if is_pair else "KL divergence from the base model"
+    note = f"forgetting: {what}, on general text and on its answers about drawn shapes, nats per token"
+    return replace(table, rows=(*table.rows, *rows), caption="\n".join(filter(None, (table.caption, note))))
 
 
 def label(benchmark: str, name: str, metrics: Keyed) -> str:

@@ -14,8 +14,7 @@ from milora_vl.core.evaluation_mode import evaluated
 from milora_vl.core.policy.towers import is_encoder_decoder
 from milora_vl.core.weights.distributed import gathered
 
-SEED = 1_651_272_809  # of the calibration texts; no probe of forgetting may measure with it or those after it
-RESERVED = 1024
+SEED = 1_651_272_809  # of the calibration texts, and those after it
 COUNT, LENGTH, ROWS = 56, 192, 8  # one batch of seven checks what the others chose
 HELD_OUT_TEXTS = ROWS  # more than a recipe asks for; after 48 texts they are the batch that checks the shares
 CACHE_BYTES = 2 * 1024**3  # of keys and values while the model writes
