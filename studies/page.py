@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from milora_vl.common.cli.table import Table
+from milora_vl.core.policy.rules import label_of
 from milora_vl.report.plots import png, write_csv
 from milora_vl.sweep import page
 from milora_vl.sweep.cells import Cell, CellNumbers
@@ -107,9 +109,11 @@ def _draw_scores(file: Path, cells: Mapping[Cell, Mapping[str, Any]], study: Stu
     assert study.figure is not None
     task = task_class(study.task)
     shown = {cell: row for cell, row in cells.items() if cell.method in study.figure.arms}
-    panels = {task.forgets: arms(shown, study.seeds)}
-    if pictures := about_pictures(shown):
-        panels[_ABOUT_PICTURES] = arms(pictures, study.seeds)
+    panels = {
+        about: [replace(arm, label=label_of(arm.label)) for arm in arms(results, study.seeds)]
+        for about, results in ((task.forgets, shown), (_ABOUT_PICTURES, about_pictures(shown)))
+        if results
+    }
     file.write_bytes(png(score_figure(panels, task.metric, study.figure.title)))
 
 

@@ -19,7 +19,7 @@ from milora_vl.core.weights.tensor_files import weights_digest
 from milora_vl.forgetting.answers import measure_on_answers
 from milora_vl.forgetting.measure import can_recover_base, measure_forgetting
 from milora_vl.interop.load_model import load_by_flags
-from milora_vl.models.loading import split_processor
+from milora_vl.models.loading import load_processor, split_processor
 from milora_vl.models.prompts import prompts_of
 
 FILE = "forgetting.json"
@@ -38,11 +38,11 @@ def measure(model: str, adapter: Path | None, folder: Path, options: Namespace) 
     for flag, path in (*(("--text", path) for path in options.text or ()), ("--data_path", options.data_path)):
         if path is not None and not (path.is_file() or is_saved(path)):
             raise UserError(f"{path}: no such file", code="data-missing-file", where=flag, hint=beside(path))
-    with at_flag("--model"):
-        tuned, processor = load_by_flags(model, adapter, options.dtype, options.device)
-    tokenizer, image_processor = split_processor(processor)
+    tokenizer, image_processor = split_processor(load_processor(model))
     if image_processor is None and "pictures" in (options.on or ()):
         raise UserError(f"{model} reads only text", where="--on", hint="remove pictures from --on")
+    with at_flag("--model"):
+        tuned, processor = load_by_flags(model, adapter, options.dtype, options.device)
     base = None
     if not can_recover_base(tuned):  # a projector, the full model or biases trained
         with at_flag("--base" if options.base else "--model"):

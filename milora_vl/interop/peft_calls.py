@@ -19,7 +19,7 @@ from milora_vl.core.adapter.reinit import METHOD_OF_PART, reinit_peft, restore_s
 from milora_vl.core.adapter.sidecar import FILE_NAME
 from milora_vl.core.calibration.bases import CalibrationError
 from milora_vl.core.calibration.texts import calibration_texts
-from milora_vl.core.policy.rules import METHODS, what_trains
+from milora_vl.core.policy.rules import METHODS, label_of, what_trains
 from milora_vl.core.policy.towers import find_towers
 from milora_vl.core.svd import Part
 
@@ -51,7 +51,7 @@ def replacement(stock: Callable[..., Any], part: Part, protect: float | None) ->
             raise UserError(str(error), code="adapter-unsupported-kind", where="get_peft_model") from error
         for (method, protects), number in Counter((t.method, t.protect) for t in tuned.milora_targets).items():
             trains = what_trains(method, protects)
-            sys.stderr.write(f"milora: method {method} on {amount(number, 'module')}: {trains}\n")
+            sys.stderr.write(f"milora: {label_of(method, protects)} on {amount(number, 'module')}: {trains}\n")
         return tuned
 
     return get_peft_model

@@ -13,7 +13,7 @@ from filelock import FileLock
 from milora_vl.common.atomic_write import write_text
 from milora_vl.core.adapter.checkpoints import read_environment
 from milora_vl.core.adapter.folders import has_config, holds_projector_alone, holds_text_model
-from milora_vl.core.policy.rules import what_trains
+from milora_vl.core.policy.rules import METHODS, label_of, what_trains
 from milora_vl.report.read_run import in_units
 from milora_vl.report.tables import lowered_shares
 
@@ -75,6 +75,7 @@ def _front_matter(path: Path, recipe: Mapping[str, Any], base: str) -> ModelCard
     data = recipe["data"]["path"]
     files = [source["path"] for source in data] if isinstance(data, list) else [data or ""]
     sets = [name.removeprefix("hub:").split(":")[0] for name in files if name.startswith("hub:")]
+    methods = [_method(rule).lower().replace(" ", "-") for rule in recipe["policy"] or () if "method" in rule]
     relation: dict[str, Any] = {"base_model_relation": "adapter" if is_adapter else "finetune"} if is_on_hub else {}
     return ModelCardData(
         base_model=base if is_on_hub else None,
@@ -83,12 +84,17 @@ def _front_matter(path: Path, recipe: Mapping[str, Any], base: str) -> ModelCard
         license_name="license-of-the-base-model",
         license_link=f"https://huggingface.co/{base}" if is_on_hub and "/" in base else None,
         pipeline_tag=_task(path),
-        tags=sorted({"milora-vl"} | {str(rule["method"]) for rule in recipe["policy"] or () if "method" in rule}),
+        tags=sorted({"milora-vl", *methods}),
         datasets=sets or None,
         model_name=path.resolve().name,
         eval_results=_results(path) or None,
         **relation,
     )
+
+
+def _method(rule: Mapping[str, Any]) -> str:
+    protect = rule.get("protect")
+    return label_of(rule["method"], METHODS[rule["method"]].protect if protect is None else protect)
 
 
 def _task(path: Path) -> str:
@@ -145,9 +151,9 @@ def _summary(path: Path, recipe: Mapping[str, Any], environment: Mapping[str, An
     text += f" The LoRA also holds the updates of {earlier}." if earlier else ""
     rules = []
     for rule in recipe["policy"] or ():
-        fields = ", ".join(f"{name} {value}" for name, value in rule.items() if name != "modules")
-        trains = f" ({what_trains(rule['method'], rule.get('protect'))})" if "method" in rule else ""
-        rules.append(f"- `{rule.get('modules')}`: {fields}{trains}")
+        fields = ", ".join(f"{name} {value}" for name, value in rule.items() if name not in ("modules", "method"))
+        named = f"{_method(rule)} ({what_trains(rule['method'], rule.get('protect'))}), " if "method" in rule else ""
+        rules.append(f"- `{rule.get('modules')}`: {named}{fields}".rstrip(", "))
     return "\n\n".join(filter(None, [text, "\n".join(rules), lowered_shares(policy)]))
 
 

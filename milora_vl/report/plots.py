@@ -39,10 +39,10 @@ History = Sequence[Mapping[str, Any]]
 def method_colour(label: str) -> str | None:
     """Return the colour of the first method that a label names, None without one.
 
-    >>> method_colour("lora r=8") == METHOD_COLOURS["lora"], method_colour("runs/a")
+    >>> method_colour("LoRA r=8") == METHOD_COLOURS["lora"], method_colour("runs/a")
     (True, None)
     """
-    return next((METHOD_COLOURS[word] for word in re.findall(r"[a-z]+", label) if word in METHOD_COLOURS), None)
+    return next((METHOD_COLOURS[word] for word in re.findall(r"[a-z]+", label.lower()) if word in METHOD_COLOURS), None)
 
 
 def colours_of(labels: Sequence[str]) -> dict[str, str]:

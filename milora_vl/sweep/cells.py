@@ -9,7 +9,7 @@ from typing import Any
 
 from milora_vl.common.cli.console import suggest
 from milora_vl.common.errors import UserError
-from milora_vl.core.policy.rules import METHODS
+from milora_vl.core.policy.rules import METHODS, label_of
 from milora_vl.train.recipe import ADAPTERS, RENAMED, EvalConfig, PolicyEdits, Recipe, SweepConfig, value_of
 from milora_vl.train.settings import edited, is_adapter
 
@@ -17,6 +17,10 @@ from milora_vl.train.settings import edited, is_adapter
 VARIANTS: dict[str, dict[str, Any]] = {
     **{name: {"method": name} for name in (*ADAPTERS, "full")},
     "milora-paper": {"method": "milora", "protect": 0.0},
+}
+NAMES = {
+    name: label_of(fields["method"], fields.get("protect", METHODS[fields["method"]].protect))
+    for name, fields in VARIANTS.items()
 }
 CellNumbers = Mapping[str, Any]
 """What a finished cell has measured, and which cell it is: the columns of cells.csv."""

@@ -10,7 +10,7 @@ for pictures.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -144,19 +144,16 @@ def ratios_to(reference: str, results: Mapping[Cell, CellNumbers]) -> dict[str, 
     return found
 
 
-def equal_loss_table(results: Mapping[Cell, CellNumbers], reference: str) -> Table | None:
-    """Return a table of all arms with the ratio of forgetting to the reference, at equal loss and at equal score.
+def equal_loss_table(
+    results: Mapping[Cell, CellNumbers], reference: str, named: Callable[[str], str] = str
+) -> Table | None:
+    """Return a table of all arms with the ratio of forgetting to the reference at equal loss.
 
-    Returns None if the reference has no curve.
+    `named` returns the name to show of an arm. Returns None if the reference has no curve.
     """
-    # A score of 0, as before any training, says nothing about what was learned.
-    by_score = {
-        cell: {**row, "validation_loss": 1 - score} for cell, row in results.items() if (score := float(row["score"]))
-    }
     columns = {
-        f"{kind}, equal {what}": {arm: ratio.text for arm, ratio in ratios.items() if ratio} | {reference: "1"}
-        for what, cells in (("loss", results), ("score", by_score))
-        for kind, ratios in ratios_to(reference, cells).items()
+        f"{kind}, equal loss": {arm: ratio.text for arm, ratio in ratios.items() if ratio} | {reference: "1"}
+        for kind, ratios in ratios_to(reference, results).items()
     }
     if not columns:
         return None
@@ -168,14 +165,13 @@ def equal_loss_table(results: Mapping[Cell, CellNumbers], reference: str) -> Tab
         scores = [max(score for of_seed, score in of_arm if of_seed == seed) for seed in fronts]
         reached = sum(front[0].loss <= lowest[seed][0].loss for seed, front in fronts.items() if seed in lowest)
         rows.append((
-            arm, mean_of([front[0].loss for front in fronts.values()]).text, mean_of(scores).text,
+            named(arm), mean_of([front[0].loss for front in fronts.values()]).text, mean_of(scores).text,
             *(column.get(arm, "–") for column in columns.values()), f"{reached} of {len(fronts)}",
         ))  # fmt: skip
     caption = (
-        f"Forgetting relative to {reference}, at the lowest validation loss, or the highest score, that both "
-        "reach with the same seed: geometric means with 95 % intervals over seeds. "
-        f"≥: a lower bound, as {reference} might forget less there at a lower rate. "
-        f"Last column: the seeds that reach the lowest loss of {reference}."
+        f"Forgetting relative to {named(reference)}, at the lowest validation loss that both reach with the same seed: "
+        f"geometric means with 95 % intervals over seeds. ≥: a lower bound, as {named(reference)} might forget less "
+        f"there at a lower rate. Last column: the seeds that reach the lowest loss of {named(reference)}."
     )
     return Table(("arm", "lowest loss", "best score", *columns, "reached"), tuple(rows), caption)
 

@@ -1,22 +1,21 @@
-"""Write the files of a sweep: sweep.html, cells.csv, table.csv, ratios.csv, results.json, and its figures as PNG."""
+"""Write the files of a sweep: sweep.html, cells.csv, results.json, and its figure as PNG."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from milora_vl.common.atomic_write import write_json
 from milora_vl.common.cli import page as pages
 from milora_vl.common.cli.table import Table
-from milora_vl.core.policy.rules import label_of
 from milora_vl.report.plots import GREY, PAPER, colours_of, draw, marks_of, page_figure, write_csv
-from milora_vl.sweep.cells import Cell, CellNumbers
+from milora_vl.sweep.cells import NAMES, Cell, CellNumbers
 from milora_vl.sweep.curves import equal_loss_table, ratios_to
-from milora_vl.sweep.results import Answers, Arm, ArmDifference, SeedMean, arms, pairs
+from milora_vl.sweep.results import Answers, Arm, ArmDifference, arms, pairs
 from milora_vl.sweep.runner import Sweep
 
 if TYPE_CHECKING:
@@ -28,7 +27,10 @@ FORGETS = "KL from the base on general text, nats per token"
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """The content of a page: cells with their results, test items and failures, and the command that repeats it."""
+    """The content of a page: cells with their results, test items and failures, and the command that repeats it.
+
+    `names` has the name to show of a method, where it is another one.
+    """
 
     folder: Path
     title: str
@@ -42,6 +44,11 @@ class Compared:
     command: str
     reference: str | None = None  # the arm at whose losses the curves are read; None: no curves
     cells_are: str = "Every cell is a run folder in cells/ with its own report"
+    names: Mapping[str, str] = field(default_factory=dict)
+
+    def named(self, label: str) -> str:
+        method, *rank = label.split(" ")
+        return " ".join([self.names.get(method, method), *rank])
 
 
 def of_sweep(sweep: Sweep, cells: Sequence[Cell], seeds: int, command: str) -> Compared:
@@ -54,7 +61,7 @@ def of_sweep(sweep: Sweep, cells: Sequence[Cell], seeds: int, command: str) -> C
     has_curves = len(labels) > 1 and len({cell.learning_rate for cell in results}) > 1
     return Compared(
         sweep.folder, f"{len(labels)} methods on {sweep.recipe.model}", cells, results, failed, sweep.answers, seeds,
-        metric, FORGETS, command, first if has_curves else None,
+        metric, FORGETS, command, first if has_curves else None, names=NAMES,
     )  # fmt: skip
 
 
@@ -62,27 +69,26 @@ def write(compared: Compared) -> tuple[Path, Table]:
     requested = list(dict.fromkeys(cell.label for cell in compared.cells))  # the others are compared with the first
     all_arms = sorted(arms(compared.results, compared.seeds), key=lambda arm: requested.index(arm.label))
     tests = pairs(all_arms, compared.answers)
-    table = arms_table(compared, all_arms)
-    at_equal_loss = equal_loss_table(compared.results, compared.reference) if compared.reference else None
-    ratios = ratios_to(compared.reference, compared.results) if compared.reference else {}
+    table, reference = arms_table(compared, all_arms), compared.reference
+    ratios = ratios_to(reference, compared.results) if reference else {}
     content = {
-        "title": compared.title, "lede": lede(all_arms, compared.metric),
+        "title": compared.title, "lede": lede(compared, all_arms),
         "done": len(compared.results), "count": len(compared.cells),
-        "cells_are": compared.cells_are, "table": table, "tests": pairs_table(tests),
-        "curves": at_equal_loss,
-        "figures": _figures(compared, all_arms), "command": compared.command,
+        "cells_are": compared.cells_are, "table": table, "tests": pairs_table(compared, tests),
+        "curves": equal_loss_table(compared.results, reference, compared.named) if reference else None,
+        "figure": "", "command": compared.command,
         "failed": [(cell.name, failure["said"]) for cell, failure in compared.failed.items()],
-        "edges": [arm.label for arm in all_arms if arm.at_edge],
     }  # fmt: skip
+    if all_arms:
+        named = [replace(arm, label=compared.named(arm.label)) for arm in all_arms]
+        figure = score_figure({compared.forgets: named}, compared.metric, compared.title)
+        content["figure"] = draw(compared.folder, "score", figure)
     page = compared.folder / "sweep.html"
     pages.write(page, pages.render(Path(__file__).with_name("sweep.html.j2"), content))
 
     results = compared.results.values()
     columns = list(dict.fromkeys(key for result in results for key in result))
     write_csv(compared.folder / "cells.csv", columns, [[result.get(key) for key in columns] for result in results])
-    write_csv(compared.folder / "table.csv", table.header, table.rows)
-    if at_equal_loss:
-        write_csv(compared.folder / "ratios.csv", at_equal_loss.header, at_equal_loss.rows)
     numbers = {
         "arms": [asdict(arm) for arm in all_arms], "pairs": [asdict(pair) for pair in tests],
         "ratios": {
@@ -95,12 +101,12 @@ def write(compared: Compared) -> tuple[Path, Table]:
     return page, table
 
 
-def lede(all_arms: Sequence[Arm], metric: str) -> str:
-    best = [(arm.label, arm.best.score) for arm in all_arms if arm.best is not None]
+def lede(compared: Compared, all_arms: Sequence[Arm]) -> str:
+    best = [(compared.named(arm.label), arm.best.score) for arm in all_arms if arm.best is not None]
     best.sort(key=lambda entry: -entry[1].value)
     words = ", ".join(f"{label} {score.text}" for label, score in best[:3])
     more = f" and {len(best) - 3} more" if len(best) > 3 else ""
-    return f"{metric}: {words}{more}" if words else "No method has a learning rate with all seeds yet"
+    return f"{compared.metric}: {words}{more}" if words else "No method has a learning rate with all seeds yet"
 
 
 def arms_table(compared: Compared, all_arms: Sequence[Arm]) -> Table:
@@ -108,7 +114,7 @@ def arms_table(compared: Compared, all_arms: Sequence[Arm]) -> Table:
     shares = {cell.label: result["protect"] for cell, result in compared.results.items() if "protect" in result}
     rows: list[tuple[str, ...]] = []
     for arm in all_arms:
-        name = f"{arm.label}, protect {shares[arm.label]}" if arm.label in shares else arm.label
+        name = compared.named(arm.label) + (f", protect {shares[arm.label]}" if arm.label in shares else "")
         if (best := arm.best) is None:
             rows.append((name, "–", "–", "–", "–", f"no learning rate has a loss for all {seeds} seeds"))
             continue
@@ -123,36 +129,23 @@ def arms_table(compared: Compared, all_arms: Sequence[Arm]) -> Table:
     )
 
 
-def pairs_table(compared: Sequence[ArmDifference]) -> Table:
+def pairs_table(compared: Compared, tests: Sequence[ArmDifference]) -> Table:
     rows = []
-    for pair in compared:
+    for pair in tests:
         found = pair.difference
         has_interval = found.low is not None and found.high is not None
         rows.append((
-            f"{pair.b} − {pair.a}", f"{found.value:+.3f}",
+            f"{compared.named(pair.b)} − {compared.named(pair.a)}", f"{found.value:+.3f}",
             f"{found.low:+.3f} to {found.high:+.3f}" if has_interval else "–",
             "–" if found.p_bootstrap is None else f"{found.p_bootstrap:.2g}", f"{found.n:,}", f"{pair.seeds}",
         ))  # fmt: skip
-    notes = dict.fromkeys(pair.difference.note for pair in compared if pair.difference.note)
+    notes = dict.fromkeys(pair.difference.note for pair in tests if pair.difference.note)
     words = (
         "Paired over test items: the mean of each item over the seeds of both methods. Interval and p come from a "
         "bootstrap of whole pictures: they show the effect of other test items. The intervals above show the effect of "
         "other seeds." + "".join(f" Here {note}." for note in notes)
     )
     return Table(("difference", "mean over items", "95 % interval", "p", "items", "seeds"), tuple(rows), words)
-
-
-def _figures(compared: Compared, all_arms: Sequence[Arm]) -> dict[str, str]:
-    """Draw the figures that the results allow, and return their data URIs by caption."""
-    drawn = {}
-    if all_arms:
-        words = "Score over forgetting, with 95 % intervals over seeds. The validation loss selects the filled marker."
-        figure = score_figure({compared.forgets: all_arms}, compared.metric, compared.title)
-        drawn[words] = draw(compared.folder, "score", figure)
-    if any(len(arm.points) > 1 for arm in all_arms):
-        words = "Each method over the learning rates. The validation loss alone selects the reported one."
-        drawn[words] = draw(compared.folder, "rates", rates_figure(all_arms))
-    return drawn
 
 
 def score_figure(panels: Mapping[str, Sequence[Arm]], metric: str, title: str) -> Figure:
@@ -187,7 +180,7 @@ def score_figure(panels: Mapping[str, Sequence[Arm]], metric: str, title: str) -
         axes[0].set_title(f"score: {metric}", loc="left", fontsize=9.5)
         lines = [axes[0].plot([], [], marker=marks[label], color=colours[label])[0] for label in labels]
         figure.legend(
-            lines, list(map(label_of, labels)), loc="outside upper left", ncols=5, alignment="left",
+            lines, labels, loc="outside upper left", ncols=5, alignment="left",
             title=title, title_fontproperties={"size": 11, "weight": "bold"},
         )  # fmt: skip
         words = "Mean over seeds, with its 95 % interval. A marker is one rate; filled: the lowest validation loss."
@@ -210,23 +203,3 @@ def _logarithmic(axis: Axes, values: Sequence[float], ticks: Iterable[float], ro
     axis.set(xscale="log", xlim=(low, high))
     axis.set_xticks(labelled, [f"{tick:g}" for tick in labelled])
     axis.set_xticks([], minor=True)
-
-
-def rates_figure(all_arms: Sequence[Arm]) -> Figure:
-    labels = [arm.label for arm in all_arms]
-    colours, marks = colours_of(labels), marks_of(labels)
-    rates = {point.learning_rate for arm in all_arms for point in arm.points}
-    with page_figure(3.0) as figure:
-        axes = figure.subplots(1, 3)
-        for axis, field in zip(axes, ("validation", "score", "forgetting"), strict=True):
-            for arm in all_arms:
-                means: list[SeedMean] = [getattr(point, field) for point in arm.points]
-                axis.errorbar(
-                    [p.learning_rate for p in arm.points], [m.value for m in means], yerr=[m.half or 0 for m in means],
-                    color=colours[arm.label], marker=marks[arm.label], ms=5, lw=1.4, elinewidth=0.8, label=arm.label,
-                )  # fmt: skip
-            _logarithmic(axis, list(rates), rates, 0.24)
-            axis.set_xlabel("learning rate")
-            axis.set_title(field.replace("validation", "validation loss"), loc="left", fontsize=10, fontweight="bold")
-        figure.legend(*axis.get_legend_handles_labels(), loc="outside upper left", ncols=5)
-    return figure

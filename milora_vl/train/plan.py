@@ -52,6 +52,7 @@ from milora_vl.core.adapter.sidecar import read_sidecar, require_layers
 from milora_vl.core.policy import Policy, Target
 from milora_vl.core.policy.resolve import Selector
 from milora_vl.core.policy.rules import (
+    label_of,
     what_trains,
 )
 from milora_vl.core.policy.towers import find_towers
@@ -596,7 +597,7 @@ def policy_rows(
             (
                 rule["modules"],
                 f"{len(group):,}",
-                " ".join(sorted({target.method for target in group})),
+                " ".join(sorted({label_of(target.method, target.protect) for target in group})),
                 _span([target.rank for target in group if target.rank]),
                 _span([target.alpha for target in group if target.alpha]),
                 f"{sum(sizes[target.path] for target in group):,}",

@@ -114,8 +114,8 @@ def test_each_method_is_printed_with_the_number_of_its_modules(tiny_llava, capsy
     with get_peft_model_replaced(protect=0.5):
         peft.get_peft_model(tiny_llava()[0], config)
     said = capsys.readouterr().err
-    assert "milora: method milora on 4 modules: new directions only; 50 % of what ordinary text and pictures" in said
-    assert "milora: method full on 2 modules: the weight itself" in said
+    assert "milora: protected MiLoRA on 4 modules: new directions only; 50 % of what ordinary text and pictures" in said
+    assert "milora: full on 2 modules: the weight itself" in said
 
 
 SAVES = """
@@ -189,7 +189,7 @@ def test_llavas_own_training_runs_resumes_and_its_own_classes_load_what_it_saved
         assert last.name != "checkpoint-1"
         shutil.rmtree(last)  # LLaVA's train() resumes from the checkpoint before it
     assert torch.allclose(*results, atol=1e-5)
-    assert "milora: method milora on 14 modules: new directions only; 50 % of what ordinary" in done.stderr
+    assert "milora: protected MiLoRA on 14 modules: new directions only; 50 % of what ordinary" in done.stderr
     config = json.loads((out / "adapter_config.json").read_text(encoding="utf-8"))
     assert config.keys() <= KNOWN_KEYS
     assert config["r"] == 4

@@ -76,7 +76,7 @@ PAGES: dict[str, tuple[Callable[[Path], Path], tuple[str, ...]]] = {
     "report": (a_report, ("Before and after", "What it forgot", "Do it again", "64 test questions")),
     "view": (a_view, ("final corrects 3 wrong answers of base", "</script><script>alert(1)</script>", "6 shown")),
     "show": (a_show, ("3 records as training sees them", "gone.png (no such file)", "<b>Yes</b></s>")),
-    "sweep": (a_sweep, ("11 of 12 cells are done, 1 failed", "random − milora", "Do it again")),
+    "sweep": (a_sweep, ("11 of 12 cells are done, 1 failed", "random − protected MiLoRA", "Do it again")),
 }
 
 

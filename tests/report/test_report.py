@@ -78,9 +78,9 @@ def test_the_page_tells_the_result_in_words(finished: Path) -> None:
     results = json.loads((finished / "eval/emoji/final/results.json").read_text())
     mean = results["benchmarks"][0]["metrics"][0]
     assert f"correctly answers {100 * mean['value']:.1f} % (±{100 * mean['stderr']:.1f}) of the questions" in text
-    assert "0.220 (±0.010) nats per token" in text
+    assert "0.220 ± 0.010 2.930 ± 0.030 2.710" in text
     assert "small models rarely learn to answer with a letter" in text
-    assert "7.5 % of the cross-entropy" in text
+    assert "answers about drawn shapes 0.310 ± 0.010" in text
 
 
 def test_the_page_needs_nothing_outside_and_no_script(finished: Path) -> None:
@@ -360,7 +360,11 @@ def test_the_front_matter_names_base_and_method(tmp_path: Path) -> None:
     front = yaml.safe_load(model_card.render(tmp_path, RECIPE.model_dump()).split("---")[1])
     assert front["base_model"] == "tiny"
     assert front["library_name"] == "peft"
-    assert front["tags"] == ["milora", "milora-vl"]
+    assert front["tags"] == ["milora", "milora-vl"], "protect: 0 is the paper's MiLoRA"
+    policy = [{"modules": "language", "method": "milora", "rank": 4}]
+    card = model_card.render(tmp_path, RECIPE.model_dump() | {"policy": policy})
+    assert "- protected-milora\n" in card
+    assert "- `language`: protected MiLoRA (new directions only; " in card
 
 
 def test_the_front_matter_has_the_schema_of_the_hub(tmp_path: Path) -> None:

@@ -94,24 +94,14 @@ def test_nan_and_zero_are_not_read_as_numbers() -> None:
     assert ratios_to("a", results({"b": [[(1.0, 1.0)]]})) == {}
 
 
-def test_trainings_without_a_score_are_not_compared_at_equal_score() -> None:
-    cells = results({"lora": [[(0.8, 1.0), (1.0, 0.5)]], "milora": [[(0.7, 0.3), (0.9, 0.04)]]})
-    for score, has_column in ((0.0, False), (0.5, True)):
-        table = equal_loss_table({cell: row | {"score": score} for cell, row in cells.items()}, "lora")
-        assert table is not None
-        assert ("forgetting, equal score" in table.header) is has_column
-        assert "forgetting, equal loss" in table.header
-
-
 def test_what_is_forgotten_about_pictures_is_read_beside_text(tmp_path: Path) -> None:
     cells = results({"lora": [[(0.8, 1.0), (1.0, 0.5)]] * 2, "milora": [[(0.7, 0.3), (0.9, 0.04)]] * 2})
     for cell, numbers in cells.items():
         numbers["forgetting_pictures"] = 4.0 if cell.method == "lora" else 1.0
     table = equal_loss_table(cells, "lora")
     assert table is not None
-    place = table.header.index("pictures, equal loss")
-    assert [row[place] for row in table.rows] == ["1", "0.25 (0.25 to 0.25)"]
-    page.write(
-        page.Compared(tmp_path, "t", list(cells), cells, {}, lambda _: {}, 2, "score", "nats", "command", "lora")
-    )
-    assert "pictures, equal loss" in (tmp_path / "ratios.csv").read_text(encoding="utf-8")
+    column = table.header.index("pictures, equal loss")
+    assert [row[column] for row in table.rows] == ["1", "0.25 (0.25 to 0.25)"]
+    compared = page.Compared(tmp_path, "t", list(cells), cells, {}, lambda _: {}, 2, "score", "nats", "command", "lora")
+    written, _ = page.write(compared)
+    assert "pictures, equal loss" in written.read_text(encoding="utf-8")

@@ -109,13 +109,13 @@ def test_validation_chooses_and_the_test_reports(sweep: Sweep) -> None:
     assert (pair.a, pair.b, pair.seeds) == ("milora", "lora", 2)
     assert (pair.difference.value, pair.difference.n) == (0.5, 8)
     written, table = page.write(page.of_sweep(sweep, cells, 2, "python -m milora_vl.sweep ..."))
-    assert table.rows[0][:3] == ("milora", "0.001", "0.500 ± 0.000")
+    assert table.rows[0][:3] == ("protected MiLoRA", "0.001", "0.500 ± 0.000")
     text = written.read_text()
     assert "12 of 12 cells are done" in text
-    assert "lora − milora" in text
+    assert "LoRA − protected MiLoRA" in text
     assert (pair.difference.low, pair.difference.p_bootstrap) == (None, None)
     assert "no interval and no p-value from 4 items" in text
-    for name in ("score.png", "rates.png", "cells.csv", "results.json"):
+    for name in ("score.png", "cells.csv", "results.json"):
         assert (sweep.folder / name).stat().st_size > 50
     with (sweep.folder / "cells.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 12
@@ -129,7 +129,7 @@ def test_the_page_keeps_what_earlier_commands_asked_for(sweep: Sweep) -> None:
         sweep, Cell("dora", 1e-3, None, 99), loss=0.5, right=[True], forgetting=0.1
     )  # with a seed that was not requested
     _, table = page.write(page.of_sweep(sweep, later, 2, "..."))
-    assert [row[0] for row in table.rows] == ["lora", "milora"]
+    assert [row[0] for row in table.rows] == ["LoRA", "protected MiLoRA"]
 
 
 def test_every_row_names_its_share_of_protected_inputs(sweep: Sweep) -> None:
@@ -140,7 +140,7 @@ def test_every_row_names_its_share_of_protected_inputs(sweep: Sweep) -> None:
         assert f"{rule.in_force()['protect']:g}" == shares[cell.method]
         finish_cell(sweep, cell, loss=0.5, right=[True, False], forgetting=0.1, protect=shares[cell.method])
     _, table = page.write(page.of_sweep(sweep, cells, 1, "..."))
-    assert [row[0] for row in table.rows] == [f"{name}, protect {share}" for name, share in shares.items()]
+    assert [row[0] for row in table.rows] == ["MiLoRA, protect 0", "protected MiLoRA, protect 0.95", "LoRA, protect 0"]
 
 
 def test_a_training_without_numbers_leaves_json_that_others_can_read(sweep: Sweep) -> None:
@@ -330,8 +330,8 @@ def test_methods_are_compared_with_the_first_that_was_asked_for(sweep: Sweep) ->
     for cell in cells[1:]:
         finish_cell(sweep, cell, loss=0.5, right=[True, cell.method == "lora"], forgetting=0.1)
     written, table = page.write(page.of_sweep(sweep, cells, 1, "again"))
-    assert [row[0] for row in table.rows] == ["milora", "lora"]
-    assert "lora − milora" in written.read_text()
+    assert [row[0] for row in table.rows] == ["protected MiLoRA", "LoRA"]
+    assert "LoRA − protected MiLoRA" in written.read_text()
 
 
 def test_a_cell_whose_folder_was_removed_is_to_be_run_again(sweep: Sweep) -> None:
@@ -343,4 +343,4 @@ def test_a_cell_whose_folder_was_removed_is_to_be_run_again(sweep: Sweep) -> Non
     shutil.rmtree(sweep.run_folder(cells[0]))
     assert [sweep.result(cell) is not None for cell in cells] == [False, True]
     _, table = page.write(page.of_sweep(sweep, cells, 1, "again"))
-    assert [row[0] for row in table.rows] == ["lora"]
+    assert [row[0] for row in table.rows] == ["LoRA"]

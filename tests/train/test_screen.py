@@ -35,8 +35,8 @@ def test_one_row_per_rule_with_its_selector_as_written(tiny_llava: Callable[...,
     model = apply_milora(base, Policy.parse(RULES))
     rows = policy_rows(RULES, targets, sizes, meta, model.milora_report)
     assert [row[:5] for row in rows] == [
-        ("language", "10", "milora", "4", "4"),
-        ("language.layers[0].attention", "4", "milora", "8", "8"),
+        ("language", "10", "MiLoRA", "4", "4"),
+        ("language.layers[0].attention", "4", "MiLoRA", "8", "8"),
         ("projector", "2", "full", "-", "-"),
     ]
     assert [row[6] for row in rows] == ["0.0002", "0.0002", "0.0003"]

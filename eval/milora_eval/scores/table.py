@@ -185,12 +185,14 @@ def _mean_rows(name: str, means: Sequence[Mean], sign: str = "+") -> list[tuple[
 def with_forgetting(table: Table, forgetting: Mapping[str, Any] | None) -> Table:
     if not forgetting:
         return table
-    is_pair, rows = "difference" in table.header, []
+    is_pair, rows = "difference" in table.header, list[tuple[str, ...]]()
     for name, found in (("text forgetting", forgetting), ("picture forgetting", forgetting.get("pictures"))):
         if found:
-            change, base = _nats(found["kl"], found["kl_stderr"]), _nats(found["base_entropy"], None)
-            tuned = _nats(found["cross_entropy"], found["stderr"])
-            row = (name, f"{found['n_tokens']:,}", "", *((base, tuned, f"+{change}") if is_pair else (change,)))
+            cells: tuple[str, ...] = (_nats(found["kl"], found["kl_stderr"]),)
+            if is_pair:
+                tuned = _nats(found["cross_entropy"], found["stderr"])
+                cells = (_nats(found["base_entropy"], None), tuned, f"+{cells[0]}")
+            row = (name, f"{found['n_tokens']:,}", "", *cells)
             rows.append(row + ("",) * (len(table.header) - len(row)))
     what = "cross-entropy against the base model's predictions" if is_pair else "KL divergence from the base model"
     note = f"forgetting: {what}, on general text and on its answers about drawn shapes, nats per token"
