@@ -72,7 +72,7 @@ def test_base_and_tuned_model_stand_in_one_table(both: tuple[Path, str, str], ad
         "yes_no",
         "mean over types",
         "text forgetting",
-        "picture forgetting",
+        "picture",
     ):
         assert word in shown
     final, base = results(folder, "final"), results(folder, "base")

@@ -78,9 +78,9 @@ def test_the_page_tells_the_result_in_words(finished: Path) -> None:
     results = json.loads((finished / "eval/emoji/final/results.json").read_text())
     mean = results["benchmarks"][0]["metrics"][0]
     assert f"correctly answers {100 * mean['value']:.1f} % (±{100 * mean['stderr']:.1f}) of the questions" in text
-    assert "0.220 ± 0.010 2.930 ± 0.030 2.710" in text
+    assert "0.220 ± 0.010" in text
     assert "small models rarely learn to answer with a letter" in text
-    assert "answers about drawn shapes 0.310 ± 0.010" in text
+    assert "0.310 ± 0.010" in text[text.index("answers about drawn shapes") :]
 
 
 def test_the_page_needs_nothing_outside_and_no_script(finished: Path) -> None:
