@@ -163,7 +163,7 @@ def add_forgetting(
         measured = asdict(measure_forgetting(model, tokenizer, base=base, num_tokens=num_tokens)) | {"key": key}
         if images is not None:
             sys.stderr.write("measuring forgetting on the base's answers about drawn shapes\n")
-            asked = {"template": plan.template, "image_aspect_ratio": plan.image_aspect_ratio}
+            asked: dict[str, Any] = {"template": plan.template, "image_aspect_ratio": plan.image_aspect_ratio}
             measured["pictures"] = asdict(measure_on_answers(model, processor, base=base, **asked))
         write_results(folder, results | {"forgetting": measured})
 
