@@ -50,7 +50,7 @@ def test_a_script_runs_with_milora_as_its_lora(tmp_path: Path, capsys) -> None:
     assert main(["--part", "principal", str(script), "4", str(tmp_path / "out")]) == 0
     assert peft.get_peft_model is stock
     assert (tmp_path / "out" / "milora.json").is_file()
-    assert "method pissa on 2 modules" in capsys.readouterr().err
+    assert "PiSSA on 2 modules" in capsys.readouterr().err
     with pytest.raises(UserError) as error:
         main([str(script), "65", str(tmp_path / "out")])
     assert "65" in error.value.first.message
