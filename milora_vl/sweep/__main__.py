@@ -195,10 +195,11 @@ def _require_same_sweep(sweep: Sweep) -> dict[str, Any]:
     shared = recipe.model_dump() | {"sweep": {"train": recipe.sweep.train}}
     for name in ("path", "eval_path", "image_folder"):
         shared["data"].pop(name)
-    data, weights = (
-        read_records(recipe.data),
-        [source.weight for source in recipe.data.path or () if not isinstance(source, str)],
-    )
+    data = read_records(recipe.data)
+    if data.streamed:
+        words = "are known by content; the sweep does not notice changes after them"
+        sys.stderr.write(f"note: data.streaming: the first {amount(len(data.train), 'record')} {words}\n")
+    weights = [source.weight for source in recipe.data.path or () if not isinstance(source, str)]
     key_of = FileKeys(recipe.data.image_folder or "")
     keys = {
         "recipe": digest([shared, weights]),

@@ -58,7 +58,7 @@ def evaluated(folder: Path, questions: Path, right: dict[str, int], *, skip: int
     for name, num_right in right.items():
         benchmark = find_benchmark(str(questions / f"{name}.json"))
         items = benchmark.load(questions)[skip:]
-        replies = [Reply("yes" if place < num_right else "no") for place in range(len(items))]
+        replies = [Reply("yes" if index < num_right else "no") for index in range(len(items))]
         pairs = zip(items, replies, strict=True)
         lines += [to_line(benchmark, item, reply, item.id, questions) for item, reply in pairs]
     Store(folder).finish(lines)
@@ -240,6 +240,18 @@ def test_only_equal_questions_are_compared(data: Path, tmp_path: Path) -> None:
     (text_only,) = compare(a, answered(tmp_path / "copy", set()))
     assert text_only.n == sum(line["image_file"] is None for line in a)
     assert text_only.asked == (22, 22)
+
+
+def test_a_renamed_file_of_own_questions_is_compared(
+    questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "moved").mkdir()
+    shutil.copy(questions / "birds.json", tmp_path / "moved" / "parrots.json")
+    base = evaluated(tmp_path / "base", questions, {"birds": 0, "cells": 0})
+    run = evaluated(tmp_path / "run", tmp_path / "moved", {"parrots": 60})
+    found = read([base, run, "--targets", "birds"], capsys)
+    assert found["stages"][0]["gain"]["value"] == 100
+    assert found["notes"] == ["left out: cells is not in run"]
 
 
 def test_every_place_shows_the_one_comparison_over_equal_questions(tmp_path: Path) -> None:

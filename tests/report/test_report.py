@@ -3,12 +3,14 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import threading
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from filelock import FileLock
 from huggingface_hub import ModelCard
 
 from milora_eval.scores.compare import store_comparison
@@ -415,6 +417,21 @@ def test_scores_come_in_and_an_edited_card_stays_edited(tmp_path: Path) -> None:
     table.unlink()
     model_card.update_scores(tmp_path)
     assert "1.0" in card.read_text()
+
+
+def test_two_evaluations_that_end_together_lose_no_score(tmp_path: Path) -> None:
+    """The card waits for the other's update, and then reads all tables."""
+    card, table = tmp_path / "README.md", tmp_path / "eval" / "emoji" / "final" / "table.md"
+    card.write_text(model_card.render(tmp_path, RECIPE.model_dump()))
+    table.parent.mkdir(parents=True)
+    with FileLock(tmp_path / "eval" / ".lock"):
+        update = threading.Thread(target=model_card.update_scores, args=[tmp_path])
+        update.start()
+        update.join(0.3)
+        assert update.is_alive()
+        table.write_text("| mean | 2.0 |")
+    update.join()
+    assert "| mean | 2.0 |" in card.read_text()
 
 
 def test_answers_of_both_models_meet_at_their_question(tmp_path: Path) -> None:

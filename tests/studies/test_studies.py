@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from milora_vl.common.errors import UserError
 from milora_vl.sweep.cells import Cell
 from studies import __main__ as command
-from studies import page, runner
+from studies import page, runner, sequence
 from studies.runner import Folder, run_study
 from studies.study import Study, read_study, study_names
 
@@ -96,6 +97,29 @@ def test_losses_are_measured_on_the_way_and_first_rates_come_first(tmp_path: Pat
     lora = folder.finished()[Cell("lora", 1e-3, None, 0)]
     for key in ("train_loss", "validation_loss", "test_loss"):
         assert lora[f"{key}_1"] != lora[key]
+
+
+def test_chains_share_the_trainings_that_they_begin_with_and_no_half_written_one(
+    topics: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(content: object, file: Path) -> None:
+        file.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(sequence, "load_task", lambda name: topics)
+    trained: list[str] = []
+    monkeypatch.setattr(sequence, "train", lambda task, model, study, cell: trained.append(cell.method))
+    arms = {"a": {}, "b": {"chain": {"replay": 0.5}}}
+    study = small(arms=arms, reference="a", then=["smollm2"], seeds=1)
+    folder = Folder(tmp_path / "chains", study)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", broken)
+        run(folder)
+    assert "disk full" in (folder.failure(Cell("a", 1e-3, None, 0)) or {})["said"]
+    trained.clear()
+    run(folder, retry=True)
+    assert len(folder.finished()) == 2
+    assert trained == ["a", "a", "b"], "b trains its second task alone"
 
 
 def test_missing_data_is_told_before_any_worker_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -210,17 +210,24 @@ def data_of(folder: Path, rows: list[dict[str, Any]], name: str) -> Path:
     return folder
 
 
-def test_a_sweep_holds_cells_of_one_content_whatever_its_files_are_called(tmp_path: Path) -> None:
+def test_a_sweep_holds_cells_of_one_content_whatever_its_files_are_called(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = [{"image": n, "question": "Color?", "answer": name} for n, name in enumerate(NAMES)]
 
-    def known(folder: Path) -> dict[str, Any]:
+    def known(folder: Path, **more: Any) -> dict[str, Any]:
         data = {"path": str(folder / "train.json"), "eval_path": str(folder / "val.json"), "image_folder": str(folder)}
+        data |= more
         recipe = Recipe.parse({**RECIPE, "data": data})
         return _require_same_sweep(Sweep(tmp_path, recipe, QuestionSet(benchmarks=str(folder / "mine.json"))))
 
     first = known(data_of(tmp_path / "a", rows, "picture"))
     (tmp_path / "sweep.json").write_text(json.dumps(first))
     assert known(data_of(tmp_path / "renamed", rows[::-1], "other")) == first
+    assert "known by content" not in capsys.readouterr().err
+    with pytest.raises(UserError, match="another recipe|other recipe"):
+        known(tmp_path / "renamed", streaming=True)
+    assert f"the first {len(NAMES)} records are known by content" in capsys.readouterr().err
     draw(tmp_path / "a" / "picture0.png", NAMES[1])
     with pytest.raises(UserError, match="other records and other questions; nothing is overwritten"):
         known(tmp_path / "a")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from milora_eval.commands.flags import PLUGIN, names_of
 from milora_eval.registry import import_plugins
-from milora_eval.scores.compare import ModelAnswers, Pair, compare, compare_runs, read_evaluation
+from milora_eval.scores.compare import ModelAnswers, Pair, compare, compare_runs, named_like, read_evaluation
 from milora_eval.scores.table import pairs_table, runs_table
 from milora_vl.common.cli.console import next_step
 from milora_vl.common.cli.parser import Command, flag, option, shared
@@ -54,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     is_pair = len(options.runs) == 1 and not (options.targets or options.sequence)
     names = ["B"] if is_pair else names_of(options.runs)
     base = read_evaluation(options.base, "base", "A" if is_pair else "the base")
-    runs = [read_evaluation(folder, "final", name) for folder, name in zip(options.runs, names, strict=True)]
+    found = (read_evaluation(folder, "final", name) for folder, name in zip(options.runs, names, strict=True))
+    runs = [named_like(base, each) for each in found]
     result = compare_runs(base, runs, options.targets, sequence=options.sequence)
     if is_pair:
         pairs = [pair for each in compare(_lines(base), _lines(runs[0])) for pair in each.pairs]

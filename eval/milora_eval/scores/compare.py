@@ -353,6 +353,24 @@ def _evaluation(folder: Path, name: str) -> ModelAnswers:
     return found
 
 
+def named_like(base: ModelAnswers, run: ModelAnswers) -> ModelAnswers:
+    """Return the answers of a run with its files of own questions named as in the base: questions tell a file."""
+    own, lines, settings = _own(base), dict(run.lines), dict(run.settings)
+    for name, keys in _own(run).items():
+        other = next((each for each in own if each not in lines and own[each] & keys), None)
+        if name not in own and other is not None:
+            lines[other] = [line | {"benchmark": base.lines[other][0]["benchmark"]} for line in lines.pop(name)]
+            limits = settings[name].get("max_new_tokens") or {}
+            settings[other] = {**settings.pop(name), "max_new_tokens": {other: limits.get(name)}}
+    return ModelAnswers(run.name, lines, settings)
+
+
+def _own(evaluation: ModelAnswers) -> dict[str, set[str]]:
+    """Return the keys of the questions in each file of own questions."""
+    own = {name: lines for name, lines in evaluation.lines.items() if lines[0]["benchmark"].startswith("data:")}
+    return {name: {line["question_key"] for line in lines} for name, lines in own.items()}
+
+
 def _answered(lines: Sequence[Line]) -> Counter[tuple[str, str]]:
     return Counter((line["question_key"], line["prediction"]) for line in lines)
 
