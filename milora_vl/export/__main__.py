@@ -35,25 +35,21 @@ examples:
   python -m milora_vl.export runs/a --to merged --output_dir merged
   python -m milora_vl.export runs/a --to rank-64 --dtype bfloat16 --with_base      # for servers that limit the rank
   python -m milora_vl.export runs/a --scale 0.7 --to adapter --output_dir weaker  # 0.7 of the update
-  python -m milora_vl.export runs/a --to gguf --llama_cpp llama.cpp --output_dir gguf       # for llama.cpp and Ollama
   python -m milora_vl.export llava-v1.5-7b-lora --to adapter --base vicuna-clip   # from a run of LLaVA
 """,
     inputs=(
         option("folder", type=Path, metavar="FOLDER", help="adapter of this package, PEFT or LLaVA"),
         shared("base", about="unchanged base model (default: the model that the adapter names)"),
-        option("--initial", type=Path, help="initial factors of an adapter on a residual base (pissa_init)"),
     ),
     settings=(
         shared("scale"),
         flag("--with_base", "write fully trained modules into a copy of the base"),
         flag("--remote_code", "add the code of a timm tower, for trust_remote_code=True"),
         option("--vision_tower", metavar="NAME", help="CLIP model for LLaVA's config.json"),
-        option("--llama_cpp", type=Path, metavar="FOLDER", help="copy of llama.cpp, for --to gguf and gguf-lora"),
         shared("allow_base_mismatch"),
     ),
     outputs=(
-        option("--to", required=True, metavar="FORM", help="adapter, merged, llava, gguf, gguf-lora, rank-N"),
-        option("--outtype", choices=("f32", "f16", "bf16", "q8_0"), help="type of the matrices in GGUF files"),
+        option("--to", required=True, metavar="FORM", help="adapter, merged, llava, rank-N"),
         shared(
             "dtype", about="data type of all tensors (default: as stored)", choices=("float32", "bfloat16", "float16")
         ),
@@ -139,8 +135,6 @@ def _print_next(done: Exported) -> None:
         sys.stderr.write(
             f"next: in LLaVA's repository, BASE in its layout: python scripts/merge_lora_weights.py {flags}\n"
         )
-    elif done.form in ("gguf", "gguf-lora"):
-        _print_llama_cpp(folder)
     else:
         base = folder / "base" if (folder / "base").is_dir() else None
         model = (folder,) if done.form == "merged" else (base or _base_name(folder), "--adapter", folder)
@@ -165,16 +159,6 @@ def _print_serving(done: Exported) -> None:
         sys.stderr.write(f"serve: vllm serve {folder / 'base'} {lora}\n")
     for note in done.servers:
         sys.stderr.write(f"serve: {note}\n")
-
-
-def _print_llama_cpp(folder: Path) -> None:
-    flags = {"--mmproj": "mmproj-*.gguf", "--lora": "adapter-*.gguf"}
-    found = {flag: str(path) for flag, names in flags.items() for path in folder.glob(names)}
-    model = next((str(path) for name in ("model", "base") for path in folder.glob(f"{name}-*.gguf")), "BASE.gguf")
-    words = " ".join(f"{flag} {path}" for flag, path in found.items())
-    sys.stderr.write(f"next: llama-server -m {model} {words}".rstrip() + "\n")
-    if (folder / "Modelfile").is_file():
-        sys.stderr.write(f"      ollama create NAME -f {folder / 'Modelfile'}\n")
 
 
 def _base_name(folder: Path) -> str:

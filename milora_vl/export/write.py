@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 import tempfile
 import warnings
@@ -27,16 +26,7 @@ from milora_vl.core.adapter.load import load_adapter
 from milora_vl.core.adapter.sidecar import fitted, locate, new_paths, read_sidecar
 from milora_vl.core.policy.towers import canonical_names, find_towers
 from milora_vl.export.base_model import ExportBase, copy_processor, has_timm_tower, save_model, write_code
-from milora_vl.export.gguf import (
-    convert_lora,
-    convert_model,
-    has_clip_tower,
-    modelfile,
-    require_gguf,
-    require_scripts,
-    write_model_folder,
-)
-from milora_vl.export.request import VLLM_RANKS, Options, OutType, parse_form, require_fitting
+from milora_vl.export.request import VLLM_RANKS, Options, parse_form, require_fitting
 from milora_vl.interop.imported import (
     AdapterKind,
     import_adapter,
@@ -103,8 +93,7 @@ def export(folder: str | Path, to: str, output_dir: str | Path, options: Options
         job = ExportJob(source, kind, options, partial, Exported(target, to, kind, trained_template(source)), rank)
         if options.scale != 1:
             _write_scaled(job, Path(scratch))
-            options = replace(options, initial=None)
-            job = replace(job, folder=Path(scratch), kind="ours", options=options)
+            job = replace(job, folder=Path(scratch), kind="ours")
         done = WRITERS[form](job)
         return replace(done, servers=_notes(job)) if form in ("adapter", "rank") else done
 
@@ -124,9 +113,6 @@ class ExportJob:
     def base(self) -> str | Path | nn.Module | None:
         if self.options.base is not None:
             return self.options.base
-        if self.options.initial is not None:
-            message = "the adapter names the residual base, and not the one that the initial factors come from"
-            raise UserError(message, where="--base", hint="add:  --base NAME-OR-FOLDER")
         named = read_config(self.folder, any_lora=True).base_model_name_or_path
         return from_there(self.folder, SAME_WEIGHTS.get(str(named), str(named))) if named else None
 
@@ -135,8 +121,8 @@ class ExportJob:
 
         Module paths are those in `base` if it is an argument or its weights load.
         """
-        if self.is_converted or (self.kind == "plain" and needs_base):
-            return import_adapter(self.folder, base.model, base.name, self.options.initial)
+        if self.kind == "llava" or (self.kind == "plain" and needs_base):
+            return import_adapter(self.folder, base.model, base.name)
         if self.kind == "plain":
             require_unchanged_base(self.folder, base.name)
         adapter = read_plain(self.folder)
@@ -150,11 +136,6 @@ class ExportJob:
             adapter = replace(adapter.moved(lambda path: moved(path, path_of)), sidecar=sidecar)
         return adapter
 
-    @property
-    def is_converted(self) -> bool:
-        """Whether the base model is needed to read the adapter."""
-        return self.kind == "llava" or self.options.initial is not None
-
     def merged(self, base: ExportBase) -> tuple[nn.Module, float]:
         """Return the base model with the adapter merged, and the largest change of a weight by rounding.
 
@@ -162,9 +143,9 @@ class ExportJob:
         """
         with tempfile.TemporaryDirectory() as temporary:
             folder = self.folder
-            if self.is_converted:
+            if self.kind == "llava":
                 folder = Path(temporary)
-                write_ours(import_adapter(self.folder, base.model, base.name, self.options.initial), folder)
+                write_ours(import_adapter(self.folder, base.model, base.name), folder)
             elif names_residual_base(folder):
                 require_unchanged_base(folder, base.name)
             dtypes = {name: p.dtype for name, p in base.model.named_parameters()}
@@ -265,64 +246,12 @@ def write_rank(job: ExportJob) -> Exported:
     return replace(job.result, layers=layers, total=total_error(losses), loads_with=loads_with, exact_rank=exact)
 
 
-def write_gguf(job: ExportJob) -> Exported:
-    base, outtype = _base_for_llama_cpp(job), job.options.outtype or "f16"
-    model, rounding = job.merged(base)
-    if rounding:
-        sys.stderr.write(
-            f"merged in the data type of the base; the largest change of a weight by rounding is {rounding:.1e}; "
-            f"llama.cpp's script then rounds to {outtype}\n"
-        )
-    _write_modelfile(job, _convert(job, model, base, "model", outtype))
-    return job.result
-
-
-def write_gguf_lora(job: ExportJob) -> Exported:
-    """Write the factors of the language tower as a GGUF LoRA, by llama.cpp's script; `with_base` also the base."""
-    base, outtype = _base_for_llama_cpp(job), job.options.outtype or "f32"
-    adapter = job.read(base, needs_base=True)
-    if job.options.with_base:
-        _write_into(adapter, base)
-        adapter = replace(adapter, whole={})
-    language, left_out = _language_part(adapter, base.model)
-    if left_out:
-        sys.stderr.write(
-            f"note: the file holds the language tower alone, without {len(left_out):,} modules of other towers, first\n"
-            f"      {left_out[0]}; --to gguf writes a model with all of it\n"
-        )
-    file = f"adapter-{outtype}.gguf"
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        write_plain(language, folder / "adapter", uniform=True)  # llama.cpp has one alpha for all modules
-        base.config.save_pretrained(folder / "base")
-        scripts = require_scripts(job.options.llama_cpp)
-        convert_lora(scripts, folder / "adapter", folder / "base", job.out / file, outtype)
-    if job.options.with_base:
-        _write_modelfile(job, _convert(job, base.model, base, "base", "f16"), file)
-    return job.result
-
-
 WRITERS: dict[str, Callable[[ExportJob], Exported]] = {
     "adapter": write_adapter,
     "merged": write_merged,
     "llava": write_llava_form,
-    "gguf": write_gguf,
-    "gguf-lora": write_gguf_lora,
     "rank": write_rank,
 }
-
-
-def _base_for_llama_cpp(job: ExportJob) -> ExportBase:
-    """Return the base model of a GGUF export, after checking what its scripts and our writer need."""
-    require_scripts(job.options.llama_cpp)
-    given = job.base
-    if isinstance(given, nn.Module):
-        message = "GGUF holds the tokenizer, and the base is a loaded model without one"
-        raise UserError(message, where="base", hint="pass the name or folder of the base model")
-    base = ExportBase(given, None)
-    if has_clip_tower(base.config):
-        require_gguf()
-    return base
 
 
 def _trained_in_full(model: nn.Module, folder: Path) -> list[str]:
@@ -337,33 +266,6 @@ def _trained_in_full(model: nn.Module, folder: Path) -> list[str]:
 def _round(weight: nn.Parameter, dtype: torch.dtype) -> float:
     exact, weight.data = weight.data, weight.data.to(dtype)
     return 0.0 if exact.dtype == dtype or not exact.numel() else float((exact - weight.data).abs().max())
-
-
-def _convert(job: ExportJob, model: nn.Module, base: ExportBase, name: str, outtype: OutType) -> list[str]:
-    """Write a model as NAME-TYPE.gguf, with its pictures, through a folder of safetensors that is deleted again."""
-    folder = job.out / name
-    write_model_folder(model, folder, base, job.folder)
-    files = convert_model(require_scripts(job.options.llama_cpp), folder, model, base, job.out / name, outtype)
-    shutil.rmtree(folder)
-    return files
-
-
-def _write_modelfile(job: ExportJob, files: list[str], adapter: str | None = None) -> None:
-    (job.out / "Modelfile").write_text(modelfile(files, job.result.template, adapter), encoding="utf-8")
-
-
-def _language_part(adapter: PlainAdapter, model: nn.Module) -> tuple[PlainAdapter, list[str]]:
-    """Return the adapter with its factors of the language tower alone, and the modules that this leaves out."""
-    towers = find_towers(model)
-    outside = [path for path in adapter.factors if towers.tower_of(path) != "language"]
-    for name in adapter.whole:
-        module = name.rpartition(".")[0]
-        if towers.tower_of(module) == "language":
-            message = "the adapter trained this weight in full, which a GGUF LoRA cannot hold"
-            raise UserError(message, where=name, hint="use:  --to gguf   or   --to gguf-lora --with_base")
-        outside.append(module)
-    factors = {path: low for path, low in adapter.factors.items() if path not in outside}
-    return replace(adapter, factors=factors, whole={}), list(dict.fromkeys(outside))
 
 
 def _complete(job: ExportJob, base: ExportBase, folder: Path, loads_with: LoadsWith) -> None:

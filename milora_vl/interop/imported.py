@@ -1,7 +1,7 @@
 """Read an adapter folder of any origin (ours, PEFT's, LLaVA's) as an adapter of the unchanged base model.
 
 The papers' scripts change the base too: PiSSA and MiLoRA train factors (A, B) that start at (A0, B0) on the residual
-base W - s B0 A0. With the folder of the initial factors, they become a LoRA of the unchanged base.
+base W - s B0 A0. Such an adapter is refused on the unchanged base.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from milora_vl.common.errors import UserError
@@ -29,7 +28,7 @@ from milora_vl.core.policy.rules import Target
 from milora_vl.core.policy.towers import canonical_names, find_towers
 from milora_vl.core.weights.matrices import as_matrix, distance, fingerprint, matrix_shape, read_matrix
 from milora_vl.interop.llava_layout import in_hf_layout, read_llava
-from milora_vl.interop.lora_folder import LowRank, PlainAdapter, read_plain, whole_modules
+from milora_vl.interop.lora_folder import PlainAdapter, read_plain, whole_modules
 
 AdapterKind = Literal["ours", "plain", "llava"]
 # Where PEFT, LLaMA-Factory, ms-swift and the official MiLoRA put the initial factors, beside the residual base.
@@ -51,16 +50,13 @@ def kind_of(folder: Path) -> AdapterKind:
     return "ours" if (folder / FILE_NAME).is_file() else "plain"
 
 
-def import_adapter(folder: Path, base: nn.Module, base_name: str, initial: Path | None = None) -> PlainAdapter:
+def import_adapter(folder: Path, base: nn.Module, base_name: str) -> PlainAdapter:
     """Read a folder of any kind as an adapter of `base`, with a sidecar.
 
-    `initial` is the folder of the initial factors of an adapter that was trained on a residual base. Raises UserError
-    for modules that the base does not have, and for an adapter on a residual base without its initial factors.
+    Raises UserError for modules that the base does not have, and for an adapter on a residual base.
     """
     if holds_llava_adapter(folder):
         adapter = in_hf_layout(read_llava(folder), canonical_names(base))
-    elif initial is not None:
-        adapter = _on_unchanged_base(read_plain(folder), read_plain(initial))
     else:
         require_unchanged_base(folder, base_name)
         adapter = read_plain(folder)
@@ -82,10 +78,10 @@ def require_unchanged_base(folder: Path, base: str) -> None:
     is_mutating = isinstance(start, str) and start.split("_")[0] in _MUTATING
     if (is_mutating and residual is None) or (residual is not None and Path(base).resolve() != residual.resolve()):
         raise UserError(
-            "the adapter was trained on a residual base, and its initial factors are missing",
+            "the adapter was trained on a residual base, and is wrong on the original one",
             where=str(folder),
-            hint="convert it:  python -m milora_vl.export FOLDER --to adapter --initial INITIAL --base ORIGINAL\n"
-            f"(INITIAL is a subfolder of the residual base: {', '.join(INITIAL_NAMES)})",
+            hint="merge it:  python -m milora_vl.export FOLDER --to merged --base RESIDUAL\n"
+            "or convert it there: PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...)",
         )
 
 
@@ -99,21 +95,6 @@ def names_residual_base(folder: Path) -> Path | None:
 def _config(folder: Path) -> dict[str, Any]:
     content: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     return content
-
-
-def _on_unchanged_base(trained: PlainAdapter, initial: PlainAdapter) -> PlainAdapter:
-    """Return s B A - s B0 A0 as factors [A; A0] and [B, -B0] of twice the rank. Other modules keep their factors."""
-    factors = dict(trained.factors)
-    for path, first in initial.factors.items():
-        low = trained.factors.get(path)
-        if low is None or low.A.shape != first.A.shape or low.B.shape != first.B.shape:
-            message = f"the initial factors do not fit the adapter, first {path}"
-            hint = "name the folder that the training started from"
-            raise UserError(message, where="--initial", hint=hint)
-        B0 = first.B.float() * (first.scaling / low.scaling)
-        A, B = torch.cat([low.A.float(), first.A.float()]), torch.cat([low.B.float(), -B0], dim=1)
-        factors[path] = LowRank(A, B, low.scaling, low.is_embedding)
-    return replace(trained, factors=factors)
 
 
 def _sidecar_of(adapter: PlainAdapter, base: nn.Module) -> Sidecar:

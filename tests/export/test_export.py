@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -196,37 +195,24 @@ def test_a_plain_peft_folder_becomes_ours(run) -> None:
     assert [(t.path, t.method, t.rank) for t in ours.milora_targets] == [(Q, "lora", 3)]
 
 
-@pytest.mark.parametrize("form", ["adapter", "merged", "rank-8"])
-def test_a_pissa_checkpoint_becomes_an_adapter_of_the_untouched_base(run, form: str) -> None:
+def test_an_adapter_of_a_residual_base_is_refused_on_another_and_merges_into_its_own(run) -> None:
     tuned = pissa_trained(fresh(run.root), run.root)
     tuned.peft_config["default"].base_model_name_or_path = str(run.root / "residual")
     tuned.save_pretrained(run.root / "trained")
     load_model(run.root / "base")[1].save_pretrained(run.root / "residual")
     run.after = logits(tuned, fresh(run.root))
-    for target in (form, "llava"):
-        with raises_code("", hint="--initial INITIAL"):
+    for target in ("merged", "rank-8", "llava"):
+        with raises_code("", hint="--to merged --base RESIDUAL"):
             export(run.root / "trained", target, run.root / "out", Options(base=run.root / "base", vision_tower="clip"))
-    given = Options(base=run.root / "base", initial=run.root / "residual" / "pissa_init")
-    export(run.root / "trained", form, run.root / "ours", given)
-    if form == "merged":
-        assert same(run, load_model(run.root / "ours")[0])
-        export(run.root / "trained", "merged", run.root / "of-residual")  # the residual base is the base that it names
-        assert same(run, load_model(run.root / "of-residual")[0])
-        return
-    assert same(run, PeftModel.from_pretrained(fresh(run.root), run.root / "ours"))
-    if form == "adapter":
-        assert {t.method for t in load_adapter(fresh(run.root), run.root / "ours").milora_targets} == {"lora"}
-    with raises_code("", where="--base", message="names the residual base"):
-        export(run.root / "trained", form, run.root / "x", replace(given, base=None))
-    with raises_code("", where="--initial", message="do not fit"):
-        export(run.root / "trained", form, run.root / "x", replace(given, initial=run.root / "adapter"))
+    export(run.root / "trained", "merged", run.root / "of-residual")  # the residual base is the base that it names
+    assert same(run, load_model(run.root / "of-residual")[0])
 
 
 def test_unconverted_starts_of_peft_are_refused_where_they_would_be_wrong(run) -> None:
     config = LoraConfig(r=4, target_modules=[Q], init_lora_weights="pissa")
     model = get_peft_model(fresh(run.root), config)
     model.save_pretrained(run.root / "plain")
-    with raises_code("", hint="--initial INITIAL"):
+    with raises_code("", hint="--to merged --base RESIDUAL"):
         export(run.root / "plain", "rank-2", run.root / "out")
     assert not (run.root / "out").exists()
 

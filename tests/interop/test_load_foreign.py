@@ -55,7 +55,7 @@ def test_an_adapter_on_a_residual_base_loads_there_alone_and_at_full_size(root: 
     tuned.save_pretrained(root / "trained")
     on_residual = load_model(root / "residual", adapter=root / "trained")[0]
     assert torch.allclose(logits(on_residual), logits(tuned), atol=1e-5)
-    with raises_code("", hint="--initial INITIAL"):
+    with raises_code("", hint="--to merged --base RESIDUAL"):
         load_model(root / "base", adapter=root / "trained")
     with raises_code("", where="--scale", message="is a residual base"):
         load_model(root / "residual", adapter=root / "trained", scale=0.5)

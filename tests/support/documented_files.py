@@ -13,7 +13,6 @@ from milora_vl.__main__ import main
 from support import official_data
 from support.drawn import dump, dump_lines, encoded, made, picture, write_tiny_data
 from support.eval_questions import write_questions
-from support.llama_cpp import write_stand_in
 from support.vlm_runs import write_model
 
 TRAIN = ["train", "--data_path", "train.json", "--max_steps", "2", "--learning_rate", "0.01"]
@@ -42,7 +41,6 @@ def write_files(folder: Path, records: list[dict[str, Any]]) -> None:
     write_messages(folder / "chat.jsonl")
     write_benchmarks(folder)
     write_parts(folder)
-    write_stand_in(folder / "llama.cpp")
     (folder / "wikitext-103-test.txt").write_text("It was the best of times. " * 40)
 
 
