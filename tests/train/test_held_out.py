@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 import torch
 
 from milora_data.__main__ import main as milora_data
+from milora_data.batches.lengths import lengths_of
+from milora_data.batches.processor_collator import ProcessorCollator
 from milora_data.keys import FileKeys, record_key
 from milora_data.stream import load_records
 from milora_eval.__main__ import main as milora_eval
@@ -20,7 +23,9 @@ from milora_vl.models.losses import summed_loss
 from milora_vl.train.command import main
 from support.launched import KINDS, needs_deepspeed, train_in_two
 from support.problems import raises_code
-from support.train_runs import training
+from support.train_runs import losses, read_json, training
+from support.versions import needs_places
+from support.vlm_families import processor_of
 
 EXTRA = ["--rank", "4", "--per_device_eval_batch_size", "3"]
 
@@ -99,6 +104,51 @@ def test_the_losses_are_those_of_each_record_alone(
         (record["id"], line["loss"]) for record, line in zip(kept, lines[1:], strict=True)
     ]
     assert "lacks 1 record with a loss" in said.err
+
+
+def renamed_and_shuffled(data: Path, folder: Path) -> Path:
+    """Write a data set again: other names, folders, ids and order; `in_order.json` has the order of train.json."""
+    (folder / "images" / "more").mkdir(parents=True)
+    old = [path.name for path in sorted((data / "images").iterdir())]
+    names = {name: f"more/{number}.png" for number, name in enumerate(old[::-1])}
+    for name, new in names.items():
+        shutil.copy(data / "images" / name, folder / "images" / new)
+    for file in ("train.json", "val.json"):
+        rows = [
+            row | {"id": f"new {number}"} | ({"image": names[row["image"]]} if "image" in row else {})
+            for number, row in enumerate(json.loads((data / file).read_text()))
+        ]
+        (folder / file.replace("train", "in_order")).write_text(json.dumps(rows))
+        (folder / file).write_text(json.dumps(random.Random(1).sample(rows, len(rows))))
+    return folder
+
+
+@needs_places
+def test_renamed_pictures_and_shuffled_files_change_no_output(data: Path, tmp_path: Path, capsys: Any) -> None:
+    """Findings, leaks, the division into held-out records, lengths, calibration, losses and weights follow content."""
+    outputs: list[list[Any]] = []
+    for folder, train in ((data, "train.json"), (renamed_and_shuffled(data, tmp_path / "other"), "in_order.json")):
+        images, out, run = folder / "images", folder / "divided", folder / "run"
+        key_of = FileKeys(images)
+        words = [str(folder / "train.json"), "--image_folder", str(images)]
+        capsys.readouterr()
+        milora_data(["check", *words, "--against", str(folder / "val.json"), "--format", "json"])
+        report = json.loads(capsys.readouterr().out)
+        checked = {name: value for name, value in report.items() if name not in ("path", "image_folder", "findings")}
+        assert milora_data(["convert", "--from", "llava", *words, "--hold_out", "3", "--output_dir", str(out)]) == 0
+        divided = [{record_key(record, key_of) for record in load_records(file)} for file in sorted(out.glob("*.json"))]
+        records = list(load_records(folder / "train.json"))
+        counted = lengths_of(records, ProcessorCollator(processor_of("qwen2_5_vl"), image_folder=images), beside=images)
+        lengths = {record_key(record, key_of): length for record, length in zip(records, counted, strict=True)}
+        assert main(run_on(folder, run, *EXTRA, "--data_path", str(folder / train), "--image_folder", str(images))) == 0
+        assert milora_eval(["losses", *words, "--adapter", str(run), "--output", str(folder / "losses.jsonl")]) == 0
+        found = [{line["key"]: line["loss"] for line in json_lines(file)}
+                 for file in (folder / "losses.jsonl", run / "held_out.jsonl")]  # fmt: skip
+        start, weights = read_json(run, "_start/texts.json"), (run / "adapter_model.safetensors").read_bytes()
+        assert start["captions"]
+        outputs.append([checked, divided, lengths, start["captions"], start["rows"], losses(run), weights, *found])
+    for name, (one, other) in enumerate(zip(*outputs, strict=True)):
+        assert one == (pytest.approx(other, abs=1e-5) if name >= 7 else other)
 
 
 def test_wrong_labels_of_the_training_file_are_shown_first(tmp_path: Path, capsys: Any) -> None:
