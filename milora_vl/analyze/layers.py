@@ -89,17 +89,18 @@ class Layer:
 
     def _change(self, W: Tensor, rank: int) -> tuple[LowRankUpdate, float, Tensor]:
         """Return the change of W (out, in) as its first triplets (`rank` or all), its norm, and the tuned weight."""
-        if isinstance(self.after, LoraLayer):
-            A, B = (factor.detach().to(W).flatten(1) for factor in factors(self.after, "default"))
-            B = self.after.scaling["default"] * B
+        after: Any = self.after
+        if isinstance(after, LoraLayer):
+            A, B = (factor.detach().to(W).flatten(1) for factor in factors(after, "default"))
+            B = after.scaling["default"] * B
             tuned = W + B @ A
-            if not self.after.use_dora["default"]:
+            if not after.use_dora["default"]:
                 update = LowRankUpdate.from_factors(B, A)
                 return update, float(torch.linalg.vector_norm(update.S)), tuned
-            magnitude = self.after.lora_magnitude_vector["default"].weight.detach().to(W).flatten()
+            magnitude = after.lora_magnitude_vector["default"].weight.detach().to(W).flatten()
             tuned = (magnitude / torch.linalg.vector_norm(tuned, dim=1))[:, None] * tuned
         else:
-            tuned = read_matrix(self.after).to(W)
+            tuned = read_matrix(after).to(W)
         change = tuned - W
         return LowRankUpdate.from_matrix(change, rank), float(torch.linalg.matrix_norm(change.double())), tuned
 
