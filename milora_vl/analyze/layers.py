@@ -89,8 +89,8 @@ class Layer:
 
     def _change(self, W: Tensor, rank: int) -> tuple[LowRankUpdate, float, Tensor]:
         """Return the change of W (out, in) as its first triplets (`rank` or all), its norm, and the tuned weight."""
-        after: Any = self.after
-        if isinstance(after, LoraLayer):
+        if isinstance(self.after, LoraLayer):
+            after: Any = self.after
             A, B = (factor.detach().to(W).flatten(1) for factor in factors(after, "default"))
             B = after.scaling["default"] * B
             tuned = W + B @ A
@@ -100,7 +100,7 @@ class Layer:
             magnitude = after.lora_magnitude_vector["default"].weight.detach().to(W).flatten()
             tuned = (magnitude / torch.linalg.vector_norm(tuned, dim=1))[:, None] * tuned
         else:
-            tuned = read_matrix(after).to(W)
+            tuned = read_matrix(self.after).to(W)
         change = tuned - W
         return LowRankUpdate.from_matrix(change, rank), float(torch.linalg.matrix_norm(change.double())), tuned
 
