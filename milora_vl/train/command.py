@@ -8,8 +8,6 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args
 
-import yaml
-
 import llava_recipes
 from milora_vl.common.cli import console as cli
 from milora_vl.common.cli import parser as cli_flags
@@ -21,7 +19,6 @@ from milora_vl.train.recipe import (
     LLAVA_FLAGS,
     METHODS,
     PROG,
-    REFUSED,
     RENAMED,
     PolicyEdits,
     Recipe,
@@ -242,7 +239,7 @@ def show_list(request: Request) -> int:
 
 
 def _recipe_text(request: Request, *, as_json: bool) -> str:
-    """Return a recipe with every key, as JSON, or as YAML with the defaults of TrainingArguments as comments."""
+    """Return a recipe with every key, as JSON or YAML. Those of `train` that it does not set are in --help."""
     name = request.argument or request.recipe
     if not name:
         message = f"expected the name of a recipe: {', '.join(llava_recipes.names())}"
@@ -252,9 +249,4 @@ def _recipe_text(request: Request, *, as_json: bool) -> str:
         return json.dumps(recipe.model_dump(mode="json")) + "\n"
     source = llava_recipes.read(name) if name in llava_recipes.names() else ""
     comment = "".join(line for line in source.splitlines(keepends=True) if line.startswith("#"))
-    others = [
-        f"#  {name}: {yaml.safe_dump(argument.default, default_flow_style=True).splitlines()[0]}\n"
-        for name, argument in known_arguments().items()
-        if name not in {*recipe.train, *REFUSED, *RENAMED}
-    ]
-    return comment + recipe.to_yaml() + "# Defaults of train:\n" + "".join(others)
+    return comment + recipe.to_yaml()

@@ -517,63 +517,21 @@ def read_earlier_records(tasks: Sequence[Task], recipe: Recipe, screen: Screen, 
 
 
 def _records_of(task: Task, recipe: Recipe, screen: Screen) -> tuple[DataConfig, RunData]:
-    """Find and read the records of a task: those with its fingerprint, in its text and in its pictures.
-
-    A relative path begins in this folder or in one above a run: the training ran in one of them. Raises UserError with
-    the places that were looked at.
-    """
-    run, stored = str(task["run"]), _data_of(task, recipe)
-    if stored.path is None:
-        raise _records_missing(run, "its folder names no records")
-    reasons: dict[str, str] = {}
-    for place in (Path(), *Path(run).resolve().parents, *Path(recipe.after or run).resolve().parents):
-        data = _placed(stored, place)
-        name = source_text(data)
-        missing = [file for file in _files_of(data) if not (file.startswith("hub:") or Path(file).exists())]
-        if name in reasons or len(missing) == len(_files_of(data)):
-            continue
-        if missing:
-            reasons[name] = f"{missing[0]} is missing"
-            continue
-        try:
-            with screen.step(f"reading the records of {run} in {name}"):
-                read = read_records(data)
-        except UserError as error:
-            reasons[name] = str(error.first).splitlines()[0]
-            continue
-        if task["fingerprint"] not in ("", read.fingerprint):
-            reasons[name] = f"{name} has other records"
-        elif task.get("pictures", "") not in ("", read.pictures):
-            reasons[name] = f"{name} fits, but the pictures in {data.image_folder} are others"
-        else:
-            return data, read
-    if reasons:
-        raise _records_missing(run, "none of the files found has them:\n" + "\n".join(reasons.values()))
-    raise _records_missing(run, f"{source_text(stored)} is neither in {Path.cwd()} nor in a folder above {run}")
-
-
-def _data_of(task: Task, recipe: Recipe) -> DataConfig:
+    """Read the records of a task: those with its fingerprint, in its text and in its pictures."""
     data = DataConfig.model_validate({**task["data"], "eval_path": None})
-    return data if recipe.data.bad_images == "raise" else data.model_copy(update={"bad_images": recipe.data.bad_images})
-
-
-def _placed(data: DataConfig, place: Path) -> DataConfig:
-
-    def inside(name: str | None) -> Any:
-        return name if name is None or name.startswith("hub:") else str(place / name)
-
-    path: Any = data.path
-    if isinstance(path, list):
-        path = [s.model_copy(update={"path": inside(s.path), "image_folder": inside(s.image_folder)}) for s in path]
-    else:
-        path = inside(path)
-    return data.model_copy(update={"path": path, "image_folder": inside(data.image_folder)})
-
-
-def _files_of(data: DataConfig) -> list[str]:
-    sources = data.path if isinstance(data.path, list) else [SourceConfig(path=str(data.path))]
-    names = [data.image_folder, *(name for source in sources for name in (source.path, source.image_folder))]
-    return [name for name in names if name is not None]
+    if recipe.data.bad_images != "raise":
+        data = data.model_copy(update={"bad_images": recipe.data.bad_images})
+    name = source_text(data)
+    try:
+        with screen.step(f"reading the records of {task['run']} in {name}"):
+            read = read_records(data)
+    except UserError as error:
+        raise _records_missing(task, str(error.first).splitlines()[0]) from None
+    if task["fingerprint"] not in ("", read.fingerprint):
+        raise _records_missing(task, f"{name} has other records")
+    if task.get("pictures", "") not in ("", read.pictures):
+        raise _records_missing(task, f"the pictures in {data.image_folder} are others")
+    return data, read
 
 
 def task_entry(
@@ -603,9 +561,9 @@ def task_entry(
     }
 
 
-def _records_missing(run: str, why: str) -> UserError:
-    message = f"the records of {run} are needed to protect what it has learned, and {why}"
-    return UserError(message, where=Key.of("after"), hint="put back the file and its pictures")
+def _records_missing(task: Task, why: str) -> UserError:
+    message = f"the records of {task['run']} are needed to protect what it has learned: {why}"
+    return UserError(message, where=Key.of("after"), hint="put them back, and start where that run was started")
 
 
 def has_other_records(adapter: Path, fingerprint: str) -> bool:

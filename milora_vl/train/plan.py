@@ -184,7 +184,7 @@ def make_run(settings: Settings, *, is_started: bool) -> Run:
     launch = read_launch(recipe.train)
     require_installed(recipe, base, is_started=is_started)
     derived = derived_arguments(recipe, base, targets, launch)
-    check_arguments(recipe, targets, derived, launch)
+    check_arguments(recipe, derived, launch)
     if is_started:
         require_processes_for_fsdp(recipe.train)
     args = hf_arguments(derived.train, path, is_started=is_started)
@@ -698,11 +698,9 @@ def derived_arguments(recipe: Recipe, base: Base, targets: Sequence[Target], lau
     return Derived(train, options if is_compiled or options else None, tuple(warnings))
 
 
-def check_arguments(recipe: Recipe, targets: Sequence[Target], derived: Derived, launch: Launch) -> None:
+def check_arguments(recipe: Recipe, derived: Derived, launch: Launch) -> None:
     """Raise UserError for arguments that neither Hugging Face nor we support with these rules and data."""
     train, is_quantized = derived.train, recipe.quantization != "none"
-    autocast = AUTOCAST.get(recipe.dtype)
-    in_full = any(target.method == "full" for target in targets)
     metric = str(train.get("metric_for_best_model") or "loss").removeprefix("eval_")
     uses_metric = (
         train.get("load_best_model_at_end"),
@@ -731,13 +729,6 @@ def check_arguments(recipe: Recipe, targets: Sequence[Target], derived: Derived,
             "quantization",
             f"{'ZeRO-3' if launch.fsdp is None else 'FSDP2'} cannot shard a quantised base",
             "use --deepspeed zero2, as LLaVA's finetune_qlora.sh does",
-        ),
-        (  # What trains is float32, and only autocast multiplies it with a half-precision base.
-            autocast is not None and not train.get(autocast, True) and in_full and launch.deepspeed is None,
-            f"train.{autocast}",
-            f"dtype {recipe.dtype} with {autocast} off: a module that trains in full is float32 and does not fit the "
-            "base's precision",
-            f"leave --{autocast} out, or use --dtype float32",
         ),
         (
             recipe.data.eval_path is None and has_evaluation,

@@ -321,15 +321,11 @@ def train_section(section: Any) -> tuple[dict[str, Any], list[Problem]]:
 
 
 def conflicts(recipe: Recipe) -> list[Problem]:
-    data, train, dtype = recipe.data, recipe.train, recipe.dtype
+    data, train = recipe.data, recipe.train
     found: list[tuple[str, str, str]] = []
     if recipe.adapter and recipe.after:
         hint = "--after keeps what the adapter has learned; --adapter trains the same adapter for more steps"
         found.append(("after", "an adapter trains further, or a new one trains after it, got both", hint))
-    if train.get("bf16", dtype == "bfloat16") and train.get("fp16", dtype == "float16"):
-        key = "train.fp16" if train.get("fp16") else "train.bf16"
-        hint = "remove one: bf16 needs no loss scaling, fp16 suits older GPUs"
-        found.append((key, f"a run computes in bfloat16 or in float16, got both (dtype {dtype})", hint))
     if data.streaming and value_of(train, "max_steps") < 1:
         found.append(("data.streaming", "a stream has no known end", "set train.max_steps or --max_steps"))
     if data.streaming and data.packing:

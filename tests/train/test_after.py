@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 from pathlib import Path
@@ -16,13 +15,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from milora_vl import load_adapter, load_model
-from milora_vl.common.cli.screen import Screen
 from milora_vl.core.adapter.sidecar import read_sidecar
 from milora_vl.models.tiny import tiny_llava
 from milora_vl.report.read_run import read_run
 from milora_vl.report.tables import tasks_table
 from milora_vl.train.command import main
-from milora_vl.train.data import EarlierRecords, read_earlier_records
 from support.adapter_cases import llava_batch
 from support.drawn import write_tiny_data
 from support.launched import KINDS, needs_deepspeed, train_in_two
@@ -140,41 +137,21 @@ def test_records_that_have_moved_or_changed(
     recorded("nowhere.json")
     words = second(data, moved, tmp_path / "b", "--max_steps", "1", "--save_strategy", "no")
     for more in ([], ["--dry_run"]):
-        with raises_code("", where="--after", hint="put back"):
+        with raises_code("", where="--after", hint="put them back"):
             main([*words, *more])
     (data / "broken.json").write_text("{")
     words = second(data, moved, tmp_path / "c", "--dry_run")
     for name, said in (("next.json", "other records"), ("broken.json", "JSON")):
         recorded(name)
-        with raises_code("", message=said, hint="put back"):
+        with raises_code("", message=said, hint="put them back"):
             main(words)
-
-
-def test_equal_names_in_the_folder_of_the_next_run_are_not_taken_for_the_earlier_records(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    here, there = tmp_path / "here", tmp_path / "there"
-    shutil.copytree(data, here)
-    monkeypatch.chdir(here)
-    assert main(training(Path(), Path("runs/a"), "--rank", "2", "--max_steps", "1", "--save_strategy", "no")) == 0
-    shutil.copytree(data, there)
-    for picture in (there / "images").iterdir():
+    other = shutil.copytree(data, tmp_path / "data")  # other pictures under the names of the first task's
+    for picture in (other / "images").iterdir():
         Image.new("RGB", (32, 32), "red").save(picture)
-    monkeypatch.chdir(there)
-
-    def read() -> EarlierRecords:
-        found = plan(second(Path(), here / "runs" / "a", Path("runs/b")))
-        return read_earlier_records(found.tasks, found.recipe, Screen(io.StringIO()), are_used=True)
-
-    [(recipe, _, _)] = read().found
-    assert (recipe.data.path, recipe.data.image_folder) == (str(here / "train.json"), str(here / "images"))
-    (there / "next.json").rename(there / "train.json")  # other records under the first task's name
-    shutil.copy(here / "next.json", there)
-    [(recipe, _, _)] = read().found
-    assert recipe.data.path == str(here / "train.json")
-    shutil.rmtree(here / "images")
-    with raises_code("", message=f"train.json has other records\n{here / 'images'} is missing"):
-        read()
+    for file in ("recipe.yaml", "milora.json"):
+        (moved / file).write_text((first / file).read_text().replace(str(data), str(other)))
+    with raises_code("", message="are others", hint="put them back"):
+        main(words)
 
 
 def test_a_run_without_protection_is_followed_by_one_with_it(data: Path, tmp_path: Path) -> None:
