@@ -21,7 +21,7 @@ from milora_vl.common.errors import UserError
 from milora_vl.core.evaluation_mode import keep_weights_readable
 from milora_vl.models import original, parts, pretrained
 from milora_vl.models.devices import Quantization, quantization_config, unquantized
-from milora_vl.models.names import BUILT_IN_MODELS, MADE_IN_MEMORY
+from milora_vl.models.names import BUILT_IN_MODELS
 from milora_vl.models.processors import complete_processor
 
 if TYPE_CHECKING:
@@ -39,12 +39,6 @@ def load_weights(
     from transformers.integrations import is_deepspeed_zero3_enabled
 
     name = in_hf_layout(name_or_path)
-    if name in MADE_IN_MEMORY:
-        if quantization is not None:
-            raise UserError(
-                f"{name} exists only in memory and cannot be quantised", hint="save it to a folder and load that folder"
-            )
-        return _named(pretrained.made_in_memory(name)[0].to(dtype or torch.float32), name)
     source = pretrained.source_of(name)
     config = pretrained.read(AutoConfig.from_pretrained, source, name)
     if original.MARK in config.to_dict():
@@ -70,15 +64,13 @@ def load_weights(
     pass_texts_unchanged(model)
     # The code in the folder was not used, so saved configs must not refer to it.
     vars(model.config).pop("auto_map", None)
-    return _named(model, name)
+    return model
 
 
 def load_processor(name: str | Path) -> Any:
     from transformers import AutoProcessor, AutoTokenizer
 
     name = in_hf_layout(name)
-    if name in MADE_IN_MEMORY:
-        return pretrained.made_in_memory(name)[1]
     config = pretrained.config_of(name)
     has_images = "vision_config" in config.to_dict()
     processor = pretrained.read(
@@ -106,26 +98,7 @@ def meta_model(config: Any) -> nn.Module:
 
 def prepare(name: str) -> None:
     """Write the folder of a model that is built at first use: smol-llava, or one in LLaVA's original layout."""
-    if name not in MADE_IN_MEMORY:
-        pretrained.source_of(in_hf_layout(name))
-
-
-def weights_folder(name: str) -> Path | None:
-    """Return the folder with a model's files, downloaded if needed; None for models in memory."""
-    from huggingface_hub import snapshot_download
-
-    name = in_hf_layout(name)
-    if name in MADE_IN_MEMORY:
-        return None
-    source = pretrained.source_of(name)
-    if Path(source).is_dir():
-        return Path(source)
-
-    def load(source: str, *, local_files_only: bool, trust_remote_code: bool) -> str:
-        patterns = ["*.json", "*.safetensors", "tokenizer.model"]
-        return str(snapshot_download(source, local_files_only=local_files_only, allow_patterns=patterns))
-
-    return Path(pretrained.read(load, source, name))
+    pretrained.source_of(in_hf_layout(name))
 
 
 def in_hf_layout(name: str | Path) -> str:
@@ -145,11 +118,3 @@ def split_processor(processor: Any) -> tuple[Any, Any | None]:
     if isinstance(processor, ProcessorMixin):
         return processor.tokenizer, processor.image_processor
     return processor, None
-
-
-def _named(model: Any, name: str) -> nn.Module:
-    """Set the name that adapters record: the name that the user typed, not a cache folder."""
-    if name in BUILT_IN_MODELS:
-        model.name_or_path = name
-        model.config.name_or_path = name
-    return model

@@ -58,5 +58,4 @@ def hub_id(name: str) -> str:
     return NAMED_MODELS.get(name, name)
 
 
-MADE_IN_MEMORY = ("tiny", "tiny-text")
 BUILT_IN_MODELS = ("smol-llava", "smol-llava-unaligned", "smollm2", "tiny", "tiny-text")

@@ -26,7 +26,7 @@ from milora_vl.common.errors import UserError, first_line
 from milora_vl.core.weights.tensor_files import read_weights
 from milora_vl.models import original, pretrained
 from milora_vl.models.assemble import TowerPlan, compose, llava_config, plan_tower, processor_for
-from milora_vl.models.names import BUILT_IN_MODELS, MADE_IN_MEMORY
+from milora_vl.models.names import BUILT_IN_MODELS
 from milora_vl.models.projector import load_projector, projector_file
 from milora_vl.models.timm_tower import TimmTower, TimmTowerConfig, as_map
 
@@ -40,11 +40,8 @@ def load_language(name: str) -> tuple[Any, Any]:
         message = "this is already a vision-language model; composing needs a text-only model"
         hint = "fine-tune it unchanged:  python -m milora_vl.train --model NAME"
         raise UserError(message, where=name, hint=hint)
-    if name in MADE_IN_MEMORY:
-        language, tokenizer = pretrained.made_in_memory(name)
-    else:
-        language = pretrained.read_pretrained(AutoModelForCausalLM, name, config=config, dtype="auto")
-        tokenizer = pretrained.read_pretrained(AutoTokenizer, name)
+    language = pretrained.read_pretrained(AutoModelForCausalLM, name, config=config, dtype="auto")
+    tokenizer = pretrained.read_pretrained(AutoTokenizer, name)
     require_plain_head(language, name)
     return language.eval(), tokenizer
 

@@ -5,21 +5,19 @@ Here a model is in Hugging Face's layout; `loading` adds folders in LLaVA's orig
 
 from __future__ import annotations
 
-import copy
 import json
 import re
-from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from milora_vl.common.cli.console import suggest
 from milora_vl.common.cli.web import hub_is_known
-from milora_vl.common.compat.transformers import quiet_bars, whole_weights
+from milora_vl.common.compat.transformers import quiet_bars
 from milora_vl.common.errors import UserError, first_line
 from milora_vl.core.adapter.folders import newest_of_unfinished
-from milora_vl.models import smol_llava, tiny
-from milora_vl.models.names import BUILT_IN_MODELS, MADE_IN_MEMORY, NAMED_MODELS, PART_OF, SAME_WEIGHTS, hub_id
+from milora_vl.models.names import NAMED_MODELS, PART_OF, SAME_WEIGHTS, hub_id
+from milora_vl.models.smol_llava import built_in, made_folder
 from milora_vl.models.timm_tower import register
 
 
@@ -28,8 +26,6 @@ def config_of(name: str) -> Any:
     from transformers import AutoConfig
 
     register()
-    if name in MADE_IN_MEMORY:
-        return copy.deepcopy(_tiny_config(name))
     if name in PART_OF:
         whole, part, differing = PART_OF[name]
         inner = config_of(whole).to_dict()[part] | differing
@@ -50,20 +46,11 @@ def read_pretrained(load: Any, name: str, **arguments: Any) -> Any:
         return read(load.from_pretrained, source_of(name), name, **arguments)
 
 
-def made_in_memory(name: str) -> tuple[Any, Any]:
-    with whole_weights():  # ZeRO-3 would initialize shards, which gives other random weights
-        return tiny.tiny_llava() if name == "tiny" else tiny.tiny_llama()
-
-
-@cache
-def _tiny_config(name: str) -> Any:
-    return made_in_memory(name)[0].config
-
-
 def source_of(name: str) -> str:
-    if name.startswith("smol") and name in BUILT_IN_MODELS:
-        return str(smol_llava.made_folder(name))
-    folder = Path(name)
+    """Return the folder or hub id of a model; builds a built-in one, also if an adapter names a folder elsewhere."""
+    folder, built = Path(name), built_in(name)
+    if built == name or (built and not folder.is_dir()):
+        return str(made_folder(built))
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             names = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from milora_vl.common.compat.transformers import quiet_bars, silence_deepspeed, 
 from milora_vl.common.errors import UserError
 from milora_vl.models.assemble import compose, processor_for
 from milora_vl.models.timm_tower import TimmTower, TimmTowerConfig
+from milora_vl.models.tiny import tiny_llama, tiny_llava
 
 FOLDER_VERSION = 3  # increase it with every change of the folder contents
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -31,12 +33,23 @@ PROJECTOR = files("milora_vl.models") / "assets" / "smol_llava_projector.safeten
 
 
 def folder_of(name: str) -> Path:
-    names = {
+    return cache_dir() / "models" / _folder_names()[name]
+
+
+@cache
+def _folder_names() -> dict[str, str]:
+    return {
         "smol-llava": f"smol-llava-{FOLDER_VERSION}-{hashlib.sha256(PROJECTOR.read_bytes()).hexdigest()[:12]}",
         "smol-llava-unaligned": f"smol-llava-{FOLDER_VERSION}-unaligned",
         "smollm2": f"smollm2-{FOLDER_VERSION}",
+        "tiny": f"tiny-{FOLDER_VERSION}",
+        "tiny-text": f"tiny-text-{FOLDER_VERSION}",
     }
-    return cache_dir() / "models" / names[name]
+
+
+def built_in(name: str) -> str | None:
+    """Return the built-in model that `name` means: its name, or its folder, perhaps on another machine; else None."""
+    return next((each for each, folder in _folder_names().items() if name == each or Path(name).name == folder), None)
 
 
 def is_to_build(name: str) -> bool:
@@ -51,7 +64,16 @@ def made_folder(name: str) -> Path:
     UserError if the parts cannot be fetched or the `demo` extra is not installed.
     """
     folder = folder_of(name)
-    if not is_to_build(name):
+    if (folder / "config.json").is_file():
+        return folder
+    if name.startswith("tiny"):
+        with (
+            complete_folder(folder) as staged,
+            quiet_bars(),
+            whole_weights(),
+        ):  # ZeRO-3 would initialize shards: other weights
+            for part in tiny_llava() if name == "tiny" else tiny_llama():
+                part.save_pretrained(staged)
         return folder
     parts = "SmolLM2-135M-Instruct" + ("" if name == "smollm2" else " and EfficientNet-Lite0")
     sys.stderr.write(f"building {name} from {parts} (once, about a minute)\n")

@@ -14,6 +14,7 @@ from milora_vl.common.atomic_write import write_text
 from milora_vl.core.adapter.checkpoints import read_environment
 from milora_vl.core.adapter.folders import has_config, holds_projector_alone, holds_text_model
 from milora_vl.core.policy.rules import METHODS, label_of, what_trains
+from milora_vl.models.names import BUILT_IN_MODELS
 from milora_vl.report.read_run import in_units
 from milora_vl.report.tables import lowered_shares
 
@@ -169,8 +170,11 @@ def _usage(path: Path, model: str, base: str, *, is_finished: bool) -> str:
     code = f"```python\nfrom milora_vl import load_model\n\nmodel, processor = load_model({names})\n```"
     if not has_config(path):
         return code
+    of = f"`{base}`"
+    if model in BUILT_IN_MODELS:
+        of = f"`{model}`, which `load_model` builds anywhere (`adapter_config.json` names the folder of its training)"
     return (
-        f"{code}\n\nIt is a stock PEFT LoRA for `{base}`. On the loaded base model, "
+        f"{code}\n\nIt is a stock PEFT LoRA for {of}. On the loaded base model, "
         "`PeftModel.from_pretrained(base, PATH)` works without `milora_vl`."
     )
 

@@ -61,13 +61,12 @@ from milora_vl.models import parts as composing
 from milora_vl.models.base import Base, find_base
 from milora_vl.models.devices import fastest_dtype, quantized_layers, train_device
 from milora_vl.models.loading import split_processor
-from milora_vl.models.names import BUILT_IN_MODELS, MADE_IN_MEMORY, hub_id
+from milora_vl.models.names import BUILT_IN_MODELS, hub_id
 from milora_vl.models.parts import Parts
 from milora_vl.models.processors import ProcessorSettings, configure_processor, usable_inputs
 from milora_vl.models.projector import projector_file
 from milora_vl.models.prompts import recipe_of_run
 from milora_vl.models.smol_llava import folder_of
-from milora_vl.models.tiny import tiny_tokenizer
 from milora_vl.report.read_run import HELD_OUT
 from milora_vl.report.repeat import is_file
 from milora_vl.train import data
@@ -1229,8 +1228,6 @@ def _first_batch(records: Sequence[Record], collate: RecordCollator[Any], image_
 
 
 def _tokenizer_at_hand(name: str) -> Any | None:
-    if name in MADE_IN_MEMORY:
-        return tiny_tokenizer()
     source = name if Path(name).is_dir() else hub_id(name)
     if name in BUILT_IN_MODELS:
         source = str(folder_of(name))

@@ -43,7 +43,7 @@ for call in sys.argv[2:]:
 
 
 def test_a_mistyped_id_is_not_a_hub_that_does_not_answer() -> None:
-    calls = ["config_of", "load_weights", "weights_folder"]
+    calls = ["config_of", "load_weights"]
     with running(FakeHub()) as hub:
         env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0"}  # read when the client is imported
         words = [sys.executable, "-c", ASKED, "llava-hf/llava-1.5-7c-hf", *calls]

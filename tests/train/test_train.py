@@ -12,6 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from milora_vl import Policy, apply_milora, load_model, save_adapter
 from milora_vl.common.errors import UserError
 from milora_vl.train.command import main
 from support.drawn import write_tiny_data
@@ -39,15 +40,36 @@ def test_the_run_folder_is_complete(tiny_data: Path, tmp_path: Path) -> None:
     environment = read_json(run, "environment.json")
     assert environment["finished"]
     assert environment["data"] == {"train": 12, "eval": 4, "skipped": 0}
-    assert environment["base"] == "tiny"
+    assert environment["base"] == read_json(run, "adapter_config.json")["base_model_name_or_path"]
     policy = read_json(run, "policy.json")
     assert len(policy["targets"]) == 16
     assert len(policy["protection"]) == 16
     log = read_json(run, "trainer_state.json")["log_history"]
     assert [entry["step"] for entry in log if "eval_loss" in entry] == [3, 6]
     front = yaml.safe_load((run / "README.md").read_text().split("---")[1])
-    assert front["base_model"] == "tiny"
-    assert front["tags"] == ["milora", "milora-vl"]
+    assert "base_model" not in front  # a folder
+    assert front["tags"] == ["milora-vl", "protected-milora"]
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-text"])
+def test_stock_peft_finds_a_built_in_base_and_we_build_it_elsewhere(name: str, tmp_path: Path) -> None:
+    import peft
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    model = apply_milora(load_model(name)[0], Policy.parse([{"modules": "language", "method": "lora", "rank": 2}]))
+    for parameter in (p for key, p in model.named_parameters() if "lora_B" in key):
+        torch.nn.init.normal_(parameter)
+    save_adapter(model, tmp_path)
+    config = peft.PeftConfig.from_pretrained(tmp_path)
+    auto = AutoModelForImageTextToText if name == "tiny" else AutoModelForCausalLM
+    stock = peft.PeftModel.from_pretrained(auto.from_pretrained(config.base_model_name_or_path), tmp_path).eval()
+    config.base_model_name_or_path = f"/elsewhere/models/{Path(config.base_model_name_or_path).name}"
+    config.save_pretrained(tmp_path)
+    ids = torch.arange(5, 15)[None]
+    with torch.no_grad():
+        expected = model.eval()(input_ids=ids)["logits"]
+        for loaded in (stock, load_model(tmp_path)[0]):
+            assert torch.equal(loaded(input_ids=ids)["logits"], expected)
 
 
 def test_factors_are_computed_once_for_several_runs(tiny_data: Path, tmp_path: Path) -> None:
