@@ -136,7 +136,7 @@ def pieces_of(record: Record, template: str = DEFAULT_TEMPLATE) -> list[Piece]:
     try:
         turns = [replace(turn, text=with_pixels(turn.text)) for turn in record.turns]
         turns = place_images(turns, len(record.images))
-        segments = render(turns, get_template(template), "</s>", bos="<s>")
+        segments = render(turns, get_template(template), "</s>")
     except DataError as error:
         raise with_context(error, record.place) from None
     pieces = []

@@ -17,22 +17,18 @@ from importlib.util import find_spec
 from inspect import signature
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from milora_vl.common.cli.console import run
 from milora_vl.common.errors import UserError
 from milora_vl.core.adapter.folders import CONFIG, NON_LORA
 from milora_vl.interop.replace import get_peft_model_replaced, launch, launcher, parse
 
-if TYPE_CHECKING:
-    from milora_vl.core.svd import Part
-
 # Flags of LLaVA's scripts that newer versions of transformers have renamed.
 RENAMED_FLAGS = {"--evaluation_strategy": "--eval_strategy", "--warmup_ratio": "--warmup_steps"}
 
 
 @contextmanager
-def milora_in_llava(part: Part = "minor", modules: Sequence[str] = (), protect: float | None = None) -> Iterator[None]:
+def milora_in_llava(modules: Sequence[str] = (), protect: float | None = None) -> Iterator[None]:
     """Inside this context LLaVA's `train()` creates MiLoRA adapters and runs on the installed transformers.
 
     `modules` are modules that have imported `get_peft_model` already. LLaVA's own code imports it when it trains.
@@ -43,7 +39,7 @@ def milora_in_llava(part: Part = "minor", modules: Sequence[str] = (), protect: 
         raise UserError(message, code="package-missing", hint=hint)
     from milora_vl.common.compat.llava import llava_on_new_transformers
 
-    with llava_on_new_transformers(NON_LORA), get_peft_model_replaced(*modules, part=part, protect=protect):
+    with llava_on_new_transformers(NON_LORA), get_peft_model_replaced(*modules, protect=protect):
         yield
 
 
@@ -98,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write("milora: warning: --lora_enable is missing, so this run trains without an adapter\n")
     with (
         configs_trimmed(_output_dirs(arguments)),
-        milora_in_llava(chosen.part, chosen.modules, chosen.protect),
+        milora_in_llava(chosen.modules, chosen.protect),
     ):
         launch(chosen.script, arguments)
     return 0

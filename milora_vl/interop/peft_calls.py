@@ -15,21 +15,20 @@ from torch import Tensor
 
 from milora_vl.common.cli.console import amount
 from milora_vl.common.errors import UserError, first_line, with_context
-from milora_vl.core.adapter.reinit import METHOD_OF_PART, reinit_peft, restore_split
+from milora_vl.core.adapter.reinit import reinit_peft, restore_split
 from milora_vl.core.adapter.sidecar import FILE_NAME
 from milora_vl.core.calibration.bases import CalibrationError
 from milora_vl.core.calibration.texts import calibration_texts
 from milora_vl.core.policy.rules import METHODS, label_of, what_trains
 from milora_vl.core.policy.towers import find_towers
-from milora_vl.core.svd import Part
 
 
-def replacement(stock: Callable[..., Any], part: Part, protect: float | None) -> Callable[..., Any]:
+def replacement(stock: Callable[..., Any], protect: float | None) -> Callable[..., Any]:
     """Return `get_peft_model` for MiLoRA: it calls PEFT's function `stock`, then initializes the LoRA.
 
-    With `protect`, the default of `minor`, the base model writes the texts that calibrate it.
+    With `protect`, the base model writes the texts that calibrate it.
     """
-    share = METHODS[METHOD_OF_PART[part]].protect if protect is None else protect
+    share = METHODS["milora"].protect if protect is None else protect
 
     def get_peft_model(model: Any, peft_config: Any, *args: Any, **kwargs: Any) -> Any:
         texts = _texts(model) if share and isinstance(peft_config, LoraConfig) else None
@@ -41,7 +40,7 @@ def replacement(stock: Callable[..., Any], part: Part, protect: float | None) ->
         if not isinstance(chosen, str):
             _remove_vision_adapters(adapted, chosen or ())
         try:
-            tuned = reinit_peft(adapted, part, protect=share, calibration=texts, progress=True)
+            tuned = reinit_peft(adapted, protect=share, calibration=texts, progress=True)
         except CalibrationError as error:
             hint = "texts reach neither vision tower nor projector: exclude them, or protect=0"
             raise with_context(error, hint=hint) from None

@@ -1,6 +1,6 @@
 """Run a script that calls `peft.get_peft_model` with MiLoRA instead of LoRA:
 
-python -m milora_vl.interop.replace [--part minor] [--in MODULE] script.py ARGUMENTS...
+python -m milora_vl.interop.replace [--in MODULE] script.py ARGUMENTS...
 """
 
 from __future__ import annotations
@@ -12,28 +12,22 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from milora_vl.common.cli.console import beside, run
 from milora_vl.common.cli.parser import Command, option
 from milora_vl.common.errors import UserError
 
-if TYPE_CHECKING:
-    from milora_vl.core.svd import Part
-
-PARTS = ("minor", "principal", "random")
-
 
 @contextmanager
-def get_peft_model_replaced(*modules: str, part: Part = "minor", protect: float | None = None) -> Iterator[None]:
+def get_peft_model_replaced(*modules: str, protect: float | None = None) -> Iterator[None]:
     """Inside this context `get_peft_model` creates the same LoRA as MiLoRA.
 
     The function is replaced in `peft`, for every later `from peft import get_peft_model`, and in `modules`, which have
     imported it already. Modules, rank, alpha and dropout come from the LoraConfig of the calling code.
     `PeftModel.from_pretrained(..., is_trainable=True)` restores the difference and the anchor of a MiLoRA adapter.
-    `protect` is the share of the input energy of ordinary text that updates leave alone, by default 0.95 for `minor`
-    and 0 for the others: the base model writes the texts, and A is fixed off their inputs. With 0 the base model
-    writes nothing, and the LoRA is the paper's MiLoRA.
+    `protect` is the share of the input energy of ordinary text that updates leave alone, by default 0.95: the base
+    model writes the texts, and A is fixed off their inputs. With 0 the base model writes nothing, and the LoRA is the
+    paper's MiLoRA.
 
     >>> import peft, torch
     >>> with get_peft_model_replaced(protect=0):
@@ -52,7 +46,7 @@ def get_peft_model_replaced(*modules: str, part: Part = "minor", protect: float 
         raise UserError(f"expected a share from 0 to below 1, got {protect}", where="protect", hint="for example  0.95")
     namespaces = [peft, *(import_module(name) for name in modules)]
     loader = restoring_loader(peft.PeftModel.from_pretrained)
-    with calls_replaced(namespaces, replacement(peft.get_peft_model, part, protect), loader):
+    with calls_replaced(namespaces, replacement(peft.get_peft_model, protect), loader):
         yield
 
 
@@ -71,13 +65,11 @@ def launcher(name: str, about: str, example: str) -> Command:
         f"examples:\n  python -m {name} {example}\n",
         inputs=(option("script", type=Path, metavar="script.py", help="the script; its own arguments follow it"),),
         settings=(
-            option("--part", choices=PARTS, default="minor", help="which components train (default: %(default)s)"),
             option(
                 "--protect",
                 type=float,
                 metavar="SHARE",
-                help="share of the input energy of ordinary text that updates leave alone (default: 0.95 for minor, "
-                "0 for the others)",
+                help="share of the input energy of ordinary text that updates leave alone (default: 0.95)",
             ),
             option(
                 "--in",
@@ -104,7 +96,7 @@ COMMAND = launcher(
 
 def main(argv: Sequence[str] | None = None) -> int:
     chosen, arguments = parse(COMMAND, argv)
-    with get_peft_model_replaced(*chosen.modules, part=chosen.part, protect=chosen.protect):
+    with get_peft_model_replaced(*chosen.modules, protect=chosen.protect):
         launch(chosen.script, arguments)
     return 0
 

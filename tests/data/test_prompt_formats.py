@@ -29,9 +29,7 @@ IMG = 32000
 
 ENDS = {
     "vicuna_v1": (" ", "</s>"),
-    "llava_llama_2": (" ", " </s>"),
     "mistral": (" ", " </s>"),
-    "mpt": ("", "<|im_end|>"),
     "chatml": ("", "<|im_end|>"),
     "qwen": ("", "<|im_end|>"),
     "llama_3": ("", "<|eot_id|>"),
@@ -65,39 +63,25 @@ def test_learnt_are_the_answers_and_their_ends(template: str, turns: list[tuple[
     assert IGNORE not in made.labels[len(prompt) : len(prompt) + 1]
 
 
-@pytest.mark.parametrize("template", ["llava_llama_2", "mistral"])
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 @given(value=conversations())
-def test_any_well_formed_conversation_equals_llavas_llama_2(kind: str, template: str, value: dict[str, Any]) -> None:
+def test_any_well_formed_conversation_equals_llavas_llama_2(kind: str, value: dict[str, Any]) -> None:
     assume(not any("[/INST]" in turn["value"] for turn in value["conversations"]))
     tokenizer = llama_tokenizer(kind)
-    version = {"llava_llama_2": "llava_llama_2", "mistral": "mistral_instruct"}[template]
-    their_ids, their_labels = llava_ids(value, tokenizer, version)
-    ids, labels = as_llava(value, tokenizer, template)
+    their_ids, their_labels = llava_ids(value, tokenizer, "mistral_instruct")
+    ids, labels = as_llava(value, tokenizer, "mistral")
     assert ids == their_ids
     if set(their_labels) == {IGNORE}:  # they count a piece less behind </s>, and give the conversation up
-        assert (kind, template) == ("new", "mistral")
+        assert kind == "new"
         assert len(value["conversations"]) > 2
         assert set(labels) != {IGNORE}
     else:
         assert labels == their_labels
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
-@given(value=conversations())
-def test_mpt_has_llavas_ids_and_a_mask_that_llava_loses(kind: str, value: dict[str, Any]) -> None:
-    tokenizer = mpt_tokenizer(kind)
-    assume(not any(mark in turn["value"] for turn in value["conversations"] for mark in MARKS))
-    their_ids, _ = llava_ids(value, tokenizer, "mpt")
-    ids, labels = as_llava(value, tokenizer, "mpt")
-    assert ids == their_ids
-    assert labels.count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == len(value["conversations"]) // 2
-
-
 @functools.cache
-def mpt_tokenizer(kind: str) -> Any:
+def marked_tokenizer(kind: str) -> Any:
     tokenizer = copy.deepcopy(llama_tokenizer(kind))
     tokenizer.add_tokens(
         [AddedToken(mark, special=True, normalized=False) for mark in MARKS[1:-1]], special_tokens=True
@@ -123,7 +107,7 @@ def test_rendered_texts_of_the_formats() -> None:
     )
     assert text("chatml", "Hi", "Ho") == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHo<|im_end|>\n"
     assert text("mistral", "Hi", "Ho", "And?", "So.") == "[INST] Hi [/INST] Ho </s>[INST] And? [/INST] So. </s>"
-    assert text("llava_llama_2", "Hi", "Ho", system="S") == "[INST] <<SYS>>\nS\n<</SYS>>\n\nHi [/INST] Ho </s>"
+    assert text("mistral", "Hi", "Ho", system="S") == "[INST] <<SYS>>\nS\n<</SYS>>\n\nHi [/INST] Ho </s>"
 
 
 # BPE of GPT-2's kind joins the two newlines of Llama 3 at the end of a prompt only; Llama 3's own always does.
@@ -135,7 +119,7 @@ SAVED.remove(("llama_3", "byte BPE"))
 
 @functools.cache
 def tokenizer_with_picture(kind: str) -> Any:
-    tokenizer = copy.deepcopy(mpt_tokenizer(kind))
+    tokenizer = copy.deepcopy(marked_tokenizer(kind))
     tokenizer.add_tokens([AddedToken("<image>", special=True, normalized=False)], special_tokens=True)
     return tokenizer
 

@@ -55,8 +55,8 @@ def of_launcher(module: object) -> Target:
     flags, _ = replace.parse(module.COMMAND, ["train.py"])  # type: ignore[attr-defined]
     function = llava.milora_in_llava if module is llava else replace.get_peft_model_replaced
     defaults = inspect.signature(function).parameters
-    assert (flags.part, flags.protect) == (defaults["part"].default, defaults["protect"].default)
-    with replace.get_peft_model_replaced(part=flags.part, protect=flags.protect):
+    assert flags.protect == defaults["protect"].default
+    with replace.get_peft_model_replaced(protect=flags.protect):
         return peft.get_peft_model(tiny_llama()[0], LORA).milora_targets[0]
 
 

@@ -181,7 +181,7 @@ def test_the_likeliest_answer_is_the_greedy_one(tiny_llava: Callable[..., Made])
     assert other < value < 0
 
 
-@pytest.mark.parametrize("template", ["vicuna_v1", "chatml", "llava_llama_2", "alpaca"])
+@pytest.mark.parametrize("template", ["vicuna_v1", "chatml", "mistral", "alpaca"])
 @pytest.mark.parametrize("kind", ["tiny", *KINDS])
 def test_the_tokens_of_a_target_are_those_that_a_training_supervises(
     kind: str, template: str, tiny_llava: Callable[..., Made]

@@ -96,7 +96,7 @@ def test_merged_loads_in_plain_transformers_with_its_processor(run, saved: str) 
     assert not (run.root / "merged" / "adapter_config.json").exists()
 
 
-@pytest.mark.parametrize("template", ["llava_llama_2", OWN])
+@pytest.mark.parametrize("template", ["mistral", OWN])
 def test_a_merged_model_is_asked_in_the_template_of_its_run(run, template: str) -> None:
     processor = load_model(run.root / "base")[1]
     if template == OWN:  # as a published model has it

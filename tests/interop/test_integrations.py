@@ -47,10 +47,10 @@ def test_a_script_runs_with_milora_as_its_lora(tmp_path: Path, capsys) -> None:
     script = tmp_path / "train.py"
     script.write_text(SCRIPT, encoding="utf-8")
     stock = peft.get_peft_model
-    assert main(["--part", "principal", str(script), "4", str(tmp_path / "out")]) == 0
+    assert main(["--protect", "0", str(script), "4", str(tmp_path / "out")]) == 0
     assert peft.get_peft_model is stock
     assert (tmp_path / "out" / "milora.json").is_file()
-    assert "PiSSA on 2 modules" in capsys.readouterr().err
+    assert "on 2 modules" in capsys.readouterr().err
     with pytest.raises(UserError) as error:
         main([str(script), "65", str(tmp_path / "out")])
     assert "65" in error.value.first.message

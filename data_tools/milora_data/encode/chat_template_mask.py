@@ -54,11 +54,11 @@ def segments_of(
     name = template_name(template)
     require_no_boxes(turn.text for turn in turns)
     bos = tokenizer_traits(tokenizer).bos if traits is None else traits.bos
-    text = str(tokenizer.bos_token) if bos else ""
     if name == OWN:
         segments = own_segments(turns, tokenizer, prompt=prompt)
-        return (bos if segments and bos and _processor_adds(text, segments[0].text, tokenizer) else []), segments
-    return bos, render(turns, TEMPLATES[name], eos_text(tokenizer), bos=text, prompt=prompt)
+        is_added = segments and bos and _processor_adds(str(tokenizer.bos_token), segments[0].text, tokenizer)
+        return (bos if is_added else []), segments
+    return bos, render(turns, TEMPLATES[name], eos_text(tokenizer), prompt=prompt)
 
 
 def require_template(template: str, tokenizer: Any) -> None:

@@ -1,9 +1,9 @@
 """The prompt formats (`--template vicuna_v1`, `llama_3`, ...) as data; a conversation's segments; `<image>`'s place.
 
-`vicuna_v1`, `plain`, `llava_llama_2`, `mpt` and `mistral` come from LLaVA (llava/conversation.py), `llama_3` from
+`vicuna_v1`, `plain` and `mistral` come from LLaVA (llava/conversation.py), `llama_3` from
 LLaVA-NeXT, `qwen` and `chatml` from the authors of the models, `alpaca` from Stanford Alpaca (MetaMath, PiSSA and
 MiLoRA use it too), `llm_adapters` from LLM-Adapters, `tulu` from open-instruct. `chat_template` is the tokenizer's own
-template (chat_template_mask.py). A format works with any tokenizer: it uses the EOS and BOS of that tokenizer.
+template (chat_template_mask.py). A format works with any tokenizer: it uses the EOS of that tokenizer.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from milora_data.encode.tokens import bos_ids, bos_text, eos_text, glue_after, own_template
+from milora_data.encode.tokens import bos_ids, eos_text, glue_after, own_template
 from milora_data.records.record import IMAGE, Turn
 from milora_vl.common.cli.console import amount, did_you_mean, suggest
 from milora_vl.common.errors import DataError, UserError
 
-EOS, BOS = "{eos}", "{bos}"
+EOS = "{eos}"
 OWN = "chat_template"
 """The name for the tokenizer's own chat template, which is not in `TEMPLATES`."""
 # Starts the chat template of a model that was trained with it, so that a folder without a recipe is asked in it.
@@ -74,29 +74,12 @@ TEMPLATES: dict[str, Template] = {
         answer=(" ", EOS),
     ),
     "plain": Template(user=("", ""), assistant="", answer=("", "\n"), captions=True),
-    "llava_llama_2": Template(
-        system=_VISION_SYSTEM,
-        frame=("<<SYS>>\n", "\n<</SYS>>\n\n"),
-        system_in_question=True,
-        user=("[INST] ", " [/INST]"),
-        assistant="",
-        answer=(" ", " " + EOS),
-        between=BOS,
-    ),
     "mistral": Template(
         frame=("<<SYS>>\n", "\n<</SYS>>\n\n"),
         system_in_question=True,
         user=("[INST] ", " [/INST]"),
         assistant="",
         answer=(" ", " " + EOS),
-    ),
-    "mpt": Template(
-        system="A conversation between a user and an LLM-based AI assistant. "
-        "The assistant gives helpful and honest answers.",
-        frame=("<|im_start|>system\n", "<|im_end|>"),
-        user=("<|im_start|>user\n", "<|im_end|>"),
-        assistant="<|im_start|>assistant\n",
-        answer=("", "<|im_end|>"),
     ),
     "chatml": Template(
         frame=("<|im_start|>system\n", "<|im_end|>\n"),
@@ -146,13 +129,9 @@ TEMPLATES: dict[str, Template] = {
 # LLaVA and LLaVA-NeXT use these names for --version.
 ALIASES = {
     "v1": "vicuna_v1",
-    "llama_2": "llava_llama_2",
     "mistral_instruct": "mistral",
     "llava_llama_3": "llama_3",
-    "llama3": "llama_3",
     "qwen_1_5": "qwen",
-    "qwen_2": "qwen",
-    "qwen2": "qwen",
 }
 
 
@@ -182,9 +161,7 @@ def get_template(name: str) -> Template:
     return TEMPLATES[name]
 
 
-def render(
-    turns: Sequence[Turn], template: Template, eos: str, *, bos: str = "", prompt: bool = False
-) -> list[Segment]:
+def render(turns: Sequence[Turn], template: Template, eos: str, *, prompt: bool = False) -> list[Segment]:
     """Return the segments of a conversation; with `prompt`, they end where the next answer begins.
 
     The segments joined are the text of the conversation, with `<image>` at the position of each picture.
@@ -201,7 +178,7 @@ def render(
     for number, turn in enumerate(exchange):
         if turn.role == "user":
             first, last = template.user
-            first = template.between.replace(BOS, bos) + first if number else first
+            first = template.between + first if number else first
             first += framed if template.system_in_question and not number else ""
             segments.append(Segment(first + (IMAGE if template.captions else turn.text) + last, supervised=False))
         else:
@@ -313,7 +290,7 @@ def render_chat_template(template: str, tokenizer: Any, *, bos: bool = False) ->
         "LEAD": form.answer[0],
         "END": form.answer[1].replace(EOS, eos_text(tokenizer)),
         "BEHIND": form.closing,
-        "BETWEEN": form.between.replace(BOS, bos_text(tokenizer)),
+        "BETWEEN": form.between,
     }
     text = TRAINED_WITH + Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8")
     for name, value in values.items():

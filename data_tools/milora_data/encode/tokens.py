@@ -60,11 +60,6 @@ def bos_ids(tokenizer: Any) -> list[int]:
     return added[:1] if added and added[0] == tokenizer.bos_token_id else []
 
 
-def bos_text(tokenizer: Any) -> str:
-    """Return the text of the BOS for a tokenizer that adds one before a text, else an empty string."""
-    return str(tokenizer.bos_token) if bos_ids(tokenizer) else ""
-
-
 def own_template(tokenizer: Any) -> str:
     """Return the tokenizer's own chat template (the default one if it has several); raises `UserError` without any."""
     template = tokenizer.chat_template
