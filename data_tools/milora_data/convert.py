@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import chain
+from itertools import count as count_from
 from pathlib import Path
 from typing import Any
 
@@ -126,12 +127,24 @@ def _check_flags(chosen: argparse.Namespace) -> None:
 
 
 def _read(kind: str, sources: Sequence[str], options: TableOptions) -> Records:
-    """Yield the records; raises `DataError` for a file in another format."""
+    """Yield the records; raises `DataError` for a file in another format.
+
+    An id of an earlier file gets a number, as ids of joined files would stand for other records.
+    """
+    used, num_renamed = set[str](), 0
     try:
-        if kind == "hub" or any(map(is_stored, sources)):
-            yield from _stored(sources, options)
-        else:
-            yield from KINDS[kind](list(map(Path, sources)), options)
+        for source in sources:
+            read = _stored if is_stored(source) else KINDS[kind]
+            names: dict[str, str] = {}  # equal ids of one file stay equal
+            for value in read([Path(source)] if read is not _stored else [source], options):
+                if old := str(value.get("id", "")):
+                    new = names.setdefault(old, next(name for name in _names_like(old) if name not in used))
+                    num_renamed += new != old
+                    value["id"] = new
+                yield value
+            used.update(names.values())
+        if num_renamed:
+            sys.stderr.write(f"note: {amount(num_renamed, 'id')} of earlier files got a number\n")
         if options.unseen:
             message = f"no row has {', '.join(sorted(options.unseen))}"
             raise UserError(message, code="flag-no-effect", where="--columns", hint="name columns of the table")
@@ -147,6 +160,10 @@ def _read(kind: str, sources: Sequence[str], options: TableOptions) -> Records:
             where=", ".join(sources),
             hint=f"name another format: --from {', '.join(KINDS)}",
         ) from None
+
+
+def _names_like(name: str) -> Iterator[str]:
+    return chain([name], (f"{name}-{number}" for number in count_from(2)))
 
 
 def _llava(sources: Sequence[Path], options: TableOptions) -> Records:

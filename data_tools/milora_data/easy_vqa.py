@@ -20,11 +20,13 @@ from milora_vl.common.cli.parser import Command, shared
 
 VAL_PICTURES = 200
 TURNS = 4  # questions per training record; one picture has about ten
+CALL = "python -m milora_data easy-vqa"
 SHAPES = ("circle", "rectangle", "triangle")
 README = """\
 # easy-VQA
 
 Pictures and questions: easy-VQA by Victor Zhou, MIT licence (https://github.com/vzhou842/easy-VQA), version 1.0.
+Made by `{call}`.
 
 - `test.json`: the official test part, one question per record.
 - `val.json`: the questions about {val_pictures} pictures of the official training part, one per record.
@@ -44,7 +46,7 @@ Questions = Mapping[int, Sequence[tuple[str, str]]]
 
 def main(argv: Sequence[str] | None = None) -> int:
     chosen = COMMAND.parse(argv)
-    return create(chosen.output_dir, chosen.format, write)
+    return create(chosen.output_dir, chosen.format, CALL, write)
 
 
 def write(folder: Path) -> dict[str, int]:
@@ -63,7 +65,9 @@ def write(folder: Path) -> dict[str, int]:
             shutil.copytree(source / part / "images", scratch / "images" / part)
         for name, records in files.items():
             (scratch / name).write_text(json.dumps(records, indent=1), encoding="utf-8")
-        (scratch / "README.md").write_text(README.format(val_pictures=VAL_PICTURES, turns=TURNS), encoding="utf-8")
+        (scratch / "README.md").write_text(
+            README.format(val_pictures=VAL_PICTURES, turns=TURNS, call=CALL), encoding="utf-8"
+        )
     return {name: len(records) for name, records in files.items()}
 
 

@@ -325,6 +325,31 @@ def test_a_revision_of_a_set_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> No
     assert asked == [("a/b", None, None, "train"), ("a/b", "en", "main", "test"), ("a/b", None, "1f2", "val")]
 
 
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+@pytest.mark.parametrize(("key", "value"), [("weight", 0), ("loss", False)])
+def test_an_answer_that_is_left_out_stays_so(form: str, key: str, value: object, tmp_path: Path) -> None:
+    import datasets
+
+    said = [{"role": "user", "content": "1?"}, {"role": "assistant", "content": "2", key: value}]
+    rows, path = [{"messages": [*said, said[0], {"role": "assistant", "content": "1"}]}], tmp_path / f"t.{form}"
+    if form == "parquet":
+        datasets.Dataset.from_list(rows).to_parquet(path)
+    path.write_bytes(path.read_bytes() if form == "parquet" else json.dumps(rows[0]).encode())
+    (record,) = convert_file(path, "llava", tmp_path / "out")
+    assert [turn.weight for turn in record.turns if turn.role == "assistant"] == [0, 1]
+
+
+def test_ids_of_joined_files_stay_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, ids in {"a": ("x", "y", "y-2"), "b": ("y", "y", "z")}.items():
+        rows = [{"id": each, "question": f"{name} {n}?", "answer": "a"} for n, each in enumerate(ids)]
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    words = ["convert", "--from", "table", str(tmp_path / "a.json"), str(tmp_path / "b.json")]
+    assert main([*words, "--output_dir", str(tmp_path / "out")]) == 0
+    ids = [record.id for record in load_records(tmp_path / "out" / "data.json")]
+    assert ids == ["x", "y", "y-2", "y-3", "y-3", "z"]
+    assert "note: 2 ids of earlier files got a number" in capsys.readouterr().err
+
+
 def test_records_of_the_hub_keep_their_other_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import datasets
 

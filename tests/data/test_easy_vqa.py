@@ -6,7 +6,9 @@ import json
 from collections import Counter
 
 from milora_data import easy_vqa
+from milora_data.__main__ import main as milora_data
 from milora_data.assets import fetch
+from support.problems import raises_code
 
 
 def test_every_official_question_is_asked_once_about_its_picture_in_its_split(tmp_path, capsys):
@@ -38,6 +40,8 @@ def test_every_official_question_is_asked_once_about_its_picture_in_its_split(tm
     assert first_answers["yes"] + first_answers["no"] > 0.7 * counts["train.json"]  # not always shape and colour first
     assert easy_vqa.main(["--output_dir", str(folder)]) == 0
     assert "already" in capsys.readouterr().err
+    with raises_code("output-exists", message="python -m milora_data emoji --seed 1 --per_type 60 --variants 0"):
+        milora_data(["emoji", "--seed", "1", "--output_dir", str(folder)])
 
 
 def _pairs(record):

@@ -28,7 +28,8 @@ CREDIT = """\
 
 Pictures: OpenMoji, the open-source emoji and icon project (openmoji.org), version 17.0, licence CC BY-SA 4.0.
 They were rendered from the project's SVG files{changes}.
-Names and categories: emoji-data, MIT licence. Questions: made by `python -m milora_data emoji`, CC BY-SA 4.0.
+Names and categories: emoji-data, MIT licence. Questions: CC BY-SA 4.0, made by
+`{call}`.
 
 | file | records | pictures of |
 |---|---|---|
@@ -61,14 +62,12 @@ COMMAND = Command(
 
 def main(argv: Sequence[str] | None = None) -> int:
     chosen = COMMAND.parse(argv)
-    return create(
-        chosen.output_dir,
-        chosen.format,
-        lambda folder: write(folder, seed=chosen.seed, per_type=chosen.per_type, variants=chosen.variants),
-    )
+    settings = {name: getattr(chosen, name) for name in ("seed", "per_type", "variants")}
+    call = "python -m milora_data emoji " + " ".join(f"--{name} {value}" for name, value in settings.items())
+    return create(chosen.output_dir, chosen.format, call, lambda folder: write(folder, call, **settings))
 
 
-def write(folder: Path, *, seed: int = 0, per_type: int = 60, variants: int = 0) -> dict[str, int]:
+def write(folder: Path, call: str = "", *, seed: int = 0, per_type: int = 60, variants: int = 0) -> dict[str, int]:
     """Write the data set; return the number of records per file. The folder gets its name only when it is complete."""
     emojis = with_colours(catalogue(seed))
     split = {name: [emoji for emoji in emojis if emoji.split == name] for name in ("train", "val", "test")}
@@ -86,7 +85,7 @@ def write(folder: Path, *, seed: int = 0, per_type: int = 60, variants: int = 0)
         _draw(emojis, split["train"], scratch / "images", variants, seed)
         for name, records in files.items():
             (scratch / name).write_text(json.dumps(records, ensure_ascii=False, indent=1), encoding="utf-8")
-        (scratch / "README.md").write_text(_readme(files, split, variants), encoding="utf-8")
+        (scratch / "README.md").write_text(_readme(files, split, variants, call), encoding="utf-8")
     return {name: len(records) for name, records in files.items()}
 
 
@@ -118,7 +117,7 @@ def _variant(code: str, rng: random.Random) -> Image.Image:
     return on_background(canvas, light if rng.random() < 0.5 else (255, 255, 255))
 
 
-def _readme(files: dict[str, list[Record]], split: dict[str, list[Emoji]], variants: int) -> str:
+def _readme(files: dict[str, list[Record]], split: dict[str, list[Emoji]], variants: int, call: str) -> str:
     rows = ""
     for name, records in files.items():
         part = "train" if name.startswith(("train", "captions.")) else name.split(".")[0].removeprefix("captions_")
@@ -126,4 +125,4 @@ def _readme(files: dict[str, list[Record]], split: dict[str, list[Emoji]], varia
         rows += f"| {name} | {len(records)}: {', '.join(f'{n} {kind}' for kind, n in types.items())} "
         rows += f"| {len(split[part])} emoji |\n"
     changes = ", some moved, turned and put on other backgrounds" if variants else ""
-    return CREDIT.format(rows=rows, changes=changes)
+    return CREDIT.format(rows=rows, changes=changes, call=call)

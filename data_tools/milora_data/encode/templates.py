@@ -157,7 +157,7 @@ def get_template(name: str) -> Template:
     name = template_name(name)
     if name == OWN:
         message = f'the template "{OWN}" is the tokenizer\'s own, but no tokenizer is loaded'
-        raise UserError(message, hint="name the model:  --model MODEL")
+        raise UserError(message, hint="a plan shows records in it:  python -m milora_vl.train --model MODEL --dry-run")
     return TEMPLATES[name]
 
 
