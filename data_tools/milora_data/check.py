@@ -18,6 +18,7 @@ from typing import Literal, NamedTuple, TypeAlias
 
 from milora_data.encode.templates import place_images, split_turns
 from milora_data.formats.jsonfile import require_json
+from milora_data.formats.stored import is_stored
 from milora_data.keys import FileKeys, answered, digest, file_key, record_key
 from milora_data.pictures.load import (
     ImageError,
@@ -28,7 +29,7 @@ from milora_data.pictures.load import (
 )
 from milora_data.pictures.videos import require_pyav, require_whole_video
 from milora_data.records.record import IMAGE, Record
-from milora_data.stream import is_json, load_records, record_items
+from milora_data.stream import load_records, record_items
 from milora_vl.common.cli import console as cli
 from milora_vl.common.cli.console import amount
 from milora_vl.common.cli.web import url_problem, web_address
@@ -185,13 +186,13 @@ def scan(path: Path, folder: Path) -> Report:
         report.with_videos += bool(record.videos)
         report.findings += examine(record)
         videos.update(record.video_files)
-        if is_json(path) and (embedded := next(filter(None, (file.content for file in record.files)), None)):
+        if not is_stored(path) and (embedded := next(filter(None, (file.content for file in record.files)), None)):
             size = f"{len(embedded):,} bytes"
             report.findings.append(Finding("embedded_picture", record.source, size, record.id))
         key, of_file = record_key(record, key_of), contents.setdefault(record.source.rpartition(":")[0], {})
         if record.id and of_file.setdefault(record.id, key) != key:
             report.findings.append(Finding("repeated_id", record.source, "an earlier record has this id", record.id))
-        if (earlier := places.setdefault(key, record.source)) != record.source:  # a mixture repeats what it weights
+        if (earlier := places.setdefault(key, record.source)) != record.source:
             report.findings.append(Finding("duplicate", record.source, f"equals {earlier}", record.id))
         for question, answer in answered(record, key_of):
             other, place = answers.setdefault(question, (answer, record.source))
@@ -211,7 +212,7 @@ def scan(path: Path, folder: Path) -> Report:
 
 def readable(source: str | Path, report: Report) -> Iterator[Record]:
     """Yield the records and add a finding to `report` for each other value. Raises `DataError` for a missing file."""
-    if is_json(source):
+    if not is_stored(source):
         require_json(Path(source))
     for item in record_items(source):
         if isinstance(item, Record):

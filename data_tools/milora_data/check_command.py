@@ -16,11 +16,12 @@ from typing import Any
 
 from milora_data.check import KINDS, Report, errors_of, image_folder, scan
 from milora_data.formats.jsonfile import read_objects, write_objects
+from milora_data.formats.stored import is_stored
 from milora_data.hold_out import shared_with
 from milora_data.keys import FileKeys
 from milora_data.pictures.load import convert_words
 from milora_data.records.record import IMAGE, as_llava, parse_record
-from milora_data.stream import is_json, load_records
+from milora_data.stream import load_records
 from milora_vl.common.cli.console import amount, next_step
 from milora_vl.common.cli.parser import DATA, Command, count, option, shared
 from milora_vl.common.errors import DataError, UserError, no_records
@@ -66,9 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if chosen.fix is not None and chosen.fix.exists():
         hint = "nothing was written; name a new file with --fix"
         raise UserError(f"{chosen.fix} exists already", code="output-exists", hint=hint)
-    if chosen.fix is not None and not is_json(chosen.data):
+    if chosen.fix is not None and is_stored(chosen.data):
         message = f"--fix repairs JSON and JSON lines, not {chosen.data}"
-        hint = "convert shards with milora_data convert --from hub; repair the sources of a mixture one by one"
+        hint = "convert it with milora_data convert --from hub"
         raise UserError(message, code="check-fix-unsupported", hint=hint)
     report = scan(chosen.data, folder)
     if not report.records and not report.findings:

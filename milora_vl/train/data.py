@@ -57,7 +57,7 @@ from milora_vl.models.collator_for import collator_for
 from milora_vl.models.loading import split_processor
 from milora_vl.models.losses import supervised_positions
 from milora_vl.train.counts import protected_directions
-from milora_vl.train.recipe import DataConfig, Recipe, SourceConfig, value_of
+from milora_vl.train.recipe import DataConfig, Recipe, value_of
 
 INSPECTED = 100  # records of a stream that are checked before training
 FIRST = 100  # records that are rendered before the model loads
@@ -152,7 +152,7 @@ def source_text(config: DataConfig) -> str:
     return ", ".join(f"{source.weight:g} x {source.path}" for source in config.path)
 
 
-def _inspect_stream(config: DataConfig, path: str | list[SourceConfig]) -> RunData:
+def _inspect_stream(config: DataConfig, path: str | list[Source]) -> RunData:
     """Return the first records of a stream, checked: systematic errors appear before the model loads."""
     if find_spec("torchdata") is None:
         hint, where = "pip install -e '.[data]'", Key.of("data.streaming")
@@ -175,17 +175,14 @@ def _inspect_stream(config: DataConfig, path: str | list[SourceConfig]) -> RunDa
     return _described(found, check, config)
 
 
-def _sources_of(path: str | list[SourceConfig]) -> str | list[Source]:
-    if isinstance(path, str):
-        return path
-    return [Source(source.path, source.weight, source.image_folder) for source in path]
+def _sources_of(path: str | list[Source]) -> list[Source]:
+    return [Source(path=path)] if isinstance(path, str) else path
 
 
-def _load_checked(path: str | list[SourceConfig], config: DataConfig) -> RunData:
+def _load_checked(path: str | list[Source], config: DataConfig) -> RunData:
     report = Report(str(path), str(config.image_folder))
     reader = load_records if config.bad_images == "raise" else partial(readable, report=report)
-    name, sources = path if isinstance(path, str) else source_text(config), _sources_of(path)
-    stream = reader(sources) if isinstance(sources, str) else mixed_records(sources, read=reader)
+    name, stream = path if isinstance(path, str) else source_text(config), mixed_records(_sources_of(path), reader)
     if config.bad_images != "raise":
         stream = _usable(stream, report)
     check = TrainingCheck()

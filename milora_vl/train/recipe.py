@@ -31,6 +31,7 @@ from pydantic import (
 
 import llava_recipes
 from milora_data.encode.templates import template_name
+from milora_data.stream import Source
 from milora_vl.common.cli.console import suggest
 from milora_vl.common.cli.parser import RECORDS
 from milora_vl.common.errors import Key, Problem, UserError
@@ -55,15 +56,9 @@ class Flag(NamedTuple):
     name: str = ""
 
 
-class SourceConfig(Strict):
-    path: str
-    weight: NonNegativeFloat = 1.0  # how often an epoch repeats its records
-    image_folder: str | None = None
-
-
 class DataConfig(Strict):
     path: Annotated[
-        str | Annotated[list[SourceConfig], Field(min_length=1)] | None,
+        str | Annotated[list[Source], Field(min_length=1)] | None,
         Flag(RECORDS, name="data_path"),
         Field(description="a file or a list of {path, weight, image_folder}"),
     ] = None

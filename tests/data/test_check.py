@@ -132,8 +132,6 @@ def test_repeats_and_contradictions_go_by_content(write: Callable[..., Path], ti
     found = scan(path, images).findings
     assert [(f.kind, f.id) for f in found if f.kind != "tiny_picture"] == [("contradiction", "2"), ("duplicate", "3")]
     assert found[0].message == f'"purple", but "blue" in {path}:record 1'
-    (tiny_data / "mix.yaml").write_text(f"sources: [{{path: {path}, weight: 2, image_folder: images}}]")
-    assert [f.id for f in scan(tiny_data / "mix.yaml", images).findings if f.kind == "duplicate"] == ["3", "3"]
 
 
 def test_a_name_in_another_case_and_a_broken_link_are_called_so(

@@ -60,7 +60,9 @@ def test_an_epoch_has_every_record_once_over_all_processes(
         datasets.Dataset.from_list(rows).to_parquet(path)
     found: list[str] = []
     for rank in range(world_size):
-        stream = record_stream(path, shuffle_buffer=8, rank=rank, world_size=world_size, num_workers=workers)
+        stream = record_stream(
+            [Source(path=str(path))], shuffle_buffer=8, rank=rank, world_size=world_size, num_workers=workers
+        )
         share = iter(stream.rows)  # one epoch
         found += [row["record"] for row in share]
         assert len(names(list(islice(stream, 60)))) == 60  # and it never ends
@@ -70,8 +72,8 @@ def test_an_epoch_has_every_record_once_over_all_processes(
 @pytest.mark.parametrize(("workers", "buffer", "stop"), [(0, 0, 1), (0, 16, 23), (0, 16, 61), (2, 0, 23), (2, 16, 61)])
 def test_a_stream_goes_on_with_exactly_what_was_due(workers: int, buffer: int, stop: int, tmp_path: Path) -> None:
     mixture = [
-        Source(str(write(tmp_path / "a.jsonl", [f"a{i}" for i in range(90)])), 3.0),
-        Source(str(write(tmp_path / "b.json", [f"b{i}" for i in range(20)])), 1.0),
+        Source(path=str(write(tmp_path / "a.jsonl", [f"a{i}" for i in range(90)])), weight=3),
+        Source(path=str(write(tmp_path / "b.json", [f"b{i}" for i in range(20)]))),
     ]
 
     def loader() -> Any:
@@ -94,7 +96,7 @@ def test_what_is_broken_comes_as_an_error_in_its_place(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", ["one", "two", "three"])
     lines = path.read_text(encoding="utf-8").split("\n")
     path.write_text("\n".join([lines[0], "{", '{"text": 1}', *lines[1:]]), encoding="utf-8")
-    found = list(islice(record_stream(path, shuffle_buffer=0), 5))
+    found = list(islice(record_stream([Source(path=str(path))], shuffle_buffer=0), 5))
     errors = sorted(str(item).split("\n")[0] for item in found if isinstance(item, DataError))
     assert sorted(item.id for item in found if isinstance(item, Record)) == ["one", "three", "two"]
     assert errors[0].startswith(f"{path}:2: broken JSON")
@@ -110,7 +112,7 @@ def test_shards_of_pictures_stream_with_their_bytes(tmp_path: Path) -> None:
     data = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
     for number in range(2):
         data.to_parquet(tmp_path / f"part-{number}.parquet")
-    found = list(islice(record_stream(tmp_path / "part-*.parquet", shuffle_buffer=2), 6))
+    found = list(islice(record_stream([Source(path=f"{tmp_path}/part-*.parquet")], shuffle_buffer=2), 6))
     pictures = [item.images[0] for item in found if isinstance(item, Record)]
     assert len(pictures) == 6
     assert all(isinstance(picture, Picture) and picture.content[:4] == b"\x89PNG" for picture in pictures)
@@ -133,7 +135,7 @@ def test_a_shard_that_breaks_off_costs_what_is_behind_and_says_where(workers: in
     shard(tmp_path / "a.tar", [*[good] * 6, b"{", good])
     shard(tmp_path / "b.tar", [good] * 3)
     (tmp_path / "c.tar").write_bytes((tmp_path / "b.tar").read_bytes()[:700])
-    stream = record_stream(tmp_path / "*.tar", shuffle_buffer=4, num_workers=workers)
+    stream = record_stream([Source(path=f"{tmp_path}/*.tar")], shuffle_buffer=4, num_workers=workers)
     found = list(islice(loaders.StatefulDataLoader(stream, batch_size=None, num_workers=workers), 11))
     errors = sorted(str(item) for item in found if isinstance(item, DataError))
     assert len(found) - len(errors) == 9
@@ -143,5 +145,5 @@ def test_a_shard_that_breaks_off_costs_what_is_behind_and_says_where(workers: in
     assert "a.tar:6: cannot be read from here on" in capsys.readouterr().out
     datasets.Dataset.from_list([ask("y")]).to_parquet(tmp_path / "a.parquet")
     (tmp_path / "b.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-9])
-    found = list(islice(record_stream(tmp_path / "*.parquet", shuffle_buffer=0), 2))
+    found = list(islice(record_stream([Source(path=f"{tmp_path}/*.parquet")], shuffle_buffer=0), 2))
     assert {type(item) for item in found} == {Record, DataError}

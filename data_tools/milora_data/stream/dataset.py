@@ -18,9 +18,9 @@ import torch
 from datasets.distributed import split_dataset_by_node
 
 from milora_data.formats.jsonfile import FilePart, parts_of, read_part
-from milora_data.formats.stored import HUB, broken_off, files_of, items_of_file, open_hub, row_to_record
+from milora_data.formats.stored import HUB, broken_off, files_of, is_stored, items_of_file, open_hub, row_to_record
 from milora_data.records.record import Record, identifier_of
-from milora_data.stream import Source, is_json, json_items, read_sources, within
+from milora_data.stream import Source, json_items, within
 from milora_vl.common.errors import DataError, UserError, no_records
 
 StreamItem: TypeAlias = Record | UserError
@@ -73,7 +73,7 @@ class RecordStream(torch.utils.data.IterableDataset[StreamItem]):
 
 
 def record_stream(
-    sources: str | Path | Sequence[Source],
+    sources: Sequence[Source],
     *,
     seed: int = 0,
     shuffle_buffer: int = 1000,
@@ -81,14 +81,14 @@ def record_stream(
     world_size: int = 1,
     num_workers: int = 0,
 ) -> RecordStream:
-    """Return the endless stream of one file (or hub:NAME, or a mixture in YAML), or of several sources.
+    """Return the endless stream of one or several sources.
 
     With several sources, each record comes from a source drawn with the probability of its weight
     (`datasets.interleave_datasets`). Shards are shuffled, and `shuffle_buffer` rows are shuffled at a time (0: none).
     `rank` of `world_size` processes gets its part of the rows.
     Raises `UserError` if a file is missing or no source has a weight above 0.
     """
-    used = [source for source in _sources(sources) if source.weight > 0]
+    used = [source for source in sources if source.weight > 0]
     if not used:
         hint = "set a weight above 0 for at least one source"
         raise UserError("no source has a weight above 0", hint=hint)
@@ -105,15 +105,9 @@ def record_stream(
     return RecordStream(rows, seed, buffered=bool(shuffle_buffer))
 
 
-def _sources(sources: str | Path | Sequence[Source]) -> Sequence[Source]:
-    if not isinstance(sources, str | Path):
-        return sources
-    return read_sources(Path(sources))[0] if str(sources).endswith((".yaml", ".yml")) else [Source(str(sources))]
-
-
 def _rows(source: Source, processes: int) -> datasets.IterableDataset:
     """Return the rows of one source: {"record": pickled `Record` or `DataError`}."""
-    if is_json(source.path):
+    if not is_stored(source.path):
         count = -(-MIN_PARTS // processes) * processes
         parts = parts_of(Path(source.path), count, processes)
         if not parts:
@@ -121,9 +115,6 @@ def _rows(source: Source, processes: int) -> datasets.IterableDataset:
         return datasets.IterableDataset.from_generator(
             _json_rows, features=FEATURES, gen_kwargs={"parts": parts, "image_folder": source.image_folder}
         )
-    if source.path.endswith((".yaml", ".yml")):
-        hint = "list its sources in the outer mixture, or train without data.streaming"
-        raise UserError("a mixture within a mixture cannot be streamed", where=source.path, hint=hint)
     if not source.path.startswith(HUB):
         files = {"files": files_of(source.path), "image_folder": source.image_folder}
         return datasets.IterableDataset.from_generator(_stored_rows, features=FEATURES, gen_kwargs=files)

@@ -184,7 +184,7 @@ def parser(prog: str, description: str, epilog: str = "") -> CommandParser:
     )
 
 
-RECORDS = "JSON, JSONL, .parquet, .tar, a folder of save_to_disk, hub:OWNER/NAME, or a mixture (.yaml)"
+RECORDS = "JSON, JSONL, .parquet, .tar, a folder of save_to_disk, or hub:OWNER/NAME"
 OR_ADAPTER = "named model, hub id or folder (default: the base of --adapter)"
 SHARED: dict[str, dict[str, Any]] = {
     "model": {"metavar": "MODEL", "help": "named model, hub id or folder"},
