@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 
 from milora_data.encode.templates import OWN
 from milora_vl.common.cli.console import next_step, run
-from milora_vl.common.cli.parser import Command, flag, option, shared
+from milora_vl.common.cli.parser import Command, option, shared
 from milora_vl.common.compat.transformers import silence_deepspeed
 from milora_vl.common.errors import UserError
 from milora_vl.core.adapter.checkpoints import step_of
 from milora_vl.core.adapter.folders import base_of, holds_text_model
-from milora_vl.export.request import FORMS, VLLM_RANKS, Options, parse_form
+from milora_vl.export.request import FORMS, Options, parse_form
 
 if TYPE_CHECKING:
     from milora_vl.export.write import Exported
@@ -33,7 +33,7 @@ COMMAND = Command(
     """\
 examples:
   python -m milora_vl.export runs/a --to merged --output_dir merged
-  python -m milora_vl.export runs/a --to rank-64 --dtype bfloat16 --with_base      # for servers that limit the rank
+  python -m milora_vl.export runs/a --to rank-64 --dtype bfloat16                 # for servers that limit the rank
   python -m milora_vl.export runs/a --scale 0.7 --to adapter --output_dir weaker  # 0.7 of the update
   python -m milora_vl.export llava-v1.5-7b-lora --to adapter --base vicuna-clip   # from a run of LLaVA
 """,
@@ -43,8 +43,6 @@ examples:
     ),
     settings=(
         shared("scale"),
-        flag("--with_base", "write fully trained modules into a copy of the base"),
-        flag("--remote_code", "add the code of a timm tower, for trust_remote_code=True"),
         option("--vision_tower", metavar="NAME", help="CLIP model for LLaVA's config.json"),
         shared("allow_base_mismatch"),
     ),
@@ -136,8 +134,7 @@ def _print_next(done: Exported) -> None:
             f"next: in LLaVA's repository, BASE in its layout: python scripts/merge_lora_weights.py {flags}\n"
         )
     else:
-        base = folder / "base" if (folder / "base").is_dir() else None
-        model = (folder,) if done.form == "merged" else (base or _base_name(folder), "--adapter", folder)
+        model = (folder,) if done.form == "merged" else (_base_name(folder), "--adapter", folder)
         is_text = holds_text_model(folder)
         question = ("QUESTION",) if is_text else ("--image", "PICTURE", "What is this?")
         is_known = done.form == "merged" and (is_text or done.template == OWN)  # from the folder's chat template
@@ -147,16 +144,9 @@ def _print_next(done: Exported) -> None:
 
 
 def _print_serving(done: Exported) -> None:
-    """Print the command of a server for a merged model, or for a LoRA of one rank beside its base."""
-    folder, rank = done.folder, max((rank for rank, _ in done.layers.values()), default=0)
-    if done.loads_with == "transformers" and done.form == "merged":
-        sys.stderr.write(f"serve: transformers serve {folder}   or: vllm serve {folder}\n")
-    elif done.loads_with == "trust_remote_code" and done.form == "merged":
-        sys.stderr.write(f"serve: transformers serve {folder} --trust-remote-code\n")
-    elif done.loads_with == "transformers" and done.form.startswith("rank"):
-        limit = next((size for size in VLLM_RANKS if size >= rank), VLLM_RANKS[-1])
-        lora = f"--enable-lora --max-lora-rank {limit} --lora-modules tuned={folder}"
-        sys.stderr.write(f"serve: vllm serve {folder / 'base'} {lora}\n")
+    """Print the commands of servers for a merged model, and what servers ignore, refuse and need of a LoRA."""
+    if done.loads_with == "transformers":
+        sys.stderr.write(f"serve: transformers serve {done.folder}   or: vllm serve {done.folder}\n")
     for note in done.servers:
         sys.stderr.write(f"serve: {note}\n")
 
@@ -174,11 +164,6 @@ _TO_LOAD = {
     "milora_vl": (
         "note: its vision tower is a network from timm, which transformers and servers do not know\n"
         "      in Python:                  milora_vl.load_model\n"
-        "      in transformers, its server:  export with --remote_code\n"
-    ),
-    "trust_remote_code": (
-        "note: its vision tower is a network from timm: servers other than transformers' do not load it\n"
-        "      in transformers:  trust_remote_code=True, with timm installed\n"
     ),
 }
 _ORIGINS = {"ours": "an adapter of milora-vl", "plain": "a plain PEFT adapter", "llava": "a LoRA run of LLaVA"}

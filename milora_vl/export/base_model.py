@@ -1,4 +1,4 @@
-"""The base model of an export, loaded on first use; saves it in shards (names for vLLM), its processor, remote code.
+"""The base model of an export, loaded on first use; saves it in shards (names for vLLM), its processor.
 
 An export gets the processor of the run folder (with the chat template of training), else of the base model.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import shutil
 from functools import cached_property
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,7 @@ from milora_vl.common.errors import UserError, at_flag
 from milora_vl.models import loading
 from milora_vl.models.timm_tower import TimmTowerConfig
 
-# The code of a model with a timm tower, and the class that transformers loads from it with trust_remote_code=True.
-CODE_FILES = ("timm_llava.py", "timm_tower.py")
 PREFIXED_TOWERS = ("clip_vision_model", "siglip_vision_model")
-AUTO_MAP = {"AutoConfig": "timm_llava.TimmLlavaConfig"}
 
 
 class ExportBase:
@@ -33,30 +29,30 @@ class ExportBase:
     def __init__(
         self, source: str | Path | nn.Module | None, dtype: torch.dtype | None, *, is_rounded_later: bool = False
     ) -> None:
-        self._source = source
+        self.source = source
         self._dtype = dtype
         self._is_rounded_later = is_rounded_later
 
     @property
     def name(self) -> str:
-        if isinstance(self._source, nn.Module):
+        if isinstance(self.source, nn.Module):
             return str(self.config.name_or_path)
-        if not self._source:
+        if not self.source:
             message, hint = "adapter_config.json does not name the base model", "add:  --base NAME-OR-FOLDER"
             raise UserError(message, where="--base", hint=hint)
-        return str(self._source)
+        return str(self.source)
 
     @cached_property
     def config(self) -> Any:
-        if isinstance(self._source, nn.Module):
-            return self._source.config
+        if isinstance(self.source, nn.Module):
+            return self.source.config
         with at_flag("--base"):
             return loading.config_of(self.name)
 
     @cached_property
     def model(self) -> nn.Module:
-        if isinstance(self._source, nn.Module):
-            return self._source
+        if isinstance(self.source, nn.Module):
+            return self.source
         dtype, saved = self._dtype, self.config.dtype
         if dtype is not None and self._is_rounded_later:  # a model that is built here names no dtype
             dtype = torch.promote_types(dtype, saved if isinstance(saved, torch.dtype) else torch.float32)
@@ -65,22 +61,13 @@ class ExportBase:
 
     def processor(self) -> Any:
         """Return the processor (the tokenizer of a text-only model); None for a loaded model. Needs no weights."""
-        return None if isinstance(self._source, nn.Module) else loading.load_processor(self.name)
+        return None if isinstance(self.source, nn.Module) else loading.load_processor(self.name)
 
 
 def has_timm_tower(config: Any) -> bool:
-    """Return whether transformers needs this package or its code to load a model with this HF config."""
+    """Return whether transformers needs this package to load a model with this HF config."""
     vision = config.to_dict().get("vision_config") or {}
     return bool(vision.get("model_type") == TimmTowerConfig.model_type)
-
-
-def write_code(folder: Path) -> None:
-    """Write the code of a timm tower into a model folder, so that the model loads without this package."""
-    for name in CODE_FILES:
-        (folder / name).write_text((files("milora_vl.models") / name).read_text(encoding="utf-8"), encoding="utf-8")
-    config = folder / "config.json"
-    content = json.loads(config.read_text(encoding="utf-8")) | {"auto_map": AUTO_MAP}
-    config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def save_model(model: Any, folder: Path, dtype: torch.dtype | None = None) -> None:

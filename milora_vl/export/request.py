@@ -1,4 +1,4 @@
-"""What an export is asked for: a form (`--to`) and its options; flags that a form does not read are refused."""
+"""What an export is asked for: a form (`--to`) and its options."""
 
 from __future__ import annotations
 
@@ -30,19 +30,14 @@ class Options:
     base: name, folder or HF id of the base model, or a loaded model, which is modified; by default the model that the
         adapter names.
     dtype: data type of all written tensors; by default as stored.
-    with_base: write fully trained modules into a copy of the base model, so that the adapter holds only LoRA factors.
     vision_tower: the CLIP model for LLaVA's config.json.
-    remote_code: write the code of a timm vision tower into the folder of the full model, which then loads with
-        trust_remote_code=True without this package.
     """
 
     scale: float = 1.0
     base: str | Path | nn.Module | None = None
     dtype: torch.dtype | None = None
-    with_base: bool = False
     vision_tower: str | None = None
     allow_base_mismatch: bool = False
-    remote_code: bool = False
 
 
 def parse_form(to: str) -> tuple[str, int | None]:
@@ -58,14 +53,3 @@ def parse_form(to: str) -> tuple[str, int | None]:
         hint = f"{known}\ndid you mean {near[0]}?" if near else known
         raise UserError(f"unknown form {to!r}", where="--to", hint=hint)
     return to, None
-
-
-def require_fitting(to: str, options: Options) -> None:
-    form, _ = parse_form(to)
-    for flag, is_set, applies in (
-        ("--with_base", options.with_base, form in ("adapter", "rank")),
-        ("--remote_code", options.remote_code, options.with_base or form == "merged"),
-    ):
-        if is_set and not applies:
-            message, hint = f"does not apply to --to {to}", "remove the flag"
-            raise UserError(message, code="flag-no-effect", where=flag, hint=hint)

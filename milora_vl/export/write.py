@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import tempfile
 import warnings
@@ -25,8 +26,8 @@ from milora_vl.core.adapter.folders import from_there, moved
 from milora_vl.core.adapter.load import load_adapter
 from milora_vl.core.adapter.sidecar import fitted, locate, new_paths, read_sidecar
 from milora_vl.core.policy.towers import canonical_names, find_towers
-from milora_vl.export.base_model import ExportBase, copy_processor, has_timm_tower, save_model, write_code
-from milora_vl.export.request import VLLM_RANKS, Options, parse_form, require_fitting
+from milora_vl.export.base_model import ExportBase, copy_processor, has_timm_tower, save_model
+from milora_vl.export.request import VLLM_RANKS, Options, parse_form
 from milora_vl.interop.imported import (
     AdapterKind,
     import_adapter,
@@ -38,12 +39,12 @@ from milora_vl.interop.imported import (
 from milora_vl.interop.llava_layout import config_for_llava, read_llava, write_llava
 from milora_vl.interop.lora_folder import LowRank, PlainAdapter, read_config, read_plain, write_ours, write_plain
 from milora_vl.interop.scale import require_linear, require_scale, scaled
-from milora_vl.models.loading import meta_model
+from milora_vl.models.loading import meta_model, weights_folder
 from milora_vl.models.names import SAME_WEIGHTS
 from milora_vl.models.prompts import trained_template
 
-# What loading a full model needs: only transformers, this package, or its own code with trust_remote_code=True.
-LoadsWith = Literal["transformers", "milora_vl", "trust_remote_code"]
+# What loading a full model needs.
+LoadsWith = Literal["transformers", "milora_vl"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,7 @@ class Exported:
     """The result of an export. `template`: the prompt format of the training. `layers`: rank and error per module.
 
     `total`: relative error of the whole change by recompression, or by rounding to another data type. `loads_with`:
-    what is needed to load the full model in the folder (merged, base/); None without one. `exact_rank`: the N
+    what is needed to load a merged model; None for an adapter. `exact_rank`: the N
     at which rank-N keeps the whole change. `dtype`, `rounding`: the data type of a merged model, and the largest change
     of a weight by rounding to it. `servers`: what servers ignore, refuse and need of a LoRA.
     """
@@ -76,7 +77,6 @@ def export(folder: str | Path, to: str, output_dir: str | Path, options: Options
     """
     options, source, target = options or Options(), Path(folder), Path(output_dir)
     form, rank = parse_form(to)
-    require_fitting(to, options)
     require_scale(options.scale)
     if not isinstance(options.dtype, torch.dtype | None):
         hint = "for example  Options(dtype=torch.bfloat16)"
@@ -170,15 +170,6 @@ class ExportJob:
             changes.append(_round(parameter, self.options.dtype or dtypes.get(name, parameter.dtype)))
         return merged, max(changes)
 
-    def full_model_loads_with(self, base: ExportBase) -> LoadsWith:
-        """Return what a written full model needs to load. Raises UserError if `--remote_code` is set without need."""
-        if has_timm_tower(base.config):
-            return "trust_remote_code" if self.options.remote_code else "milora_vl"
-        if self.options.remote_code:
-            message = f"{base.name} has no vision tower from timm, so it loads in plain transformers"
-            raise UserError(message, code="flag-no-effect", where="--remote_code", hint="remove the flag")
-        return "transformers"
-
 
 def _notes(job: ExportJob) -> list[str]:
     try:
@@ -198,15 +189,23 @@ def _write_scaled(job: ExportJob, folder: Path) -> None:
 
 def write_merged(job: ExportJob) -> Exported:
     base = ExportBase(job.base, job.options.dtype, is_rounded_later=True)
-    loads_with = job.full_model_loads_with(base)
     model, rounding = job.merged(base)
     save_model(model, job.out, job.options.dtype)
-    _complete(job, base, job.out, loads_with)
+    copy_processor(job.folder, job.out, base)
+    _copy_sentencepiece(base, job.out)
     written = job.out / "chat_template.jinja"
     if job.result.template == OWN and written.is_file():
         written.write_text(TRAINED_WITH + written.read_text(encoding="utf-8"), encoding="utf-8")
+    loads_with: LoadsWith = "milora_vl" if has_timm_tower(base.config) else "transformers"
     dtypes = {str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()}
     return replace(job.result, loads_with=loads_with, dtype=", ".join(sorted(dtypes)), rounding=rounding)
+
+
+def _copy_sentencepiece(base: ExportBase, folder: Path) -> None:
+    """Copy the tokenizer.model of the base, which transformers 5 does not save and llama.cpp needs."""
+    source = None if isinstance(base.source, nn.Module) else weights_folder(base.name)
+    if source is not None and (source / SENTENCEPIECE).is_file():
+        shutil.copyfile(source / SENTENCEPIECE, folder / SENTENCEPIECE)
 
 
 def write_llava_form(job: ExportJob) -> Exported:
@@ -224,26 +223,24 @@ def write_llava_form(job: ExportJob) -> Exported:
 
 def write_adapter(job: ExportJob) -> Exported:
     base, dtype = ExportBase(job.base, job.options.dtype), job.options.dtype
-    adapter = job.read(base, needs_base=job.options.with_base or job.kind != "ours")
+    adapter = job.read(base, needs_base=job.kind != "ours")
     total = None
     if dtype is not None:
         total = total_error({path: loss_of(low, low.cast(dtype)) for path, low in adapter.factors.items()})
-    adapter, loads_with = _with_base(job, adapter, base)
     write_ours(adapter.cast(dtype), job.out)
     copy_processor(job.folder, job.out, base)
-    return replace(job.result, total=total, loads_with=loads_with)
+    return replace(job.result, total=total)
 
 
 def write_rank(job: ExportJob) -> Exported:
     base = ExportBase(job.base, job.options.dtype)
-    adapter = job.read(base, needs_base=job.options.with_base)
+    adapter = job.read(base, needs_base=False)
     exact = max((low.rank for low in adapter.factors.values()), default=None)
     adapter, losses = recompress(adapter, job.rank, job.options.dtype)
-    adapter, loads_with = _with_base(job, adapter, base)
     write_plain(adapter.cast(job.options.dtype), job.out, uniform=True)
     copy_processor(job.folder, job.out, base)
     layers = {path: (loss.rank, loss.error) for path, loss in losses.items()}
-    return replace(job.result, layers=layers, total=total_error(losses), loads_with=loads_with, exact_rank=exact)
+    return replace(job.result, layers=layers, total=total_error(losses), exact_rank=exact)
 
 
 WRITERS: dict[str, Callable[[ExportJob], Exported]] = {
@@ -266,40 +263,6 @@ def _trained_in_full(model: nn.Module, folder: Path) -> list[str]:
 def _round(weight: nn.Parameter, dtype: torch.dtype) -> float:
     exact, weight.data = weight.data, weight.data.to(dtype)
     return 0.0 if exact.dtype == dtype or not exact.numel() else float((exact - weight.data).abs().max())
-
-
-def _complete(job: ExportJob, base: ExportBase, folder: Path, loads_with: LoadsWith) -> None:
-    copy_processor(job.folder, folder, base)
-    if loads_with == "trust_remote_code":
-        write_code(folder)
-
-
-def _with_base(job: ExportJob, adapter: PlainAdapter, base: ExportBase) -> tuple[PlainAdapter, LoadsWith | None]:
-    """With `with_base`, write a copy of the base that has the fully trained modules, which leave the adapter."""
-    if not job.options.with_base:
-        return adapter, None
-    loads_with = job.full_model_loads_with(base)
-    if adapter.whole:
-        sys.stderr.write(
-            f"note: {job.result.folder / 'base'} contains the fully trained modules of this run "
-            f"({len(adapter.whole):,} tensors); do not use it with adapters of other runs\n"
-        )
-    _write_into(adapter, base)
-    save_model(base.model, job.out / "base", job.options.dtype)
-    _complete(job, base, job.out / "base", loads_with)
-    sidecar = adapter.sidecar
-    if sidecar is not None:
-        sidecar = replace(sidecar, targets=[t for t in sidecar.targets if t.method != "full"])
-    return replace(adapter, whole={}, base=str(job.result.folder / "base"), sidecar=sidecar), loads_with
-
-
-def _write_into(adapter: PlainAdapter, base: ExportBase) -> None:
-    """Write the modules trained in full into the loaded base model. Raises UserError if it has not all of them."""
-    _, unknown = base.model.load_state_dict(dict(adapter.whole), strict=False)
-    if unknown:
-        message = f"the base model has no {unknown[0]}, which the adapter trained"
-        hint = "name the base model of the adapter:  --base NAME-OR-FOLDER"
-        raise UserError(message, code="adapter-wrong-base", where="--base", hint=hint)
 
 
 @dataclass(frozen=True, slots=True)
@@ -371,6 +334,8 @@ VLLM_PLAIN_PROJECTORS = ("internvl", "llava_onevision")
 
 RENAMED = ("clip_vision_model", "siglip_vision_model")  # in LLaVA, vLLM's names have `vision_model.` in them
 
+SENTENCEPIECE = "tokenizer.model"
+
 TOWER_FLAG = "--enable-tower-connector-lora"
 
 SERVERS = (
@@ -379,11 +344,11 @@ SERVERS = (
     ("clip", "vLLM crashed on a small LLaVA with a CLIP tower with " + TOWER_FLAG + ": use --to merged"),
     ("lost", "vLLM ignores the part for the {lost}, also with " + TOWER_FLAG + ": use --to merged"),
     ("plain projector", "vLLM refuses the folder for its projector: use --to merged"),
-    ("whole", "vLLM refuses modules trained in full: use --with_base or --to merged"),
+    ("whole", "vLLM refuses modules trained in full: use --to merged"),
     ("scales", "vLLM before 0.32 ignores alpha_pattern: use --to rank-N"),
     ("projector", "SGLang refuses the folder for its projector: use --to merged"),
     ("vision", "SGLang mixes the vision tower with the language tower, or refuses it: use --to merged"),
-    ("whole", "SGLang ignores modules trained in full: use --with_base or --to merged"),
+    ("whole", "SGLang ignores modules trained in full: use --to merged"),
     ("ranks", "SGLang refuses modules of several ranks: use --to rank-N"),
     ("scales", "SGLang ignores alpha_pattern: use --to rank-N"),
     ("lora", "transformers serve refuses LoRA folders: use --to merged"),

@@ -1,8 +1,7 @@
 """A timm encoder as the vision tower of a LLaVA: forward pass, pooling to a grid, normalization.
 
 timm outputs feature maps (NCHW, or tokens after prefix tokens); LLaVA expects (batch, tokens, channels). The tower
-pools the maps to a grid, normalizes every level and concatenates the levels. `export --remote_code` copies this file
-into models, so it imports nothing from this package.
+pools the maps to a grid, normalizes every level and concatenates the levels.
 """
 
 from __future__ import annotations

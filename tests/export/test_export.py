@@ -172,16 +172,6 @@ def test_recompression_loses_what_it_says(run, form: str, dtype: torch.dtype | N
         assert done.total > 0.01
 
 
-def test_with_base_the_adapter_is_lora_alone(run) -> None:
-    export(run.root / "adapter", "rank-12", run.root / "served", Options(with_base=True, dtype=torch.float32))
-    config = json.loads((run.root / "served" / "adapter_config.json").read_text(encoding="utf-8"))
-    assert config["modules_to_save"] is None
-    assert config["rank_pattern"] == config["alpha_pattern"] == {}
-    assert config["base_model_name_or_path"] == str(run.root / "served" / "base")
-    base = AutoModelForImageTextToText.from_pretrained(run.root / "served" / "base")
-    assert same(run, PeftModel.from_pretrained(base, run.root / "served"))
-
-
 def test_a_plain_peft_folder_becomes_ours(run) -> None:
     config = LoraConfig(r=3, lora_alpha=5, target_modules=[Q], use_rslora=True, task_type="CAUSAL_LM")
     model = get_peft_model(fresh(run.root), config)
@@ -229,8 +219,6 @@ def test_rank_r_keeps_the_rank_of_each_rule(run) -> None:
 def test_another_base_is_refused(run, tiny_llava: Factory) -> None:
     with raises_code("adapter-wrong-base"):
         export(run.root / "adapter", "merged", run.root / "out", Options(base=tiny_llava(seed=1)[0]))
-    with raises_code("adapter-wrong-base"):
-        export(run.root / "adapter", "rank-2", run.root / "out", Options(base=tiny_llava(seed=1)[0], with_base=True))
     assert {path.name for path in run.root.iterdir()} == {"base", "adapter"}
 
 
@@ -261,7 +249,6 @@ def test_the_command(run, capsys, monkeypatch) -> None:
     for arguments, code, says in (
         (("--to", "rank-2"), "output-exists", "adapter-rank-2"),
         (("--to", "mergd"), "", r"did you mean merged\?"),
-        (("--to", "merged", "--with_base"), "flag-no-effect", "^--with_base: does not apply to --to merged"),
         (("--to", "merged", "--base", str(run.root / "nowhere" / "x")), "model-unknown", "^--base: "),
     ):
         with raises_code(code, says=says):

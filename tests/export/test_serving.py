@@ -10,16 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from milora_data.records.record import Turn
 from milora_eval.__main__ import main as evaluate
-from milora_vl import apply_milora, compose, load_model, save_adapter
+from milora_vl import load_model
 from milora_vl.chat.__main__ import main as chat
-from milora_vl.export import Options, export
-from milora_vl.models.generate import Prompt, generate
+from milora_vl.export import export
 from milora_vl.models.tiny import tiny_llava
 from milora_vl.train.command import main as train
 from support import official_data
-from support.adapter_cases import move
 from support.drawn import write_tiny_data
 from support.eval_questions import write_questions
 from support.served import ask, serving
@@ -56,23 +53,6 @@ def test_the_server_of_transformers_answers_as_chat_does(run: Path, capsys: Any)
     said = capsys.readouterr().out.strip()
     with serving(command(run / "merged")) as address:
         assert ask(address, run / "merged", "What colour is it?", picture) == said
-
-
-def test_the_server_reads_a_timm_tower_by_the_code_beside_it(run: Path, tmp_path: Path) -> None:
-    parts = ["--vision", "timm/test_vit", "--vision_weights", "random", "--language", "tiny-text"]
-    compose.main([*parts, "--output_dir", str(tmp_path / "base")])
-    rules = "[{modules: language, method: milora, rank: 4}, {modules: projector, method: lora, rank: 2}]"
-    model = apply_milora(load_model(tmp_path / "base")[0], rules)
-    move(model, 0.5)
-    save_adapter(model, tmp_path / "adapter")
-    export(tmp_path / "adapter", "merged", tmp_path / "merged", Options(remote_code=True))
-    model, processor = load_model(tmp_path / "merged")
-    picture = run / "data" / "images" / "0.png"
-    with serving([*command(tmp_path / "merged"), "--trust-remote-code"]) as address:
-        for question, pictures in (("<image>\nWhat?", (picture,)), ("Why?", ())):
-            (wanted,) = generate(model, processor, [Prompt((Turn("user", question),), pictures)], max_new_tokens=8)
-            asked = question.removeprefix("<image>\n")
-            assert ask(address, tmp_path / "merged", asked, *pictures) == wanted.text
 
 
 def redraw(folder: Path) -> None:

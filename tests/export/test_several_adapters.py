@@ -10,16 +10,12 @@ import torch
 from peft import PeftModel
 from peft.utils.hotswap import hotswap_adapter
 from torch import nn
-from transformers import AutoModelForImageTextToText
 
 from milora_vl import apply_milora, load_model, save_adapter
-from milora_vl.export import Options, export
+from milora_vl.export import export
 from support.adapter_cases import llava_batch, move
 
-POLICY = (
-    "[{modules: language, method: milora, protect: 0, rank: 2}, "
-    "{modules: projector, method: full, learning_rate: 1.0e-3}]"
-)
+POLICY = "[{modules: language, method: milora, protect: 0, rank: 2}, {modules: projector, method: lora, rank: 2}]"
 
 
 @torch.no_grad()
@@ -29,39 +25,33 @@ def logits(model: nn.Module) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def made(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """Two adapters of the default kind with one projector, the logits of each, and both exported with their base."""
+    """Two adapters, the logits of each, and both exported."""
     root = tmp_path_factory.mktemp("swap")
-    expected, projector = {}, {}
+    expected = {}
     for name, size in (("a", 0.05), ("b", 0.2)):
         model = apply_milora(load_model(tiny_folder)[0], POLICY)
         move(model, size)
-        trained = {key: p for key, p in model.named_parameters() if "modules_to_save" in key}
-        with torch.no_grad():
-            for key, parameter in trained.items():
-                parameter.copy_(projector.setdefault(key, parameter.clone()))
-        assert trained
         expected[name] = logits(model)
         save_adapter(model, root / name)
         for form in ("adapter", "rank-4"):
-            export(root / name, form, root / form / name, Options(with_base=True))
+            export(root / name, form, root / form / name)
     assert not torch.allclose(expected["a"], expected["b"], atol=1e-2)
     return SimpleNamespace(root=root, base=tiny_folder, logits=expected)
 
 
 @pytest.fixture(params=["adapter", "rank-4"])
 def folder(made: SimpleNamespace, request: pytest.FixtureRequest) -> Path:
-    """The two adapters in one of the forms, each with its base."""
+    """The two adapters in one of the forms."""
     return made.root / request.param
 
 
 @pytest.fixture
-def served(folder: Path) -> PeftModel:
-    """As docs/export.md has it: stock PEFT, on the base that holds the projector."""
-    base = AutoModelForImageTextToText.from_pretrained(folder / "a" / "base")
-    return PeftModel.from_pretrained(base, folder / "a")
+def served(made: SimpleNamespace, folder: Path) -> PeftModel:
+    """As docs/export.md has it: stock PEFT."""
+    return PeftModel.from_pretrained(load_model(made.base)[0], folder / "a")
 
 
-def test_adapters_exported_with_their_base_are_hot_swapped_by_stock_peft(
+def test_exported_adapters_are_hot_swapped_by_stock_peft(
     made: SimpleNamespace, folder: Path, served: PeftModel
 ) -> None:
     torch.testing.assert_close(logits(served), made.logits["a"], atol=1e-5, rtol=0)
@@ -69,7 +59,7 @@ def test_adapters_exported_with_their_base_are_hot_swapped_by_stock_peft(
     torch.testing.assert_close(logits(served), made.logits["b"], atol=1e-5, rtol=0)
 
 
-def test_adapters_exported_with_their_base_are_added_up_by_stock_peft(folder: Path, served: PeftModel) -> None:
+def test_exported_adapters_are_added_up_by_stock_peft(folder: Path, served: PeftModel) -> None:
     served.load_adapter(str(folder / "b"), "b")
     path = "model.language_model.layers.0.mlp.up_proj"
     layer = served.get_base_model().get_submodule(path)
@@ -77,13 +67,6 @@ def test_adapters_exported_with_their_base_are_added_up_by_stock_peft(folder: Pa
     for how, options in (("cat", {}), ("svd", {"svd_rank": 8})):
         served.add_weighted_adapter(["default", "b"], [0.3, 0.7], how, combination_type=how, **options)
         torch.testing.assert_close(layer.get_delta_weight(how), expected, atol=1e-5, rtol=0)
-
-
-def test_with_a_projector_of_its_own_an_adapter_is_switched_to(made: SimpleNamespace) -> None:
-    model = PeftModel.from_pretrained(load_model(made.base)[0], made.root / "a")
-    model.load_adapter(str(made.root / "b"), "b")
-    model.set_adapter("b")
-    torch.testing.assert_close(logits(model), made.logits["b"], atol=1e-5, rtol=0)
 
 
 def test_on_a_model_of_ours_peft_adds_the_updates_exactly() -> None:

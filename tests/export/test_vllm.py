@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from milora_vl.chat.__main__ import main as chat
-from milora_vl.export import Options, export
+from milora_vl.export import export
 from milora_vl.export.base_model import save_model
 from milora_vl.models.tiny import tiny_llama, tiny_llava
 from milora_vl.train.command import main as train
@@ -52,10 +52,11 @@ def test_vllm_answers_as_chat_does(kind: str, tiny_data: Path, tmp_path: Path, c
     write_base(kind, base)
     data = ["--data_path", str(tiny_data / "train.json"), "--image_folder", str(tiny_data / "images")]
     data = data if kind == "llava" else ["--data_path", str(text_records(tiny_data))]
-    sizes = ["--rank", "8", "--max_steps", "20", "--learning_rate", "0.01"]
+    rules = "[{modules: language, method: milora, rank: 8, learning_rate: 0.01}]"
+    sizes = ["--policy", rules, "--max_steps", "20"]
     train(["--model", str(base), *data, *sizes, "--use_cpu", "--output_dir", str(run)])
     export(run, "merged", merged)
-    export(run, "rank-16", served, Options(with_base=True))
+    export(run, "rank-16", served)
     asked = ["--max_new_tokens", "8", *(["--image", str(picture)] if picture else []), QUESTION]
     capsys.readouterr()
     chat(["--model", str(base), "--adapter", str(run), *asked])
@@ -63,7 +64,7 @@ def test_vllm_answers_as_chat_does(kind: str, tiny_data: Path, tmp_path: Path, c
     with serving([*SERVER, *LIMITS, "--model", merged], 600, **ENVIRONMENT) as address:
         assert ask(address, merged, QUESTION, picture) == said
     lora = ["--enable-lora", "--max-lora-rank", "16", "--lora-modules", f"tuned={served}"]
-    with serving([*SERVER, *LIMITS, "--model", served / "base", *lora], 600, **ENVIRONMENT) as address:
+    with serving([*SERVER, *LIMITS, "--model", base, *lora], 600, **ENVIRONMENT) as address:
         assert ask(address, "tuned", QUESTION, picture) == said
 
 

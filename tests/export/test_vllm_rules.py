@@ -18,7 +18,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from milora_vl import apply_milora, load_model, save_adapter
-from milora_vl.export import Options, export
+from milora_vl.export import export
 from milora_vl.export.__main__ import main
 from milora_vl.export.request import VLLM_RANKS
 from support.adapter_cases import LLAVA_POLICY, move
@@ -79,21 +79,24 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def test_a_projector_trained_in_full_is_refused_by_vllm(trained: Path) -> None:
-    """Hence --with_base, or --to merged."""
+    """Hence --to merged."""
     (reason,) = refused(read(trained / "a"))
     assert "multi_modal_projector" in reason
 
 
 @pytest.mark.parametrize("form", ["adapter", "rank-12"])
-def test_vllm_computes_the_update_of_an_export_with_its_base(trained: Path, tmp_path: Path, form: str) -> None:
-    export(trained / "a", form, tmp_path / "out", Options(with_base=True))
+def test_vllm_computes_the_update_of_an_export(trained: Path, tmp_path: Path, form: str) -> None:
+    model = apply_milora(load_model(trained / "base")[0], LLAVA_POLICY[:3])  # of the language tower
+    move(model)
+    save_adapter(model, tmp_path / "a")
+    export(tmp_path / "a", form, tmp_path / "out")
     config, weights = read(tmp_path / "out"), load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert refused(config) == []
     ignored = {key: value for key, value in config.items() if key not in READ | HARMLESS}
     assert {key for key, value in ignored.items() if value} == set()
     patterns = (config["rank_pattern"], config["alpha_pattern"])
     assert patterns == ({}, {}) if form != "adapter" else all(patterns)
-    stock = PeftModel.from_pretrained(load_model(trained / "base")[0], trained / "a").get_base_model()
+    stock = PeftModel.from_pretrained(load_model(trained / "base")[0], tmp_path / "a").get_base_model()
     names = {match[1] for key in weights if (match := re.fullmatch(r"base_model\.model\.(.+)\.lora_A\.weight", key))}
     assert len(weights) == 2 * len(names) == 2 * 14
     for module in names:
@@ -103,9 +106,6 @@ def test_vllm_computes_the_update_of_an_export_with_its_base(trained: Path, tmp_
 
 
 def test_the_command_that_serves_an_export_is_printed(trained: Path, tmp_path: Path, capsys) -> None:
-    main([str(trained / "a"), "--to", "rank-12", "--with_base", "--output_dir", str(tmp_path / "lora")])
     main([str(trained / "a"), "--to", "merged", "--output_dir", str(tmp_path / "merged")])
     said = capsys.readouterr().err
-    lora = f"{tmp_path / 'lora' / 'base'} --enable-lora --max-lora-rank 16 --lora-modules tuned={tmp_path / 'lora'}"
-    assert f"serve: vllm serve {lora}\n" in said
     assert f"serve: transformers serve {tmp_path / 'merged'}" in said

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from milora_vl import apply_milora, load_model, save_adapter
 from milora_vl.compose import __main__ as compose
-from milora_vl.export import Options, export
+from milora_vl.export import export
 from milora_vl.models.timm_tower import TimmTower, TimmTowerConfig
 from support.adapter_cases import move
 from support.programs import run as run_program
@@ -48,71 +47,37 @@ def logits(model: torch.nn.Module, root: Path) -> torch.Tensor:
 # Saves the logits of a merged model, in a process in which nothing is registered yet.
 LOAD = """
 import sys
-{first}
+
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForMultimodalLM, AutoProcessor
-from transformers import AutoModelForImageTextToText, dynamic_module_utils
+from transformers import AutoModelForImageTextToText
 
-folder, root, options = sys.argv[1], sys.argv[2], {options}
-dynamic_module_utils.HF_MODULES_CACHE = root + "/modules"
-assert type(AutoConfig.from_pretrained(folder, **options).vision_config).__name__ == "TimmTowerConfig"
-assert AutoProcessor.from_pretrained(folder, **options).tokenizer
-assert AutoImageProcessor.from_pretrained(folder, **options).do_pad
-model = AutoModelForImageTextToText.from_pretrained(folder, **options)
-assert type(AutoModelForMultimodalLM.from_pretrained(folder, **options)) is type(model)  # as `transformers serve` does
+from milora_vl.models.timm_tower import register
+
+folder, root = sys.argv[1:]
+register()
+assert type(AutoConfig.from_pretrained(folder).vision_config).__name__ == "TimmTowerConfig"
+assert AutoProcessor.from_pretrained(folder).tokenizer
+assert AutoImageProcessor.from_pretrained(folder).do_pad
+model = AutoModelForImageTextToText.from_pretrained(folder)
+assert type(AutoModelForMultimodalLM.from_pretrained(folder)) is type(model)  # as `transformers serve` does
 pixels = load_file(root + "/pixels.safetensors")["pixels"]
 with torch.no_grad():
     found = model(input_ids=torch.tensor({ids}), pixel_values=pixels).logits
 save_file({{"logits": found}}, root + "/found.safetensors")
-{then}
 """
-REGISTERED = "from milora_vl.models.timm_tower import register; register()"
-WITHOUT_US = """
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("milora_vl", "milora_data"):
-            raise ModuleNotFoundError(f"{name} is hidden", name=name)
-
-sys.meta_path.insert(0, Blocker())
-"""
-
-
-def loaded(folder: Path, root: Path, first: str, *, trusted: bool, then: str = "") -> torch.Tensor:
-    options = '{"trust_remote_code": True}' if trusted else "{}"
-    code = LOAD.format(first=first, options=options, ids=INPUTS["input_ids"], then=then)
-    done = run_program(["-c", code, str(folder), str(root)], cwd=root)
-    assert done.returncode == 0, done.stderr
-    return load_file(root / "found.safetensors")["logits"]
 
 
 def test_a_merged_model_loads_after_the_tower_is_registered(made: SimpleNamespace, tmp_path: Path) -> None:
     done = export(made.root / "adapter", "merged", tmp_path / "merged")
     assert done.loads_with == "milora_vl"
     assert not list((tmp_path / "merged").glob("*.py"))
-    found = loaded(tmp_path / "merged", made.root, REGISTERED, trusted=False)
+    code = LOAD.format(ids=INPUTS["input_ids"])
+    ran = run_program(["-c", code, str(tmp_path / "merged"), str(made.root)], cwd=made.root)
+    assert ran.returncode == 0, ran.stderr
+    found = load_file(made.root / "found.safetensors")["logits"]
     torch.testing.assert_close(found, made.logits, atol=1e-5, rtol=0)
-
-
-def test_a_merged_model_with_its_code_loads_without_the_package(made: SimpleNamespace, tmp_path: Path) -> None:
-    done = export(made.root / "adapter", "merged", tmp_path / "merged", Options(remote_code=True))
-    assert done.loads_with == "trust_remote_code"
-    again = "".join(
-        f'{saved}.save_pretrained("{tmp_path}/again")\n' for saved in ("model", "AutoProcessor.from_pretrained(folder)")
-    )
-    found = loaded(tmp_path / "merged", made.root, WITHOUT_US, trusted=True, then=again)
-    torch.testing.assert_close(found, made.logits, atol=1e-5, rtol=0)
-    for folder, first in (("again", WITHOUT_US), ("merged", REGISTERED)):
-        found = loaded(tmp_path / folder, made.root, first, trusted=True)
-        torch.testing.assert_close(found, made.logits, atol=1e-5, rtol=0)
-
-
-def test_what_is_loaded_here_names_no_code_when_it_is_saved(made: SimpleNamespace, tmp_path: Path) -> None:
-    export(made.root / "adapter", "merged", tmp_path / "merged", Options(remote_code=True))
-    model = load_model(tmp_path / "merged")[0]
-    torch.testing.assert_close(logits(model, made.root), made.logits, atol=1e-5, rtol=0)
-    model.save_pretrained(tmp_path / "saved")
-    assert "auto_map" not in json.loads((tmp_path / "saved" / "config.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from milora_vl.core.svd.gram import full_precision
-from milora_vl.core.svd.search import EXTRA, Search
-from milora_vl.core.svd.triplets import Inverse, refine_left_vectors, triplets
+from milora_vl.core.svd.search import EXTRA, Search, triplets
 
 Part = Literal["minor", "principal", "random"]
 Method = Literal["auto", "exact", "fast"]
@@ -172,16 +171,11 @@ def _by_gram_matrix(
     index = _positions(W.shape[1], rank, part, generator)
     wanted = torch.zeros(len(squares), dtype=torch.bool, device=W.device)
     wanted[index.to(W.device)] = True
-    others = ~wanted & (squares > 1e-14 * squares[0])
-    basis, weights = vectors[:, others], 1 / squares[others, None]
-    inverse = Inverse(lambda P: basis @ (weights * (basis.T @ P)), is_safe=True)
-    V = vectors[:, wanted]
-    U, S, V = triplets(wide @ V, V)
+    U, S, V = triplets(wide @ vectors[:, wanted], vectors[:, wanted])
+    if refines_left and float(torch.linalg.vector_norm(wide.T @ U - V * S)) > 1e-6 * norm:
+        return None  # left vectors of zeros
     sigma_max = float(squares[0].sqrt())
-    clean = refine_left_vectors(wide, U, S, V, sigma_max, inverse, generator) if refines_left else U
-    if clean is None or (refines_left and float(torch.linalg.vector_norm(wide.T @ clean - V * S)) > 1e-6 * norm):
-        return None
-    return Factors(clean.to(W.dtype), S.to(W.dtype), V.T.to(W.dtype), index, norm, sigma_max, 0.0, "eigh")
+    return Factors(U.to(W.dtype), S.to(W.dtype), V.T.to(W.dtype), index, norm, sigma_max, 0.0, "eigh")
 
 
 def _by_svd(W: Tensor, norm: float, rank: int, part: Part, generator: torch.Generator) -> Factors:

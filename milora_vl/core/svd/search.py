@@ -16,6 +16,7 @@ Steps 2 and 3 prove that, and step 4 removes the rounding.
    elsewhere they are at least t.
 4. Theta and R are computed from W and not from the Gram matrix. Rounding in the Gram matrix then only makes the
    correction slower, and not the result less accurate.
+5. `_polished` removes from V what rounding has left of strong directions, so that W V gives the left vectors too.
 
 If the matrix of step 2 is not positive definite, V misses directions. The search then uses a lower t, and finds the
 missing directions with block Lanczos on the inverse of the matrix that can be factored.
@@ -35,8 +36,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from milora_vl.core.svd.gram import cholesky, flatten, gram_matrix
-from milora_vl.core.svd.triplets import Inverse, refine_left_vectors, transpose, triplets
+from milora_vl.core.svd.gram import ROWS, cholesky, flatten, gram_matrix
 
 EXTRA = 16  # columns of V beyond the rank: they separate t from the wanted eigenvalues
 ROUNDS = 5  # the largest number of corrections
@@ -44,7 +44,7 @@ CONVERGED = 0.12  # stop Lanczos when a block changes the wanted energy by less;
 CLUSTERED = 0.1  # sharpen V if the first wanted eigenvalue is more than this share of the last
 BASIS = 5  # the largest Lanczos basis, as a multiple of the columns of V
 MISSING_BLOCKS = 4  # Lanczos blocks in the search for missing directions
-SAFE = 1e-4  # share of the largest singular value below which left vectors need a safe inverse
+LOST = 1e-3  # share of ||W||_F by which left vectors of zeros may miss W'U = V S
 NOISE_LIMIT = 0.05  # largest rounding error of the Gram matrix, as a share of t
 
 
@@ -107,8 +107,7 @@ class Search:
         self.sigma_max = max(mean, self.flat.sigma_max) if len(self.flat.damping) else mean
         if self.sign < 0:
             self.G.neg_()
-        self.newest: Factor | None = None
-        self.plain: Factor | None = None  # the first factor, of H plus a small multiple of I
+        self.plain: Factor | None = None  # of H plus a small multiple of I
         V = self._guess()
         if V is None:
             return None
@@ -141,47 +140,36 @@ class Search:
         return None
 
     def _result(self, space: Space, excess: float) -> BoundedTriplets | None:
-        """Return the triplets of the space, or None if refining the left vectors changes their certified norm."""
-        U, S, V = triplets(space.Y[:, : self.rank], space.V[:, : self.rank])
-        refined: tuple[Tensor, Tensor, Tensor] | None = U, S, V
-        if self.sign > 0 and self.refines_left:
-            refined = self._with_left_vectors(U, S, V)
-        elif self.is_transposed:
-            refined = transpose(self.W, U, V, None, self.floor)
-        if refined is None:
-            return None
-        before, after = (float(torch.linalg.vector_norm(s, dtype=torch.float64)) for s in (S, refined[1]))
-        return BoundedTriplets(*refined, excess) if abs(after - before) <= self.floor + 1e-6 * before else None
+        """Return the triplets of the space, or None if their vectors or their certified norm are lost in rounding."""
+        Y, V = space.Y[:, : self.rank], space.V[:, : self.rank]
+        before = float(torch.linalg.vector_norm(Y, dtype=torch.float64))
+        is_polished = self.sign > 0 and self.refines_left
+        if is_polished:
+            V = self._polished(V)
+            Y = product(self.W, V)
+        U, S, V = triplets(Y, V)
+        if is_polished or self.is_transposed:
+            P = product(self.W.T, U)  # (n, r); V S, but for rounding
+            if is_polished and float(torch.linalg.vector_norm(P - V * S)) > LOST * self.norm:
+                return None
+            if self.is_transposed:
+                V, S, U = triplets(P, U)
+        is_same = abs(float(torch.linalg.vector_norm(S, dtype=torch.float64)) - before) <= self.floor + 1e-6 * before
+        return BoundedTriplets(*(each.to(self.W.dtype) for each in (U, S, V)), excess) if is_same else None
 
-    def _with_left_vectors(self, U: Tensor, S: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Remove rounding errors from U, with the newest factor, or with a safe one if S is almost zero.
+    def _polished(self, V: Tensor) -> Tensor:
+        """Return V (n, r) in float64, without the share of strong directions that rounding has left in it.
 
-        A safe factor is of H plus a multiple of I above the rounding of H: solving with it amplifies no rounding.
+        W V multiplies that share by the largest singular values, and hides the smallest. Inverse iteration removes it:
+        its residual needs float64, its solutions do not.
         """
-        safe = max(self.noise, (SAFE * self.sigma_max) ** 2)
-        clean, safe_factor = None, self.plain
-        if self.newest is not None and self.newest[1] >= safe:
-            clean = self._refined(U, S, V, self.newest, is_safe=False)
-        if clean is None:
-            safe_factor = self._factor([-safe * 8**k for k in range(5)])
-            if safe_factor is None:
-                return None
-            clean = self._refined(U, S, V, safe_factor, is_safe=True)
-            assert clean is not None
-            if float(torch.linalg.vector_norm(self.W.T @ clean - V * S)) > 0.01 * self.norm:
-                return None
-        if not self.is_transposed:
-            return clean, S, V
-        # Left and right vectors change their roles: the inverse then removes what U has outside the right ones.
-        inverse = self._inverse(safe_factor, is_safe=True) if safe_factor is not None else None
-        return None if inverse is None else transpose(self.W, clean, V, inverse, self.floor)
-
-    def _refined(self, U: Tensor, S: Tensor, V: Tensor, factor: Factor, *, is_safe: bool) -> Tensor | None:
-        inverse = self._inverse(factor, is_safe=is_safe)
-        return refine_left_vectors(self.W, U, S, V, self.sigma_max, inverse, self.generator)
-
-    def _inverse(self, factor: Factor, *, is_safe: bool) -> Inverse:
-        return Inverse(lambda P: self._solve(factor, P), is_safe)
+        assert self.plain is not None
+        V = V.double()
+        for _ in range(3):
+            P = product(self.W.T, product(self.W, V))
+            Z = self._solve(self.plain, (P - V @ (V.T @ P)).to(self.W.dtype))
+            V = torch.linalg.qr(V - Z).Q
+        return V
 
     def _guess(self) -> Tensor | None:
         """Return a first V (n, keep), or None if H cannot be factored."""
@@ -190,7 +178,7 @@ class Search:
         factored = self._factor([-self.noise * 8**k for k in range(5)])
         if factored is None:
             return None
-        self.plain, shift = factored if self.is_transposed else None, factored[1]
+        self.plain, shift = factored if self.refines_left else None, factored[1]
         return self._first(Lanczos(lambda X: self._solve(factored, X), self._random()), lambda mu: 1 / mu + shift)
 
     def _first(self, lanczos: Lanczos, eigenvalues: Callable[[Tensor], Tensor]) -> Tensor:
@@ -236,8 +224,7 @@ class Search:
         """Return the factor at the first shift that is possible, and that shift."""
         lifted = None if V is None else self.flat.scale(V).to(self.dtype)
         factors = ((cholesky(self.G, shift, lifted, lift), shift) for shift in shifts)
-        self.newest = next(((L, shift) for L, shift in factors if L is not None), None)
-        return self.newest
+        return next(((L, shift) for L, shift in factors if L is not None), None)
 
     def _solve(self, factor: Factor, X: Tensor) -> Tensor:
         """Return (H + c V V' - t M^-2)^-1 X for X (n, b), with the M of `flatten`.
@@ -295,6 +282,25 @@ class Search:
         shape = self.W.shape[1], self.block
         drawn = torch.randn(shape, generator=self.generator, device=self.generator.device, dtype=torch.float32)
         return drawn.to(self.W)
+
+
+def triplets(Y: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return U (m, k), S (k,) descending and V (n, k) of W on the span of V (n, k), given Y = W V (m, k).
+
+    The columns of V are orthonormal.
+
+    >>> W = torch.diag(torch.tensor([3.0, 1.0]))
+    >>> triplets(W, torch.eye(2))[1]
+    tensor([3., 1.])
+    """
+    Q, R = torch.linalg.qr(Y)
+    U, S, Vh = torch.linalg.svd(R)
+    return Q @ U, S, V @ Vh.T
+
+
+def product(W: Tensor, X: Tensor) -> Tensor:
+    """Return W X in the dtype of X, without a copy of W in it."""
+    return torch.cat([rows.to(X.dtype) @ X for rows in W.split(ROWS)])
 
 
 def _edge(theta: Tensor, allowance: float) -> float:

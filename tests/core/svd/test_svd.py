@@ -315,8 +315,8 @@ def check(W: Tensor, f: Factors, part: str) -> None:
 def test_matrices_of_every_kind_keep_every_promise(kind: str, part: str) -> None:
     W = drawn(480, 360, kind).float()
     f = decompose(W, 12, part, method="fast")
-    # Of one component alone the others that are asked for lie in rounding: nothing can be proven there.
-    assert f.method in ("gram", "gram64") or (kind, part) == ("one component", "principal")
+    # What lies in rounding alone has no vectors that a search can prove.
+    assert f.method in ("gram", "gram64") or kind in ("one component", "rank-deficient", "very steep")
     check(W, f, part)
 
 
