@@ -95,7 +95,8 @@ def decompose(
     A search proves a bound on the relative error of ||S||. If the bound exceeds `tol`, the next more accurate method is
     used, at last a whole decomposition. `Factors.method` and `Factors.excess` report the method and the bound. A random
     part needs a whole decomposition. `generator` draws the random part and the start of the search; its default has
-    seed 0. Without `refines_left` the same V takes less work, and U has the rounding errors of W V.
+    seed 0. Without `refines_left` the triplets take less work, and the longer of U and V has the rounding errors of a
+    product with W.
 
     Raises ValueError for a weight that is not a finite floating-point matrix and for a rank outside 1..min(out, in).
 
@@ -110,7 +111,6 @@ def decompose(
         W = weight.detach().to(dtype)
         W = W if W.shape[0] >= W.shape[1] else W.T
         norm, is_transposed = frobenius(W), W.shape != weight.shape
-        refines_left |= is_transposed  # the right vectors of a wide weight are the left ones of W
         if not 1e-12 < norm < 1e12:  # the squares of W could leave the range of the dtype
             if not torch.isfinite(W).all():
                 bad = int((~torch.isfinite(W)).sum())

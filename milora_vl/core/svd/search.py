@@ -44,6 +44,8 @@ CONVERGED = 0.12  # stop Lanczos when a block changes the wanted energy by less;
 CLUSTERED = 0.1  # sharpen V if the first wanted eigenvalue is more than this share of the last
 BASIS = 5  # the largest Lanczos basis, as a multiple of the columns of V
 MISSING_BLOCKS = 4  # Lanczos blocks in the search for missing directions
+WEAK = 256  # multiples of eps and sigma_max below which rounding spoils left vectors (3e-5 in float32)
+SAFE = 1e-3  # share of sigma_max above which one pass of `_polished` is enough
 LOST = 1e-3  # share of ||W||_F by which left vectors of zeros may miss W'U = V S
 NOISE_LIMIT = 0.05  # largest rounding error of the Gram matrix, as a share of t
 
@@ -143,21 +145,27 @@ class Search:
         """Return the triplets of the space, or None if their vectors or their certified norm are lost in rounding."""
         Y, V = space.Y[:, : self.rank], space.V[:, : self.rank]
         before = float(torch.linalg.vector_norm(Y, dtype=torch.float64))
-        is_polished = self.sign > 0 and self.refines_left
+        smallest = float(space.theta[0].abs()) ** 0.5 / self.sigma_max
+        is_weak = smallest <= WEAK * torch.finfo(self.W.dtype).eps
+        is_polished = self.sign > 0 and self.refines_left and (is_weak or self.is_transposed)
         if is_polished:
-            V = self._polished(V)
+            V = self._polished(V, 3 if is_weak else 2 if smallest < SAFE else 1)
             Y = product(self.W, V)
         U, S, V = triplets(Y, V)
-        if is_polished or self.is_transposed:
+        norms = [S]
+        if self.refines_left and (is_polished or self.is_transposed):
             P = product(self.W.T, U)  # (n, r); V S, but for rounding
             if is_polished and float(torch.linalg.vector_norm(P - V * S)) > LOST * self.norm:
                 return None
             if self.is_transposed:
                 V, S, U = triplets(P, U)
-        is_same = abs(float(torch.linalg.vector_norm(S, dtype=torch.float64)) - before) <= self.floor + 1e-6 * before
-        return BoundedTriplets(*(each.to(self.W.dtype) for each in (U, S, V)), excess) if is_same else None
+                norms += [S, product(self.W, V)] if smallest < SAFE else [S]
+        after = max(float(torch.linalg.vector_norm(each, dtype=torch.float64)) for each in norms)
+        if after > before * (1 + 1e-6) + self.floor / 16:
+            return None
+        return BoundedTriplets(*(each.to(self.W.dtype) for each in (U, S, V)), excess)
 
-    def _polished(self, V: Tensor) -> Tensor:
+    def _polished(self, V: Tensor, passes: int) -> Tensor:
         """Return V (n, r) in float64, without the share of strong directions that rounding has left in it.
 
         W V multiplies that share by the largest singular values, and hides the smallest. Inverse iteration removes it:
@@ -165,7 +173,7 @@ class Search:
         """
         assert self.plain is not None
         V = V.double()
-        for _ in range(3):
+        for _ in range(passes):
             P = product(self.W.T, product(self.W, V))
             Z = self._solve(self.plain, (P - V @ (V.T @ P)).to(self.W.dtype))
             V = torch.linalg.qr(V - Z).Q

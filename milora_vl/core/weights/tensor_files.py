@@ -72,7 +72,7 @@ def unreadable(file: Path | str, error: BaseException) -> Problem:
 
 
 # Increase this number if the same weight, rank and part can give other factors.
-ALGORITHM = 2
+ALGORITHM = 3
 
 
 def cache_key(W: Tensor, rank: int, part: str, salt: int) -> str:
