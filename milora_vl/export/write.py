@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 import tempfile
 import warnings
@@ -39,7 +38,7 @@ from milora_vl.interop.imported import (
 from milora_vl.interop.llava_layout import config_for_llava, read_llava, write_llava
 from milora_vl.interop.lora_folder import LowRank, PlainAdapter, read_config, read_plain, write_ours, write_plain
 from milora_vl.interop.scale import require_linear, require_scale, scaled
-from milora_vl.models.loading import meta_model, weights_folder
+from milora_vl.models.loading import meta_model
 from milora_vl.models.names import SAME_WEIGHTS
 from milora_vl.models.prompts import trained_template
 
@@ -192,20 +191,12 @@ def write_merged(job: ExportJob) -> Exported:
     model, rounding = job.merged(base)
     save_model(model, job.out, job.options.dtype)
     copy_processor(job.folder, job.out, base)
-    _copy_sentencepiece(base, job.out)
     written = job.out / "chat_template.jinja"
     if job.result.template == OWN and written.is_file():
         written.write_text(TRAINED_WITH + written.read_text(encoding="utf-8"), encoding="utf-8")
     loads_with: LoadsWith = "milora_vl" if has_timm_tower(base.config) else "transformers"
     dtypes = {str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()}
     return replace(job.result, loads_with=loads_with, dtype=", ".join(sorted(dtypes)), rounding=rounding)
-
-
-def _copy_sentencepiece(base: ExportBase, folder: Path) -> None:
-    """Copy the tokenizer.model of the base, which transformers 5 does not save and llama.cpp needs."""
-    source = None if isinstance(base.source, nn.Module) else weights_folder(base.name)
-    if source is not None and (source / SENTENCEPIECE).is_file():
-        shutil.copyfile(source / SENTENCEPIECE, folder / SENTENCEPIECE)
 
 
 def write_llava_form(job: ExportJob) -> Exported:
@@ -333,8 +324,6 @@ VLLM_TOWERS = ("llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "ide
 VLLM_PLAIN_PROJECTORS = ("internvl", "llava_onevision")
 
 RENAMED = ("clip_vision_model", "siglip_vision_model")  # in LLaVA, vLLM's names have `vision_model.` in them
-
-SENTENCEPIECE = "tokenizer.model"
 
 TOWER_FLAG = "--enable-tower-connector-lora"
 
