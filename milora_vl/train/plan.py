@@ -330,13 +330,10 @@ def _check_base_kl(recipe: Recipe, base: Base, targets: Sequence[Target]) -> Non
 
 
 def _check_calibration(recipe: Recipe, base: Base, targets: Sequence[Target]) -> None:
-    calibration = recipe.calibration
-    files = [("text", name) for name in calibration.text or []]
-    files += [("data", calibration.data)] if calibration.data else []
-    for key, name in files:
-        if not Path(name).exists() and not name.startswith("hub:"):
-            where = Key(("calibration", key))
-            raise UserError(f"{name}: no such file", code="path-missing", where=where, hint=beside(Path(name)))
+    name = recipe.calibration.data
+    if name and not Path(name).exists() and not name.startswith("hub:"):
+        where = Key.of("calibration.data")
+        raise UserError(f"{name}: no such file", code="path-missing", where=where, hint=beside(Path(name)))
 
 
 def _check_quantization(recipe: Recipe, base: Base, targets: Sequence[Target]) -> None:

@@ -114,11 +114,10 @@ class CalibrationConfig(Strict):
     samples: Annotated[
         NonNegativeInt | None,
         Flag("texts that the base writes to find protected inputs [48]", name="calibration_samples"),
-    ] = None  # 0 beside text or data
+    ] = None  # 0 beside data
     pictures: Annotated[
         NonNegativeInt | None, Flag("pictures that the base describes for it [32]", name="calibration_pictures")
     ] = None  # 0 beside data
-    text: Annotated[list[str], Field(min_length=1)] | None = None  # text files
     data: str | None = None  # records, as in data.path
     image_folder: str | None = None  # of data
 
@@ -126,14 +125,13 @@ class CalibrationConfig(Strict):
     def _has_a_source(self) -> CalibrationConfig:
         if self.image_folder is not None and self.data is None:
             raise ValueError("image_folder belongs to data, which is missing")
-        if self.text is None and self.data is None and self.samples == 0 and not self.pictures:
-            raise ValueError("expected samples, pictures, text or data, got none")
+        if self.data is None and self.samples == 0 and not self.pictures:
+            raise ValueError("expected samples, pictures or data, got none")
         return self
 
     @property
     def num_samples(self) -> int:
-        alone = self.text is None and self.data is None
-        return self.samples if self.samples is not None else SAMPLES if alone else 0
+        return self.samples if self.samples is not None else SAMPLES if self.data is None else 0
 
     @property
     def num_pictures(self) -> int:

@@ -32,7 +32,7 @@ from milora_data.stream import load_records
 from milora_vl.common.atomic_write import write_json
 from milora_vl.common.cli.console import amount
 from milora_vl.common.cli.screen import Screen
-from milora_vl.common.errors import DataError, Key, UserError, first_line
+from milora_vl.common.errors import DataError, Key, UserError
 from milora_vl.common.progress import progress_bar
 from milora_vl.core.adapter.apply import apply_targets
 from milora_vl.core.adapter.earlier import Earlier, hold
@@ -47,7 +47,7 @@ from milora_vl.core.policy import Target
 from milora_vl.core.policy.towers import find_towers
 from milora_vl.core.weights.distributed import gather_objects, gathered, rank_and_world_size, result_or_error
 from milora_vl.core.weights.tensor_files import shared_digest
-from milora_vl.forgetting.text import ends_of, general_text, padded_batches, text_blocks
+from milora_vl.forgetting.text import ends_of, general_text, padded_batches
 from milora_vl.models import loading
 from milora_vl.models.base import Base
 from milora_vl.models.generate import Prompt, generate
@@ -73,7 +73,7 @@ from milora_vl.train.trainer import CheckpointKind
 CAPTION_TOKENS = 32
 PROMPT_TOKENS = 128  # of system text, question and caption
 QUESTION = "Write a short summary of the picture."  # no question of the picture probe of forgetting
-MOST_TOKENS = 65_536  # of text files
+MOST_TOKENS = 65_536  # of a picture and its caption
 MOST_RECORDS = 512  # of data
 NGRAM = 12  # words in a row that two texts share only if one is copied
 _VERSION = 5  # increase it if equal settings can give other texts
@@ -139,16 +139,12 @@ def make_texts(
     """Return the calibration texts and captions of a run of `steps` steps, and a sample of the `earlier` records.
 
     `records` are the training records. A resumed run has its texts and captions `stored`. Raises UserError for a model
-    that cannot write text, for files that share text with the probe of forgetting, without anything to calibrate with,
-    and for a resumed run whose records or pictures have changed.
+    that cannot write text, without anything to calibrate with, and for a resumed run whose records or pictures have
+    changed. Nothing of it shares text with the probe of forgetting.
     """
     settings, sources = recipe.calibration, _Sources(recipe, base, model, processor, screen)
-    if stored is not None:
-        rows = [(name, ids) for name, ids in stored["rows"]]
-    else:
-        rows = _text_rows(sources)
-        if settings.num_samples:
-            rows += _written_rows(sources, part_of(settings.num_samples + HELD_OUT_TEXTS, steps))
+    count = part_of(settings.num_samples + HELD_OUT_TEXTS, steps) if settings.num_samples else 0
+    rows = stored["rows"] if stored is not None else _written_rows(sources, count) if count else []
     collate = collator(_with_data(recipe, max_length=MOST_TOKENS), base, processor)  # no caption is cut
     found: list[tuple[RecordCollator[Any], Sequence[Record]]] = []
     captions: list[str] = []
@@ -164,11 +160,7 @@ def make_texts(
     elif settings.pictures:
         screen.warn("calibration.pictures has no effect: this model has no vision tower")
     if settings.data is not None:
-        own = list(islice(load_records(settings.data), MOST_RECORDS))
-        if not own:
-            raise _empty(f"{settings.data} has no records to calibrate with", Key.of("calibration.data"))
-        for record in own:
-            _refuse_probe_text(" ".join(turn.text for turn in record.turns), record.source, Key.of("calibration.data"))
+        own = [record for record in islice(load_records(settings.data), MOST_RECORDS) if not _is_of_probe(record)]
         found.append((collator(_with_data(recipe, image_folder=settings.image_folder), base, processor), own))
     of_tasks: list[tuple[RecordCollator[Any], Sequence[Record]]] = []
     for of_task, of_run, order in earlier.found if earlier else ():
@@ -177,7 +169,8 @@ def make_texts(
         usable = (record for record in drawn if _is_usable(collate, record) and not _is_of_probe(record))
         of_tasks.append((collate, list(islice(usable, part_of(NUM_RECORDS, steps)))))
     if not rows and not any(records for _, records in [*found, *of_tasks]):
-        raise _empty("there is no text and no picture to calibrate with", Key.of("calibration"))
+        message, hint = "there is no text and no picture to calibrate with", "set  calibration: {samples: 48}"
+        raise UserError(message, where=Key.of("calibration"), hint=hint)
     shown = [(collate.image_folder, record) for collate, of in (*found, *of_tasks) for record in of]
     keys = b"".join(bytes.fromhex(record_key(one, FileKeys(folder)))[:KEY_BYTES] for folder, one in shown)
     if stored is not None:
@@ -198,32 +191,8 @@ def show_start(run: Run, model: Any, steps: int, screen: Screen) -> None:
         screen.say(line)
 
 
-def _empty(message: str, where: Key) -> UserError:
-    return UserError(
-        message, where=where, hint="name files with text, or remove the key: the base model then writes texts itself"
-    )
-
-
 def _with_data(recipe: Recipe, **values: Any) -> Recipe:
     return recipe.model_copy(update={"data": recipe.data.model_copy(update=values)})
-
-
-def _text_rows(sources: _Sources) -> list[tuple[str, list[int]]]:
-    texts = {}
-    for name in sources.recipe.calibration.text or ():
-        try:
-            texts[name] = Path(name).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            message, hint = f"cannot read {name}: {first_line(error)}", "name a file with text in UTF-8"
-            raise UserError(message, code="file-unreadable", where=Key.of("calibration.text"), hint=hint) from None
-    if not texts:
-        return []
-    for name, text in texts.items():
-        _refuse_probe_text(text, name, Key.of("calibration.text"))
-    try:
-        return text_blocks(texts, sources.tokenizer, num_tokens=MOST_TOKENS, block_length=LENGTH)
-    except ValueError:
-        raise _empty("the text files are empty", Key.of("calibration.text")) from None
 
 
 def _written_rows(sources: _Sources, count: int) -> list[tuple[str, list[int]]]:
@@ -231,7 +200,7 @@ def _written_rows(sources: _Sources, count: int) -> list[tuple[str, list[int]]]:
     model, tokenizer = sources.model, sources.tokenizer
     if not isinstance(model, GenerationMixin):
         message = f"a {type(model).__name__} cannot write calibration texts"
-        hint = "set  calibration: {text: [FILE]}  or  {data: FILE}"
+        hint = "set  calibration: {data: FILE}"
         raise UserError(message, where=Key.of("calibration"), hint=hint)
     at_once = rows_at_once(model, LENGTH)
     parts = [min(at_once, count - begin) for begin in range(0, count, at_once)]
@@ -314,13 +283,6 @@ def _collated(collate: RecordCollator[Any], records: Sequence[Record], size: int
 def shares_probe_text(text: str) -> bool:
     """Return whether a text has twelve words in a row that a probe text of forgetting has."""
     return not _probe_grams().isdisjoint(_grams(text))
-
-
-def _refuse_probe_text(text: str, source: str, where: Key) -> None:
-    if shares_probe_text(text):
-        message = f"{source} contains text of the probe that measures forgetting, so the measure would be biased"
-        hint = "use another text"
-        raise UserError(message, where=where, hint=hint)
 
 
 @lru_cache(maxsize=1)

@@ -174,7 +174,8 @@ def test_a_run_keeps_the_answers_of_the_base_and_resumes(tiny_data: Path, tmp_pa
 @pytest.mark.slow
 @needs_deepspeed
 def test_every_kind_of_run_has_the_same_loss(tiny_data: Path, tiny_folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("A sentence that nobody has written before. " * 200)
+    turns = [{"from": "human", "value": "And?"}, {"from": "gpt", "value": "A sentence of one length. " * 9}]
+    (tmp_path / "own.json").write_text(json.dumps([{"id": str(i), "conversations": turns} for i in range(8)]))
     policy = ["--policy", json.dumps([{"modules": "language", "method": "lora", "rank": 3}, FULL]), "--dropout", "0"]
     common = [
         *policy,
@@ -189,7 +190,7 @@ def test_every_kind_of_run_has_the_same_loss(tiny_data: Path, tiny_folder: Path,
         "--gradient_accumulation_steps",
         "2",  # of twelve records, the second step of each epoch has one batch
     ]
-    sources = {"text": f"{{text: [{tmp_path / 'a.txt'}], pictures: 0}}", "pictures": "{samples: 0, pictures: 8}"}
+    sources = {"text": f"{{data: {tmp_path / 'own.json'}}}", "pictures": "{samples: 0, pictures: 8}"}
 
     def words(name: str, source: str, texts: int, more: list[str]) -> list[str]:
         recipe = tmp_path / f"{name}.yaml"

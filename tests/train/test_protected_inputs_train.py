@@ -178,9 +178,16 @@ def test_the_calibration_shares_no_text_with_the_probe_of_forgetting(tiny_data: 
     for number, book in enumerate(general_text().values()):
         assert shares_probe_text(book)
         part = " ".join(book.split()[100 * number : 100 * number + 40])
-        (tmp_path / "copied.txt").write_text(f"Once upon a time. {part}")
-        with raises_code("", where="calibration.text", message="copied.txt"):
-            calibrated(recipe(tiny_data, text=[str(tmp_path / "copied.txt")]))
+        answers = [f"Once upon a time. {part}", "Once."][: 1 + number]
+        turns = [[{"from": "human", "value": "And?"}, {"from": "gpt", "value": answer}] for answer in answers]
+        records = [{"id": str(i), "conversations": of} for i, of in enumerate(turns)]
+        (tmp_path / "own.json").write_text(json.dumps(records))
+        own = recipe(tiny_data, data=str(tmp_path / "own.json"))
+        if number == 0:
+            with raises_code("", where="calibration", message="no text and no picture"):
+                calibrated(own)
+        else:
+            assert [len(batch["input_ids"]) for batch in calibrated(own)] == [1]
     questions = {turn.text for record in drawn_questions(tmp_path / "drawn") for turn in record.turns}
     assert not any(QUESTION in question for question in questions)
 
@@ -198,11 +205,8 @@ def test_the_probe_on_samples_measures_no_calibration_text(tiny_data: Path) -> N
             next(sampled_batches(base, processor.tokenizer, seed=seed))
 
 
-def test_files_and_records_calibrate_without_the_model_writing(tiny_data: Path, tmp_path: Path, monkeypatch) -> None:
+def test_records_calibrate_without_the_model_writing(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(start, "sampled_rows", None)
-    (tmp_path / "a.txt").write_text("A sentence that nobody has written before. " * 20)
-    (text,) = calibrated(recipe(tiny_data, text=[str(tmp_path / "a.txt")], pictures=0))
-    assert text["input_ids"].shape == (4, 192)
     pictures = recipe(tiny_data, data=str(tiny_data / "train.json"), image_folder=str(tiny_data / "images"))
     batches = calibrated(pictures)
     assert [("pixel_values" in batch, len(batch["input_ids"])) for batch in batches] == [(True, 8), (False, 4)]
@@ -212,21 +216,17 @@ def test_files_and_records_calibrate_without_the_model_writing(tiny_data: Path, 
 def test_bad_calibrations_of_a_recipe_are_refused(tiny_data: Path, tmp_path: Path) -> None:
     with raises_code("recipe-value", where="calibration", message="image_folder belongs to data"):
         recipe(tiny_data, image_folder="x")
-    with raises_code("recipe-value", where="calibration", message="expected samples, pictures, text or data, got none"):
+    with raises_code("recipe-value", where="calibration", message="expected samples, pictures or data, got none"):
         recipe(tiny_data, samples=0)
-    (tmp_path / "empty.txt").write_text("")
-    with raises_code("", where="calibration.text"):
-        calibrated(recipe(tiny_data, text=[str(tmp_path / "empty.txt")]))
-    for key, value in (("text", ["no.txt"]), ("data", "no.json")):
-        file = tmp_path / "recipe.yaml"
-        file.write_text(recipe(tiny_data, **{key: value}).to_yaml())
-        with raises_code("path-missing", where=f"calibration.{key}"):
-            main(training(tiny_data, tmp_path / "run", "--recipe", str(file)))
+    file = tmp_path / "recipe.yaml"
+    file.write_text(recipe(tiny_data, data="no.json").to_yaml())
+    with raises_code("path-missing", where="calibration.data"):
+        main(training(tiny_data, tmp_path / "run", "--recipe", str(file)))
 
 
-def test_a_model_that_cannot_write_needs_text(tiny_data: Path) -> None:
+def test_a_model_that_cannot_write_needs_records(tiny_data: Path) -> None:
     base, processor = tiny_llava()
-    with raises_code("", hint="text: [FILE]"):
+    with raises_code("", hint="data: FILE"):
         make_texts(recipe(tiny_data), find_base("tiny"), base.model, processor, (), Screen())
 
 

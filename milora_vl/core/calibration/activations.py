@@ -105,6 +105,7 @@ class _Input:
 
     module: nn.Module  # the first of the modules
     protect: float
+    most: int  # directions, so that the rank fits
     has_positions: bool  # False in the vision tower and the projector, where every position counts
     size: int
     is_repeated: bool  # True if a forward runs the module more than once
@@ -145,8 +146,7 @@ def for_each_input(
         one, target = readers[path], wanted[path]
         basis = one.basis or _basis(one)
         one.basis = None if path == one.paths[-1] else basis
-        kept = basis.first(basis.size - (target.rank or 0))
-        return make(target, W, basis if kept.num_directions == basis.num_directions else kept)
+        return make(target, W, basis)
 
     with gathered(model), evaluated(model), without_caches(model):
         inputs = _inputs_in_order(model, wanted, [batch for fit, _ in sources for batch, _ in fit])
@@ -295,10 +295,11 @@ def _inputs_in_order(model: nn.Module, targets: Mapping[str, Target], batches: S
     inputs: dict[Any, _Input] = {}
     for module, numbers in calls.items():
         target = wanted[module]
-        key = (tuple(numbers), target.protect, "" if is_linear(module) else target.path)
+        most = target.shape[1] - (target.rank or 0)
+        key = (tuple(numbers), target.protect, most, "" if is_linear(module) else target.path)
         if key not in inputs:
             has_positions = target.tower not in ("vision", "projector")
-            inputs[key] = _Input(module, target.protect, has_positions, target.shape[1], module in repeated)
+            inputs[key] = _Input(module, target.protect, most, has_positions, target.shape[1], module in repeated)
         inputs[key].paths.append(target.path)
     missing = [target.path for module, target in wanted.items() if module not in calls]
     if missing:
@@ -367,14 +368,14 @@ def _basis(one: _Input) -> InputBasis:
     assert fit is not None
     if not all(bool(torch.isfinite(total).all()) for total in (fit, held) if total is not None):
         raise _not_finite(one)
-    V, shares = first_directions(mirror(fit), one.protect)
-    basis = InputBasis(V, shares, one.fit.num_positions)
+    V, share = first_directions(mirror(fit), one.protect, one.most)
+    basis = InputBasis(V, share, one.fit.num_positions)
     one.fit.total = one.held.total = None
     if held is None or (total := float(held.diagonal().sum(dtype=torch.float64))) == 0:
         return basis
     with full_precision(V.device):
-        inside = ((mirror(held) @ V) * V).sum(0, dtype=torch.float64).clamp(min=0)
-    return replace(basis, held_out_shares=F.pad(inside.cpu().cumsum(0) / total, (1, 0)))
+        inside = float(((mirror(held) @ V) * V).sum(dtype=torch.float64))
+    return replace(basis, held_out=inside / total)
 
 
 def _not_finite(one: _Input) -> CalibrationError:

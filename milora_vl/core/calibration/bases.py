@@ -9,12 +9,11 @@ limits its energy. Text and picture positions weigh half each in total. The mean
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from milora_vl.common.errors import UserError
 from milora_vl.core.svd.gram import full_precision
@@ -46,15 +45,15 @@ class InputBasis:
     """The protected directions of one layer input; layers that read the same input share one object.
 
     - `V`: (in, k) orthonormal in float32, in descending order of energy.
-    - `shares`: (k + 1,) the share of the activation energy trace(C) that the first 0, 1, ..., k directions hold.
+    - `share`: the share of the activation energy trace(C) that they hold.
     - `num_positions`: the number of input vectors in C.
-    - `held_out_shares`: `shares` on calibration batches that C does not contain; None without such batches.
+    - `held_out`: `share` on calibration batches that C does not contain; None without such batches.
     """
 
     V: Tensor
-    shares: Tensor
+    share: float
     num_positions: int
-    held_out_shares: Tensor | None = None
+    held_out: float | None = None
 
     @property
     def size(self) -> int:
@@ -64,43 +63,29 @@ class InputBasis:
     def num_directions(self) -> int:
         return self.V.shape[-1]
 
-    @property
-    def share(self) -> float:
-        return float(self.shares[-1])
 
-    @property
-    def held_out(self) -> float | None:
-        """Return the share of held-out activation energy that V holds; None without held-out batches."""
-        return None if self.held_out_shares is None else float(self.held_out_shares[-1])
+def first_directions(C: Tensor, share: float, most: int) -> tuple[Tensor, float]:
+    """Return V (in, k), the fewest eigenvectors of C (in, in) that hold `share` of its trace, and the share they hold.
 
-    def first(self, count: int) -> InputBasis:
-        """Return the basis of the first `count` directions, or of all if there are fewer."""
-        held_out = None if self.held_out_shares is None else self.held_out_shares[: count + 1]
-        return replace(self, V=self.V[:, :count], shares=self.shares[: count + 1], held_out_shares=held_out)
+    There are at most `most`. C is symmetric and has no negative eigenvalues.
 
-
-def first_directions(C: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """Return V (in, k), the fewest eigenvectors of C (in, in) that hold `share` of its trace, and `InputBasis.shares`.
-
-    C is symmetric and has no negative eigenvalues.
-
-    >>> first_directions(torch.diag(torch.tensor([1.0, 6.0, 3.0])), 0.9)[0].abs()
+    >>> first_directions(torch.diag(torch.tensor([1.0, 6.0, 3.0])), 0.9, 3)[0].abs()
     tensor([[0., 0.],
             [1., 0.],
             [0., 1.]])
     """
     total = float(C.diagonal().sum(dtype=torch.float64))
     if total <= 0:
-        return C.new_zeros(len(C), 0, dtype=torch.float32), torch.ones(1, dtype=torch.float64)
+        return C.new_zeros(len(C), 0, dtype=torch.float32), 1.0
     with full_precision(C.device):
         try:
             values, vectors = torch.linalg.eigh(C)
         except torch.linalg.LinAlgError:  # some solvers fail in float32 for clustered eigenvalues
             values, vectors = torch.linalg.eigh(C.double())
         values, vectors = values.flip(-1), vectors.flip(-1)
-    held = pad(values.double().clamp(min=0).cumsum(0).cpu() / total, (1, 0)).clamp(max=1)
-    count = min(int((held[1:] < share).sum()) + 1, len(C))
-    return vectors[:, :count].float().contiguous(), held[: count + 1]
+    held = (values.double().clamp(min=0).cumsum(0).cpu() / total).clamp(max=1)
+    count = min(int((held < share).sum()) + 1, most)
+    return vectors[:, :count].float().contiguous(), float(held[count - 1]) if count else 0.0
 
 
 def positions_of(batches: Sequence[Mapping[str, Any]], image_token: int | None) -> list[Tensor | None]:
