@@ -18,10 +18,9 @@ from milora_data.stream import load_records
 from milora_vl import load_adapter
 from milora_vl.common.cli.screen import Screen
 from milora_vl.core.adapter.lora import lora_layer
-from milora_vl.core.calibration.texts import SEED
 from milora_vl.core.policy import Policy
 from milora_vl.forgetting.answers import drawn_questions
-from milora_vl.forgetting.text import general_text, sampled_batches
+from milora_vl.forgetting.text import general_text
 from milora_vl.models.base import Base, find_base
 from milora_vl.models.tiny import tiny_llava
 from milora_vl.report.read_run import read_run
@@ -190,19 +189,6 @@ def test_the_calibration_shares_no_text_with_the_probe_of_forgetting(tiny_data: 
             assert [len(batch["input_ids"]) for batch in calibrated(own)] == [1]
     questions = {turn.text for record in drawn_questions(tmp_path / "drawn") for turn in record.turns}
     assert not any(QUESTION in question for question in questions)
-
-
-def test_the_probe_on_samples_measures_no_calibration_text(tiny_data: Path) -> None:
-    written = [row for batch in calibrated(recipe(tiny_data, samples=24, pictures=0)) for row in batch["input_ids"]]
-    assert len(written) == 32
-    starts = {tuple(row[:16].tolist()) for row in written}
-    base, processor = tiny_llava()
-    for batch_size in (1, 8, 16, 24, 32):
-        probe = sampled_batches(base, processor.tokenizer, num_tokens=480, length=16, batch_size=batch_size)
-        assert not starts & {tuple(row.tolist()) for batch in probe for row in batch.inputs["input_ids"]}
-    for seed in (SEED, SEED + 3, SEED + 2**32):
-        with pytest.raises(ValueError, match="use another seed"):
-            next(sampled_batches(base, processor.tokenizer, seed=seed))
 
 
 def test_records_calibrate_without_the_model_writing(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
