@@ -40,7 +40,7 @@ from milora_vl.models.base import Base
 from milora_vl.models.devices import bytes_per_number, quantized_layers
 from milora_vl.models.image_tokens import layers_of
 from milora_vl.models.losses import CHUNK, GradientsAtOnce, inner_model
-from milora_vl.train.launch import Launch, Strategy, strategy_of
+from milora_vl.train.launch import Launch, Strategy
 from milora_vl.train.recipe import RENAMED, Recipe, Request, value_of
 
 if TYPE_CHECKING:
@@ -319,7 +319,6 @@ def workload_of(
     offloads = {
         name for name in ("optimizer", "param") if (zero.get(f"offload_{name}") or {}).get("device", "none") != "none"
     }
-    fsdp = None if launch.fsdp is None else strategy_of(launch.fsdp)
     work = Workload(
         total=num_parameters(model),
         adapters=adapters,
@@ -327,8 +326,8 @@ def workload_of(
         full=sum(sizes.values()) - adapters,
         fixed=sum((t.rank or 0) * t.shape[1] for t in targets if t.has_fixed_A),
         packable=sum(num_parameters(model.get_submodule(path)) for path in quantized_layers(model)) * bool(adapters),
-        stage=3 if fsdp else launch.zero_stage,
-        fsdp=fsdp,
+        stage=3 if launch.fsdp else launch.zero_stage,
+        fsdp=launch.fsdp,
         devices=batching.num_devices,
         records=batching.per_device,
         tokens=max(int(counts.tokens), 2),
@@ -344,7 +343,7 @@ def workload_of(
         offload_weights="param" in offloads,
     )
     # The loss of FSDP2 keeps the logits of the supervised positions in float32, and their gradients.
-    logits = 2 * 4 * work.supervised * base.config.get_text_config().vocab_size if fsdp else 0
+    logits = 2 * 4 * work.supervised * base.config.get_text_config().vocab_size if launch.fsdp else 0
     return replace(work, activations=activations(base, targets, work) + logits)
 
 

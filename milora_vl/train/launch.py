@@ -47,11 +47,9 @@ OF_THE_MACHINE = (
     "push_to_hub", "hub_token",
 )  # fmt: skip
 Strategy = Literal["full_shard", "shard_grad_op"]
-# --fsdp: whether the weights of a layer are freed between its forward and its backward.
+# --fsdp: whether the weights of a layer are freed between its forward and its backward. FSDP1 is not supported: it
+# gives all weights of a layer one dtype, and an adapter in float32 beside a base in bfloat16 has two.
 RESHARDS: dict[Strategy, bool] = {"full_shard": True, "shard_grad_op": False}
-# Keys of fsdp_config that may be set. FSDP1 is not supported: it gives all weights of a layer one dtype, and an adapter
-# in float32 beside a base in bfloat16 has two.
-FSDP_KEYS = ("reshard_after_forward", "transformer_layer_cls_to_wrap", "auto_wrap_policy", "min_num_params")
 ERRORS = (ValueError, TypeError, KeyError, ImportError, NotImplementedError, OSError)
 
 
@@ -64,7 +62,7 @@ def _keywords(train: Mapping[str, Any]) -> dict[str, Any]:
 @dataclass(frozen=True, slots=True)
 class Launch:
     deepspeed: dict[str, Any] | None = None
-    fsdp: dict[str, Any] | None = None
+    fsdp: Strategy | None = None
     warnings: tuple[str, ...] = ()
 
     @property
@@ -76,10 +74,7 @@ def read_launch(train: Mapping[str, Any]) -> Launch:
     """Return the launcher settings of a `train:` section, read from files where it names them."""
     if train.get("fsdp"):
         _require_fsdp_alone(train)
-        return Launch(fsdp=fsdp_settings(train["fsdp"], train.get("fsdp_config")))
-    if train.get("fsdp_config"):
-        where = Key.of("train.fsdp_config")
-        raise UserError("no effect without --fsdp", code="launch-fsdp", where=where, hint="add --fsdp, or remove it")
+        return Launch(fsdp=fsdp_strategy(train["fsdp"]))
     for name, flag in (("FSDP", "fsdp"), ("DEEPSPEED", "deepspeed")):
         is_on = os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("1", "true", "yes")
         if is_on and not train.get("deepspeed"):
@@ -103,10 +98,6 @@ def _read_deepspeed(config: Mapping[str, Any] | str) -> Mapping[str, Any]:
         message = f"expected {', '.join(llava_recipes.names('deepspeed'))} or a JSON file, got {config}"
         hint = did_you_mean(near[:1]) or "name one of these, or a file that exists"
         raise UserError(message, where=Key.of("train.deepspeed"), hint=hint)
-    return _read_object(config, "deepspeed")
-
-
-def _read_object(config: Mapping[str, Any] | str, key: str) -> Mapping[str, Any]:
     content: Any = config
     if isinstance(config, str):
         try:
@@ -115,8 +106,7 @@ def _read_object(config: Mapping[str, Any] | str, key: str) -> Mapping[str, Any]
             content = error
     if not isinstance(content, Mapping):
         message = f"expected a JSON object or the name of a file with one, got {config!r}: {content}"
-        hint = "correct the file or the value"
-        raise UserError(message, where=Key(("train", key)), hint=hint)
+        raise UserError(message, where=Key.of("train.deepspeed"), hint="correct the file or the value")
     return content
 
 
@@ -137,21 +127,7 @@ def _complete_deepspeed(content: Mapping[str, Any]) -> Launch:
     return Launch(deepspeed=settings, warnings=tuple(warnings))
 
 
-def fsdp_settings(strategy: str, config: Mapping[str, Any] | str | None) -> dict[str, Any]:
-    settings: dict[str, Any] = {"version": 2, "reshard_after_forward": RESHARDS[_strategy(strategy)]}
-    for name, value in _read_object(config or {}, "fsdp_config").items():
-        key = str(name).removeprefix("fsdp_")
-        if (key, str(value)) != ("version", "2") and key not in FSDP_KEYS:
-            raise _fsdp_error(f"unknown or unsupported setting {name}: {value}", f"known keys: {', '.join(FSDP_KEYS)}")
-        settings[key] = value
-    return settings
-
-
-def strategy_of(settings: Mapping[str, Any]) -> Strategy:
-    return "full_shard" if str(settings["reshard_after_forward"]).lower() == "true" else "shard_grad_op"
-
-
-def _strategy(value: str | bool) -> Strategy:
+def fsdp_strategy(value: str | bool) -> Strategy:
     words = [word for word in str(value).replace(",", " ").split() if word != "auto_wrap"]
     if words and words[0].lower() in ("yes", "true", "1"):
         words[0] = "full_shard"

@@ -83,6 +83,7 @@ from milora_vl.train.counts import (
 )
 from milora_vl.train.data import RunData, Task, read_earlier_records, task_entry
 from milora_vl.train.launch import (
+    RESHARDS,
     Launch,
     dtype_name,
     hf_arguments,
@@ -628,8 +629,6 @@ FORCED = {
     "prediction_loss_only": True,
     "logging_nan_inf_filter": False,
 }
-# Flags of example scripts without effect: the command trains, and evaluates if the recipe has held-out records.
-NO_EFFECT = ("do_eval", "do_predict", "batch_eval_metrics", "include_for_metrics")
 # What every evaluation during a training measures, without `eval_`.
 MEASURED = ("loss", "runtime", "samples_per_second", "steps_per_second")
 
@@ -650,15 +649,12 @@ def derived_arguments(recipe: Recipe, base: Base, targets: Sequence[Target], lau
         if train.get(name, value) != value:
             warnings.append(f"train.{name}: {train[name]} has no effect; it is always {value}")
         train[name] = value
-    unused = [name for name in NO_EFFECT if train.pop(name, None)]
-    if unused:
-        warnings.append(f"no effect: {', '.join(unused)}")
     if train.get("train_sampling_strategy") == "group_by_length":
         del train["train_sampling_strategy"]  # our sampler does this; HF's sampler needs tokenized records
     if launch.deepspeed is not None:
         train["deepspeed"] = launch.deepspeed
     if launch.fsdp is not None:
-        train |= {"fsdp": True, "fsdp_config": launch.fsdp}
+        train |= {"fsdp": True, "fsdp_config": {"version": 2, "reshard_after_forward": RESHARDS[launch.fsdp]}}
     if autocast := AUTOCAST.get(recipe.dtype):
         train.setdefault(autocast, True)
     device = train_device(train)
@@ -683,10 +679,7 @@ def derived_arguments(recipe: Recipe, base: Base, targets: Sequence[Target], lau
             train.setdefault("eval_steps", value_of(train, "save_steps"))
     if train.get("use_liger_kernel"):
         # Liger's fused loss would replace the forward that computes our loss in chunks. Its other kernels stay.
-        kernels = train.get("liger_kernel_config") or {}
-        if kernels.get("fused_linear_cross_entropy"):
-            warnings.append("train.liger_kernel_config: fused_linear_cross_entropy has no effect; it is always off")
-        train["liger_kernel_config"] = {**kernels, "fused_linear_cross_entropy": False}
+        train["liger_kernel_config"] = {"fused_linear_cross_entropy": False}
     # HF would compile the whole model, without our loss.
     is_compiled = train.pop("torch_compile", False)
     named = {name: train.pop(f"torch_compile_{name}", None) for name in ("backend", "mode")}

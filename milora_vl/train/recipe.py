@@ -356,20 +356,23 @@ RENAMED = {
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
     "warmup_ratio": "warmup_steps",
 }
-REFUSED = {
+REFUSED: dict[str, str | None] = {
     "local_rank": None,  # old launchers pass it; torch reads the environment
     "resume_from_checkpoint": "is a flag of the command, not of the recipe",
     "output_dir": "is a flag of the command, not of the recipe",
+    "do_eval": "has no effect: a run with held-out records evaluates",
+    **dict.fromkeys(("do_predict", "batch_eval_metrics", "include_for_metrics"), "has no effect here"),
+    "liger_kernel_config": "is not supported: all kernels but the loss are on",
+    "fsdp_config": "is not supported: --fsdp full_shard or shard_grad_op says all",
     "label_smoothing_factor": "is not supported: the loss is the plain cross-entropy of the supervised tokens",
 }
 # Where Hugging Face's help does not describe what this command does.
 HELP = {
-    "label_smoothing_factor": "refused: the loss is the plain cross-entropy of the supervised tokens",
+    **{name: f"refused: {why}" for name, why in REFUSED.items() if why},
     "learning_rate": "learning rate of adapter rules and of rules without one [2e-4; 2e-5 for modules in full]",
     "gradient_checkpointing": "save memory for about half more time [False]",
     "deepspeed": "zero2, zero3, zero3_offload, or a JSON file",
     "fsdp": "shard the model with FSDP2: full_shard [default of the bare flag] or shard_grad_op",
-    "fsdp_config": "settings of FSDP2: a JSON object or file with reshard_after_forward, transformer_layer_cls_to_wrap",
     "logging_steps": "log the loss every N steps [10]",
     "report_to": "tensorboard, wandb, trackio, ... [none]",
 }

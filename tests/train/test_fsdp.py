@@ -14,11 +14,10 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from milora_vl.common.errors import UserError
 from milora_vl.models.tiny import tiny_llava, tiny_tokenizer
 from milora_vl.train import launch
 from milora_vl.train.command import main
-from milora_vl.train.launch import fsdp_settings, gathered_optimizer
+from milora_vl.train.launch import gathered_optimizer
 from support.launched import ENVIRONMENT, FSDP, needs_bf16_shards, train_in_two
 from support.problems import raises_code
 from support.train_runs import losses, training
@@ -143,26 +142,11 @@ def test_accelerate_starts_the_processes(tiny_data: Path, tmp_path: Path) -> Non
     assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
 
 
-@pytest.mark.parametrize(
-    ("strategy", "config", "message"),
-    [
-        ("hybrid_shard", None, "expected full_shard or shard_grad_op"),
-        ("full_shard", {"version": 1}, "unsupported setting version: 1"),
-        ("full_shard", {"fsdp_cpu_offload": True}, "unsupported setting fsdp_cpu_offload"),
-        ("full_shard", {"sync_module_states": True}, "unknown or unsupported setting"),
-    ],
-)
-def test_settings_that_are_not_tested_are_refused(strategy: str, config: object, message: str) -> None:
-    with pytest.raises(UserError) as caught:
-        fsdp_settings(strategy, config)  # type: ignore[arg-type]
-    assert message in str(caught.value)
-    assert caught.value.problems[0].code == "launch-fsdp"
-
-
-def test_a_configuration_without_fsdp_is_refused(tiny_data: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError) as error:
-        main(training(tiny_data, tmp_path / "run", "--rank", "4", "--fsdp_config", '{"version": 2}'))
-    assert (error.value.problems[0].code, error.value.problems[0].where) == ("launch-fsdp", "--fsdp_config")
+def test_another_strategy_is_refused(tiny_data: Path, tmp_path: Path) -> None:
+    with raises_code("launch-fsdp", where="--fsdp", message="expected full_shard or shard_grad_op"):
+        main(training(tiny_data, tmp_path / "run", "--rank", "4", "--fsdp", "hybrid_shard"))
+    with raises_code("recipe-refused", where="--fsdp_config"):
+        main(training(tiny_data, tmp_path / "run", "--rank", "4", "--fsdp", "--fsdp_config", '{"version": 1}'))
 
 
 @pytest.mark.parametrize("more", [["--fp16"], ["--deepspeed", "zero2"], ["--torch_compile"]])
