@@ -1163,8 +1163,6 @@ def _show_data(screen: Screen, run: Run) -> tuple[Counts, int | None, int | None
     for line in _first_batch(first, collate, base.tokens_of_a_picture):
         screen.say(line)
     has_pictures = any(record.images for record in read.train)
-    if sum(read.with_images) < len(read.train) and collate.hidden_tokens:
-        screen.say(f"a batch of texts alone shows a hidden plain picture: {collate.hidden_tokens:,} tokens more")
     counts = Counts(tokens, supervised, has_pictures=has_pictures)
     if not recipe.data.packing or number is None:
         return counts, number, number

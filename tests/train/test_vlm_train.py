@@ -66,7 +66,6 @@ def test_the_plan_shows_the_first_batch_in_the_models_own_template(
     assert "<|im_start|>user\\n<|vision_start|><image><|vision_end|>What is 0?<|im_end|>" in out
     assert "  > A cat.<|im_end|>\n" in out
     assert "the activations of the vision tower" in out
-    assert "a batch of texts alone shows a hidden plain picture: " in out
 
 
 def test_a_model_of_another_family_describes_pictures_for_its_calibration(

@@ -99,10 +99,6 @@ class ImageTextCollator(RecordCollator[Row]):
         self.layout = layout
         self.packing = packing
 
-    @property
-    def hidden_tokens(self) -> int:
-        return self.image_tokens if self.image_processor is not None else 0
-
     def full_length(self, record: Record) -> int:
         text = self._text(record)
         return len(text.input_ids) + sum(self._counts_by_size(record)[: text.num_images])

@@ -105,10 +105,6 @@ class ProcessorCollator(RecordCollator[ProcessorSample]):
         self.model_config = model_config
         self.packing = packing
 
-    @property
-    def hidden_tokens(self) -> int:
-        return int(self.inputs.plain_picture["input_ids"].shape[1])
-
     def full_length(self, record: Record) -> int:
         rendered, videos = self._rendered(record), record.within(self.image_folder).videos
         return self.inputs.num_tokens(rendered, list(map(self._size, record.images)), videos)

@@ -104,11 +104,6 @@ class RecordCollator(ABC, Generic[Sample]):
         turns = with_boxes(record.turns, self.boxes, lambda: [self._size(name) for name in record.images])
         return record if turns is record.turns else replace(record, turns=tuple(turns))
 
-    @property
-    def hidden_tokens(self) -> int:
-        """The tokens of the plain picture that a batch without pictures gets, where all processes run the tower."""
-        return 0
-
     @abstractmethod
     def full_length(self, record: Record) -> int:
         """Return the number of tokens of a record before `max_length` cuts it. Raises `DataError`."""
