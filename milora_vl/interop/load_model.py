@@ -130,6 +130,6 @@ def require_scalable(model: nn.Module, folder: Path) -> None:
     """
     if names_residual_base(folder):
         message = f"{model.name_or_path} is a residual base, so a scale would also change the components that it lacks"
-        hint = "convert the adapter first:  python -m milora_vl.export FOLDER --to adapter --initial INITIAL"
+        hint = "convert it there: PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...)"
         raise UserError(message, where="--scale", hint=hint)
     require_linear(folder)

@@ -8,16 +8,13 @@ from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
-from hypothesis import strategies as st
 
 from milora_data.encode.labels import IGNORE, NoSupervisedTokens, encode, encode_prompt
 from milora_data.encode.templates import TEMPLATES
-from milora_data.encode.tokens import words_of
 from milora_data.records.record import IMAGE, parse_record
 from milora_vl.common.errors import DataError
-from milora_vl.models.tiny import tiny_tokenizer
 from support.conversations import KINDS, answers, as_llava, conversations, record, supervised_text, texts
-from support.llava_oracle import byte_bpe, llama_tokenizer, llava_ids
+from support.llava_oracle import llama_tokenizer, llava_ids
 from support.problems import raises_code
 
 CONVERSATIONS = json.loads((Path(__file__).parents[1] / "reference" / "conversations.json").read_text(encoding="utf-8"))
@@ -89,22 +86,6 @@ def test_an_empty_answer_teaches_its_end_and_spoils_nothing(kind: str) -> None:
     assert supervised_text(made, tokenizer) == "</s> Now I speak.</s>"
 
 
-TINY = tiny_tokenizer()
-anything = st.text(max_size=40).filter(
-    lambda text: text.encode("utf-8", "replace").decode() == text and IMAGE not in text
-)
-
-
-@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
-@given(turns=st.lists(st.tuples(anything, anything), min_size=1, max_size=3))
-def test_what_is_learnt_is_the_answers_and_nothing_else(turns: list[tuple[str, str]]) -> None:
-    for tokenizer, eos in ((TINY, "</s>"), (byte_bpe(), "<|im_end|>")):
-        made = encode(record(*[text for turn in turns for text in turn]), tokenizer, image_token_id=IMG)
-        assert supervised_text(made, tokenizer) == "".join(f" {answer}{eos}" for _, answer in turns)
-        text = SYSTEM + "".join(f"USER: {question} ASSISTANT: {answer}{eos}" for question, answer in turns)
-        assert tokenizer.decode(made.input_ids) == ("<s>" if tokenizer is TINY else "") + text
-
-
 def test_each_picture_gets_its_own_number_of_tokens() -> None:
     tokenizer = llama_tokenizer("new")
     value = record("First <image> and second <image>?", "Both.", images=2)
@@ -166,17 +147,3 @@ def test_the_prompt_is_the_conversation_up_to_its_last_answer(kind: str, value: 
     assert IGNORE not in made.labels[len(prompt) :]
     turns = parse_record(value).turns[:-1]
     assert encode_prompt(turns, tokenizer, image_token_id=IMG, image_tokens=4) == prompt
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
-@given(text=texts | st.text(alphabet=" ab\u2581\n</s>", max_size=25))
-def test_remembered_words_have_the_tokenizers_own_pieces(kind: str, text: str) -> None:
-    assume(text.encode("utf-8", "replace").decode() == text)
-    tokenizer = llama_tokenizer(kind)
-    backend = tokenizer.backend_tokenizer
-    words = words_of(backend, backend.get_vocab_size())
-    assert words.usable
-    made = words.encode(text, [])
-    assert (made is None) == ("\u2581" in text)
-    assert made is None or made[0] == backend.encode(text, add_special_tokens=False).ids
