@@ -97,9 +97,7 @@ def _show(done: Exported, style: str) -> None:
         layers = [{"module": path, "rank": rank, "error": error} for path, (rank, error) in done.layers.items()]
         content = {"folder": str(done.folder), "form": done.form, "origin": done.origin, "layers": layers}
         errors = {"total": done.total, "exact_rank": done.exact_rank, "dtype": done.dtype, "rounding": done.rounding}
-        sys.stdout.write(
-            json.dumps({**content, **errors, "loads_with": done.loads_with, "servers": done.servers}) + "\n"
-        )
+        sys.stdout.write(json.dumps({**content, **errors, "loads_with": done.loads_with}) + "\n")
         return
     for path, (rank, error) in done.layers.items():
         sys.stdout.write(f"{path}  rank {rank}  relative error {error:.3e}\n")
@@ -140,15 +138,10 @@ def _print_next(done: Exported) -> None:
         is_known = done.form == "merged" and (is_text or done.template == OWN)  # from the folder's chat template
         prompts = () if is_known or done.template == "vicuna_v1" else ("--template", done.template)
         next_step("milora_vl.chat", "--model", *model, *prompts, *question)
-        _print_serving(done)
-
-
-def _print_serving(done: Exported) -> None:
-    """Print the commands of servers for a merged model, and what servers ignore, refuse and need of a LoRA."""
-    if done.loads_with == "transformers":
-        sys.stderr.write(f"serve: transformers serve {done.folder}   or: vllm serve {done.folder}\n")
-    for note in done.servers:
-        sys.stderr.write(f"serve: {note}\n")
+        if done.loads_with == "transformers":
+            sys.stderr.write(f"serve: transformers serve {folder}   or: vllm serve {folder}\n")
+        elif done.form != "merged":
+            sys.stderr.write("serve: docs/export.md says what servers take of a LoRA; --to merged is the safe choice\n")
 
 
 def _base_name(folder: Path) -> str:

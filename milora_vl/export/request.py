@@ -19,7 +19,6 @@ FORMS = {
     "llava": "LoRA folder for load_pretrained_model of haotian-liu/LLaVA",
     "rank-N": "plain LoRA of rank N nearest to the adapter, and its error (rank-r: the r of each module)",
 }
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values of --max-lora-rank
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,11 +6,11 @@ import json
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -24,9 +24,9 @@ from milora_vl.core.adapter.apply import merge
 from milora_vl.core.adapter.folders import from_there, moved
 from milora_vl.core.adapter.load import load_adapter
 from milora_vl.core.adapter.sidecar import fitted, locate, new_paths, read_sidecar
-from milora_vl.core.policy.towers import canonical_names, find_towers
+from milora_vl.core.policy.towers import canonical_names
 from milora_vl.export.base_model import ExportBase, copy_processor, has_timm_tower, save_model
-from milora_vl.export.request import VLLM_RANKS, Options, parse_form
+from milora_vl.export.request import Options, parse_form
 from milora_vl.interop.imported import (
     AdapterKind,
     import_adapter,
@@ -38,7 +38,6 @@ from milora_vl.interop.imported import (
 from milora_vl.interop.llava_layout import config_for_llava, read_llava, write_llava
 from milora_vl.interop.lora_folder import LowRank, PlainAdapter, read_config, read_plain, write_ours, write_plain
 from milora_vl.interop.scale import require_linear, require_scale, scaled
-from milora_vl.models.loading import meta_model
 from milora_vl.models.names import SAME_WEIGHTS
 from milora_vl.models.prompts import trained_template
 
@@ -53,7 +52,7 @@ class Exported:
     `total`: relative error of the whole change by recompression, or by rounding to another data type. `loads_with`:
     what is needed to load a merged model; None for an adapter. `exact_rank`: the N
     at which rank-N keeps the whole change. `dtype`, `rounding`: the data type of a merged model, and the largest change
-    of a weight by rounding to it. `servers`: what servers ignore, refuse and need of a LoRA.
+    of a weight by rounding to it.
     """
 
     folder: Path
@@ -66,7 +65,6 @@ class Exported:
     exact_rank: int | None = None
     dtype: str | None = None
     rounding: float | None = None
-    servers: Sequence[str] = ()
 
 
 def export(folder: str | Path, to: str, output_dir: str | Path, options: Options | None = None) -> Exported:
@@ -93,8 +91,7 @@ def export(folder: str | Path, to: str, output_dir: str | Path, options: Options
         if options.scale != 1:
             _write_scaled(job, Path(scratch))
             job = replace(job, folder=Path(scratch), kind="ours")
-        done = WRITERS[form](job)
-        return replace(done, servers=_notes(job)) if form in ("adapter", "rank") else done
+        return WRITERS[form](job)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,13 +165,6 @@ class ExportJob:
         for name, parameter in merged.named_parameters():
             changes.append(_round(parameter, self.options.dtype or dtypes.get(name, parameter.dtype)))
         return merged, max(changes)
-
-
-def _notes(job: ExportJob) -> list[str]:
-    try:
-        return notes_of(job.out, ExportBase(job.base, None).config)
-    except UserError:  # an export of our own adapter needs no base
-        return ["not checked against servers: the config of the base is not available"]
 
 
 def _write_scaled(job: ExportJob, folder: Path) -> None:
@@ -316,58 +306,3 @@ def _truncate(low: LowRank, rank: int) -> LowRank:
 
 def _like(tensor: Tensor, stored: Tensor) -> Tensor:
     return tensor.to(stored.dtype).contiguous()
-
-
-# By model_type: models whose towers take a LoRA in vLLM, and models whose projector has layers that refuse one.
-VLLM_TOWERS = ("llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics3", "smolvlm")
-
-VLLM_PLAIN_PROJECTORS = ("internvl", "llava_onevision")
-
-RENAMED = ("clip_vision_model", "siglip_vision_model")  # in LLaVA, vLLM's names have `vision_model.` in them
-
-TOWER_FLAG = "--enable-tower-connector-lora"
-
-SERVERS = (
-    ("lora", "vLLM needs --enable-lora --max-lora-rank {limit}"),
-    ("towers", "vLLM ignores the part for the {towers} without " + TOWER_FLAG + " (experimental)"),
-    ("clip", "vLLM crashed on a small LLaVA with a CLIP tower with " + TOWER_FLAG + ": use --to merged"),
-    ("lost", "vLLM ignores the part for the {lost}, also with " + TOWER_FLAG + ": use --to merged"),
-    ("plain projector", "vLLM refuses the folder for its projector: use --to merged"),
-    ("whole", "vLLM refuses modules trained in full: use --to merged"),
-    ("scales", "vLLM before 0.32 ignores alpha_pattern: use --to rank-N"),
-    ("projector", "SGLang refuses the folder for its projector: use --to merged"),
-    ("vision", "SGLang mixes the vision tower with the language tower, or refuses it: use --to merged"),
-    ("whole", "SGLang ignores modules trained in full: use --to merged"),
-    ("ranks", "SGLang refuses modules of several ranks: use --to rank-N"),
-    ("scales", "SGLang ignores alpha_pattern: use --to rank-N"),
-    ("lora", "transformers serve refuses LoRA folders: use --to merged"),
-)
-
-
-def notes_of(folder: Path, base: Any) -> list[str]:
-    """Return the rows of SERVERS that hold for a written LoRA folder on a base with this HF config."""
-    lora, family, parts = read_config(folder), base.model_type, base.to_dict()
-    tower_of, paths = find_towers(meta_model(base)).tower_of, list(lora.target_modules or ())
-    towers = [tower for tower in ("projector", "vision") if tower in map(tower_of, paths)]
-    lost, tower = [] if family in VLLM_TOWERS else towers, parts.get("vision_config", {}).get("model_type")
-    if "llava" in family and "vision" in towers and tower in RENAMED:
-        lost = ["vision"]
-    ranks = [(lora.rank_pattern or {}).get(f"^{path}", lora.r) for path in paths]  # as our exports write the keys
-    alphas = [(lora.alpha_pattern or {}).get(f"^{path}", lora.lora_alpha) for path in paths]
-    is_refused = "projector" in towers and family in VLLM_PLAIN_PROJECTORS
-    holds = {
-        "lora": True,
-        "towers": bool(towers) and family in VLLM_TOWERS,
-        "clip": bool(towers) and family in VLLM_TOWERS and tower == "clip_vision_model",
-        "lost": bool(lost) and not is_refused,
-        "plain projector": is_refused,
-        "projector": "projector" in towers,
-        "vision": "vision" in towers,
-        "whole": bool(lora.modules_to_save),
-        "ranks": len(set(ranks)) > 1,
-        "scales": any(alpha / rank != lora.lora_alpha / lora.r for alpha, rank in zip(alphas, ranks, strict=True)),
-    }
-    sizes = VLLM_RANKS[2:]  # vLLM's default is 16
-    limit = next((size for size in sizes if size >= max(ranks)), f"N, at most {sizes[-1]}: use --to rank-N")
-    names = {"limit": limit, "towers": " and ".join(towers), "lost": " and ".join(lost)}
-    return [text.format(**names) for fact, text in SERVERS if holds[fact]]

@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 from milora_vl import apply_milora, load_model, save_adapter
 from milora_vl.export import export
 from milora_vl.export.__main__ import main
-from milora_vl.export.request import VLLM_RANKS
 from support.adapter_cases import LLAVA_POLICY, move
 
+LARGEST_RANK = 512  # of --max-lora-rank
 REQUIRED = {"r", "lora_alpha", "target_modules"}
 READ = {
     *REQUIRED, "bias", "modules_to_save", "use_rslora", "use_dora", "lora_bias", "init_lora_weights",
@@ -49,7 +49,7 @@ def refused(config: dict[str, Any]) -> list[str]:
     known = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
     reasons += ["init_lora_weights"] if isinstance(start, str) and start not in known else []
     largest = max([config["r"], *(config.get("rank_pattern") or {}).values()])
-    reasons += ["rank"] if largest > VLLM_RANKS[-1] else []
+    reasons += ["rank"] if largest > LARGEST_RANK else []
     return reasons
 
 

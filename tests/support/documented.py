@@ -64,7 +64,7 @@ NOT_RUN: dict[str, str] = {
     r".*( \.\.\.|\[--|\bBASE\b)": "incomplete",
     r"(python -m )?pip (install|uninstall|download)|source |pre-commit ": "changes an environment",
     r"git clone |hf download ": "needs the network",
-    r"(transformers|vllm) serve |curl |python -m sglang|python llama.cpp/|llama-server ": "a server, see tests/export",
+    r"(transformers|vllm) serve |curl |python -m sglang": "a server, see tests/export",
     r"python -m lmms_eval |python -m milora_eval\.lm_eval |swift (sft|rlhf) ": "needs another package's environment",
     r"python examples/\w+_trl\.py ": "trl is optional: tests/interop/test_trl.py runs these",
     r"python -m milora_eval run --server ": "needs a server: tests/eval/test_eval_server.py starts one",

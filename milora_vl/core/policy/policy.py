@@ -83,9 +83,6 @@ class Policy:
 
         return resolve(self.rules, model)
 
-    def to_list(self) -> list[dict[str, Any]]:
-        return [rule.model_dump(exclude_defaults=True) for rule in self.rules]
-
 
 def _text_of(source: str | Path) -> str:
     if isinstance(source, str) and not re.fullmatch(r".+\.ya?ml", source):

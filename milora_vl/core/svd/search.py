@@ -163,7 +163,8 @@ class Search:
         after = max(float(torch.linalg.vector_norm(each, dtype=torch.float64)) for each in norms)
         if after > before * (1 + 1e-6) + self.floor / 16:
             return None
-        return BoundedTriplets(*(each.to(self.W.dtype) for each in (U, S, V)), excess)
+        U, S, V = (each.to(self.W.dtype) for each in (U, S, V))
+        return BoundedTriplets(U, S, V, excess)
 
     def _polished(self, V: Tensor, passes: int) -> Tensor:
         """Return V (n, r) in float64, without the share of strong directions that rounding has left in it.

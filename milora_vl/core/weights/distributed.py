@@ -102,12 +102,6 @@ def broadcast(
     return buffer.to(device)
 
 
-def from_first_rank(tensor: Tensor) -> Tensor:
-    """Return the tensor of rank 0 in every process: signs and nearly equal components can differ between machines."""
-    rank, _ = rank_and_world_size()
-    return broadcast(tensor if rank == 0 else None, tuple(tensor.shape), tensor.dtype, tensor.device, owner=0)
-
-
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
     """Under ZeRO-3 hold the whole model in each process, as without it, if it fits; else gather in each forward."""

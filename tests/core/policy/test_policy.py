@@ -27,7 +27,7 @@ YAML = """
 def test_yaml_and_plain_data_give_the_same_policy() -> None:
     policy = Policy.parse(YAML)
     assert policy.rules[1] == Rule(modules="language.layers[0-3].mlp", rank=64, rslora=True)
-    assert Policy.parse(policy.to_list()) == policy
+    assert Policy.parse([rule.model_dump(exclude_defaults=True) for rule in policy.rules]) == policy
     assert Policy.parse(policy) is policy
     assert Policy.parse(list(policy.rules)) == policy
 

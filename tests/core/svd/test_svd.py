@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from milora_vl.core.svd import Factors, decompose, frobenius
-from milora_vl.core.svd.gram import cholesky, flatten, gram_matrix
-from milora_vl.core.svd.search import Lanczos
+from milora_vl.core.svd.gram import flatten
 
 PARTS = ("minor", "principal", "random")
 
@@ -50,19 +49,6 @@ def test_factors_are_singular_triplets_of_the_weight(shape, spectrum, part, data
     assert f.excess == 0.0
     assert len(f.index) == rank
     assert f.norm == pytest.approx(float(W.norm()), rel=1e-5)
-
-
-@settings(max_examples=40, deadline=None)
-@given(shapes, st.data())
-def test_minor_and_principal_part_make_up_the_weight(shape, data) -> None:
-    rows, columns, seed = shape
-    W = matrix(rows, columns, seed)
-    full = min(rows, columns)
-    rank = data.draw(st.integers(1, full))
-    parts = [decompose(W, rank, "minor")]
-    if rank < full:
-        parts.append(decompose(W, full - rank, "principal"))
-    assert torch.allclose(sum((f.U * f.S) @ f.Vh for f in parts), W, atol=2e-5)
 
 
 @settings(max_examples=40, deadline=None)
@@ -205,36 +191,6 @@ def test_where_lapack_gives_up_in_float32_float64_is_tried(monkeypatch: pytest.M
     torch.testing.assert_close(found.S, torch.linalg.svdvals(W)[-4:])
 
 
-@pytest.mark.parametrize("n", [5, 256, 257, 700])
-def test_the_factor_is_that_of_the_whole_matrix(n: int) -> None:
-    W = torch.randn(n + 40, n, generator=generator, dtype=torch.float64)
-    V = torch.linalg.qr(torch.randn(n, 3, generator=generator, dtype=torch.float64)).Q
-    G = gram_matrix([W[:9], W[9:]], n)
-    torch.testing.assert_close(G, W.T @ W)
-    L = cholesky(G, -0.5, V, 7.0)
-    assert L is not None
-    whole = W.T @ W + 7.0 * V @ V.T + 0.5 * torch.eye(n, dtype=torch.float64)
-    assert torch.allclose(L @ L.T, whole, atol=1e-9)
-
-
-def test_a_shift_above_the_first_eigenvalue_is_not_positive_definite() -> None:
-    W = torch.randn(300, 280, generator=generator, dtype=torch.float64)
-    G = gram_matrix([W], 280)
-    first = float(torch.linalg.svdvals(W)[-1]) ** 2
-    assert cholesky(G, 1.01 * first) is None
-    assert cholesky(G, 0.99 * first) is not None
-
-
-def test_lanczos_finds_the_upper_end() -> None:
-    H = torch.diag(1.1 ** torch.arange(200, dtype=torch.float64))
-    lanczos = Lanczos(lambda X: H @ X, torch.randn(200, 8, generator=generator, dtype=torch.float64))
-    for _ in range(14):
-        lanczos.step()
-    values, vectors = lanczos.ritz(4)
-    assert torch.allclose(values, H.diagonal().flip(0)[:4], rtol=1e-9)
-    assert vectors.abs().argmax(dim=0).tolist() == [199, 198, 197, 196]
-
-
 @pytest.mark.parametrize("layout", ["upright", "turned"])
 def test_flattening_clips_what_stands_out_and_is_the_product_it_says(layout: str) -> None:
     strong = torch.randn(2300, 5, generator=generator) @ torch.randn(5, 400, generator=generator)
@@ -330,22 +286,6 @@ def test_any_shape_rank_dtype_and_spectrum_keeps_every_promise(n, tall, turned, 
     W = drawn(int(tall * n), n, kind, seed).to(dtype)
     W = W.T if turned else W
     check(W, decompose(W, min(rank, n), part, method="fast"), part)
-
-
-def test_of_a_separate_tail_it_finds_the_space_of_the_exact_decomposition() -> None:
-    W = drawn(800, 800, "cliff").float()
-    f = decompose(W, 12)
-    _, S, Vh = torch.linalg.svd(W.double())
-    cosines = torch.linalg.svdvals(f.Vh.double() @ Vh[-12:].T)
-    assert cosines.min() > 1 - 1e-6
-    assert torch.allclose(f.S.double(), S[-12:], rtol=1e-4)
-
-
-def test_a_transposed_weight_gives_the_transposed_factors() -> None:
-    W = drawn(1000, 700, "gaussian").float()
-    f, g = decompose(W, 8), decompose(W.T, 8)
-    assert torch.allclose(f.S, g.S, rtol=1e-4)
-    assert torch.linalg.svdvals(f.Vh @ g.U).min() > 0.999
 
 
 def test_it_repeats_to_the_last_bit_and_leaves_everything_else_alone() -> None:
