@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from milora_data.encode.labels import Encoded, encode, encode_prompt
 from milora_data.encode.templates import TEMPLATES, Template
 from milora_data.pictures.load import expand_to_square, load_image
-from milora_data.records.record import Record, Turn, parse_record
+from milora_data.records import parse_record
+from milora_data.records.record import Record, Turn
 from milora_data.stream import load_records
 from milora_vl.common.errors import DataError, UserError
 

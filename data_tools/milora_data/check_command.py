@@ -20,7 +20,8 @@ from milora_data.formats.stored import is_stored
 from milora_data.hold_out import shared_with
 from milora_data.keys import FileKeys
 from milora_data.pictures.load import convert_words
-from milora_data.records.record import IMAGE, as_llava, parse_record
+from milora_data.records import as_llava, parse_record
+from milora_data.records.record import IMAGE
 from milora_data.stream import load_records
 from milora_vl.common.cli.console import amount, next_step
 from milora_vl.common.cli.parser import DATA, Command, count, option, shared

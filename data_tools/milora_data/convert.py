@@ -27,7 +27,8 @@ from milora_data.formats.tables import (
 from milora_data.hold_out import PICTURE, RECORD, held_out, shared_pictures
 from milora_data.keys import FileKeys, file_key
 from milora_data.pictures.load import ImageError, Picture, picture_suffix, stored_pictures
-from milora_data.records.record import SPEAKERS, Record, as_llava, parse_record
+from milora_data.records import SPEAKERS, as_llava, parse_record
+from milora_data.records.record import Record
 from milora_data.stream import load_records
 from milora_vl.common.cli.console import amount, next_step
 from milora_vl.common.cli.parser import Command, option, positive, shared

@@ -10,7 +10,8 @@ from typing import Any
 
 from milora_data.formats.tables import field_of
 from milora_data.keys import KeyOf, digest, record_key, shown_keys
-from milora_data.records.record import IMAGE, Record, parse_record
+from milora_data.records import parse_record
+from milora_data.records.record import IMAGE, Record
 from milora_vl.common.errors import DataError
 
 PICTURE, RECORD = "picture", "record"

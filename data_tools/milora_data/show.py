@@ -12,11 +12,11 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from milora_data.cards import Card, write_cards
+from milora_data.cards import Card, small, write_cards
 from milora_data.check import image_folder
 from milora_data.encode.templates import OWN, get_template, place_images, render
 from milora_data.keys import FileKeys, record_key
-from milora_data.pictures.load import ImageError, load_image, small
+from milora_data.pictures.load import ImageError, load_image
 from milora_data.records.boxes import boxes_in, with_pixels
 from milora_data.records.record import IMAGE, Record
 from milora_data.stream import load_records

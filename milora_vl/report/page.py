@@ -10,9 +10,8 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from milora_data.cards import Card, fitted
+from milora_data.cards import Card, credit_lines, data_uri, fitted, thumbnail
 from milora_data.keys import digest, file_key
-from milora_data.pictures.load import credit_lines, data_uri, thumbnail
 from milora_vl.common.cli import page as pages
 from milora_vl.common.cli.table import Table
 from milora_vl.common.errors import UserError

@@ -16,7 +16,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from milora_data.pictures.load import data_uri
+from milora_data.cards import data_uri
 from milora_vl.common.atomic_write import write_text
 from milora_vl.report.read_run import Json, RunFiles, Score, is_fraction, label
 

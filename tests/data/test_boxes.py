@@ -13,8 +13,9 @@ from milora_data.batches.image_text_collator import ImageTextCollator
 from milora_data.batches.processor_collator import ProcessorCollator
 from milora_data.check import examine
 from milora_data.pictures.load import load_image
+from milora_data.records import parse_record
 from milora_data.records.boxes import Boxes
-from milora_data.records.record import Turn, parse_record
+from milora_data.records.record import Turn
 from milora_vl.common.errors import DataError
 from milora_vl.models.generate import LlavaReader, ProcessorReader, Prompt
 from milora_vl.models.tiny import tiny_llava

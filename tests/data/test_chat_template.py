@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from milora_data.encode.labels import IGNORE, encode, encode_prompt
-from milora_data.records.record import Turn, parse_record
+from milora_data.records import parse_record
+from milora_data.records.record import Turn
 from milora_vl import load_model
 from milora_vl.common.errors import DataError
 from milora_vl.models.generate import Prompt, prompt_ids

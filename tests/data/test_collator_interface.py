@@ -14,7 +14,7 @@ from milora_data.batches.record_collator import RecordCollator
 from milora_data.encode.labels import NoSupervisedTokens
 from milora_data.encode.tokens import IGNORE
 from milora_data.pictures.load import Picture
-from milora_data.records.record import parse_record
+from milora_data.records import parse_record
 from milora_vl.models.collator_for import collator_for
 from milora_vl.models.tiny import tiny_llama, tiny_llava
 from support.drawn import encoded

@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, assume, given, settings
 
 from milora_data.encode.labels import IGNORE, NoSupervisedTokens, encode, encode_prompt
 from milora_data.encode.templates import TEMPLATES
-from milora_data.records.record import IMAGE, parse_record
+from milora_data.records import parse_record
+from milora_data.records.record import IMAGE
 from milora_vl.common.errors import DataError
 from support.conversations import KINDS, answers, as_llava, conversations, record, supervised_text, texts
 from support.llava_oracle import llama_tokenizer, llava_ids

@@ -19,7 +19,8 @@ from tokenizers.processors import TemplateProcessing
 from milora_data.batches.processor_collator import ProcessorCollator
 from milora_data.encode.chat_template_mask import VIDEO_MARK, parts_of
 from milora_data.pictures.load import ImageError, Picture
-from milora_data.records.record import ROLES, Record, Turn, parse_record
+from milora_data.records import ROLES, parse_record
+from milora_data.records.record import Record, Turn
 from milora_vl.common.compat.transformers import pass_texts_unchanged
 from milora_vl.common.errors import DataError
 from milora_vl.core.policy.towers import find_towers

@@ -17,7 +17,8 @@ from transformers import AddedToken, AutoProcessor, LlavaProcessor
 from milora_data.encode.labels import IGNORE, Encoded, encode, encode_prompt
 from milora_data.encode.templates import TEMPLATES, place_images, render, render_chat_template
 from milora_data.encode.tokens import remember_legacy
-from milora_data.records.record import ROLES, Turn
+from milora_data.records import ROLES
+from milora_data.records.record import Turn
 from milora_vl.common.errors import DataError
 from support.conversations import BYTE_BPE, KINDS, MARKS, as_llava, conversations, record, supervised_text
 from support.llava_oracle import byte_bpe, llama_tokenizer, llava_ids

@@ -19,7 +19,8 @@ from milora_data.formats import jsonfile
 from milora_data.formats.jsonfile import read_objects, write_objects
 from milora_data.keys import FileKeys, data_key, question_key, record_key, shown_keys
 from milora_data.pictures.load import Picture
-from milora_data.records.record import CompactRecords, Record, Turn, Video, parse_record
+from milora_data.records import parse_record
+from milora_data.records.record import CompactRecords, Record, Turn, Video
 from milora_data.stream import load_records
 from milora_vl.common.errors import DataError
 from support.problems import raises_code

@@ -16,7 +16,7 @@ from milora_data.__main__ import main
 from milora_data.batches.processor_collator import ProcessorCollator
 from milora_data.batches.processor_inputs import ProcessorInputs
 from milora_data.pictures.load import ImageError
-from milora_data.records.record import parse_record
+from milora_data.records import parse_record
 from milora_data.stream import load_records
 from milora_vl.common.errors import DataError
 from milora_vl.models.losses import summed_loss

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from milora_data.__main__ import main as data
-from milora_data.pictures.load import fitting, small
+from milora_data.cards import fitting, small
 from milora_eval.__main__ import main as evaluation
 from milora_vl.common.cli import page as render
 from milora_vl.common.evaluator_protocol import QuestionSet

@@ -15,7 +15,8 @@ from milora_data.batches.image_text_collator import ImageTextCollator
 from milora_data.batches.lengths import lengths_of
 from milora_data.pictures.load import picture_size
 from milora_data.pictures.pixels import PixelMaker, Tiling
-from milora_data.records.record import Turn, parse_record
+from milora_data.records import parse_record
+from milora_data.records.record import Turn
 from milora_vl import load_model
 from milora_vl.models.generate import Prompt, generate
 from milora_vl.models.image_tokens import tiling_of

@@ -17,8 +17,9 @@ from milora_data.encode.labels import NoSupervisedTokens
 from milora_data.encode.templates import Segment
 from milora_data.encode.tokens import IGNORE
 from milora_data.pictures.load import ImageError, ImagePolicy, Picture, picture_size
+from milora_data.records import parse_record
 from milora_data.records.boxes import Boxes
-from milora_data.records.record import Record, parse_record, with_boxes
+from milora_data.records.record import Record, with_boxes
 from milora_vl.common.compat.torch import FailedBatch
 from milora_vl.common.errors import DataError, UserError, with_context
 

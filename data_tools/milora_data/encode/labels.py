@@ -23,7 +23,8 @@ from typing import Any
 from milora_data.encode.chat_template_mask import segments_of
 from milora_data.encode.templates import Segment, no_videos, place_images
 from milora_data.encode.tokens import IGNORE, TokenizerTraits, tokenizer_traits, words_of
-from milora_data.records.record import IMAGE, Record, Turn, parse_record
+from milora_data.records import parse_record
+from milora_data.records.record import IMAGE, Record, Turn
 from milora_vl.common.cli.console import amount
 from milora_vl.common.errors import DataError, with_context
 

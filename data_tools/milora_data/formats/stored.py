@@ -12,7 +12,8 @@ from typing import Any
 from milora_data.formats.jsonfile import missing_file
 from milora_data.formats.tables import COLUMNS, TableOptions, row_record
 from milora_data.pictures.load import Picture
-from milora_data.records.record import Record, parse_record
+from milora_data.records import parse_record
+from milora_data.records.record import Record
 from milora_vl.common.cli.web import hub_is_known
 from milora_vl.common.errors import DataError, UserError, first_line, with_context
 

@@ -14,7 +14,8 @@ from typing import Any
 
 from milora_data.formats.jsonfile import read_rows
 from milora_data.pictures.load import stored_pictures
-from milora_data.records.record import IMAGE, earlier, identifier_of
+from milora_data.records import earlier, identifier_of
+from milora_data.records.record import IMAGE
 from milora_vl.common.errors import DataError
 
 DEFAULT_PROMPT = "Describe this picture."

@@ -1,4 +1,4 @@
-"""Load picture files of any format as RGB (rotation, transparency, size limits), pad them; base64 pictures; thumbnails.
+"""`Picture`; load picture files of any format as RGB (rotation, transparency, size limits), pad them; base64 pictures.
 
 A `Picture` of a record is a name below the image folder, the path of a file, or the bytes of one.
 """
@@ -9,8 +9,7 @@ import base64
 import binascii
 import hashlib
 import os
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from io import BytesIO
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
 _SUFFIXES = {"JPEG": ".jpg", "MPO": ".jpg", "DIB": ".bmp", "TIFF": ".tif"}  # other formats: their name
 ORIENTATION = 0x0112  # EXIF tag; values above 4 mean that width and height are swapped
 _NOT_DECODED_HERE = frozenset(("EPS", "WMF", "FPX", "MIC", "BUFR", "GRIB", "HDF5", "MPEG"))
-SIDE, _LEAST = 320, 64  # pixels of thumbnails; shown at half this size on high-density screens
 ImagePolicy = Literal["raise", "skip", "replace"]
 """What to do with an unreadable picture: stop, skip its record, or replace it by a plain picture."""
 
@@ -280,51 +278,3 @@ def _broken(name: str, reason: str) -> ImageError:
         code="image-unreadable",
         hint="embed the picture again, or remove the record",
     )
-
-
-def data_uri(content: bytes, mime: str) -> str:
-    """Return the bytes as a URI that can be embedded in a page.
-
-    >>> data_uri(b"abc", "image/png")
-    'data:image/png;base64,YWJj'
-    """
-    return f"data:{mime};base64,{base64.b64encode(content).decode('ascii')}"
-
-
-def thumbnail(place: PictureFile | None, side: int = SIDE) -> bytes | None:
-    """Return a picture, loaded like a model's input, as a small JPEG; None if it is missing or cannot be read."""
-    try:
-        return None if place is None else small(load_image(place), side)
-    except ImageError:
-        return None
-
-
-def small(image: Image.Image, side: int = SIDE) -> bytes:
-    """Return an RGB picture as a JPEG of at most `side` pixels per side."""
-    copy = image.copy()
-    copy.thumbnail((side, side))
-    buffer = BytesIO()
-    copy.save(buffer, "JPEG", quality=80)
-    return buffer.getvalue()
-
-
-def fitting(pictures: Sequence[bytes | None], budget: int) -> list[str]:
-    """Return JPEGs as URIs ("" for none), all resized to the same side so that they take at most `budget` characters.
-
-    The side is at least 64 pixels, so many pictures may take more.
-    """
-    from PIL import Image
-
-    resized, side = list(pictures), SIDE
-    while sum(len(one) for one in resized if one) * 4 // 3 > budget and side > _LEAST:
-        side = max(_LEAST, side * 3 // 4)
-        resized = [small(Image.open(BytesIO(one)), side) if one else None for one in pictures]
-    return [data_uri(one, "image/jpeg") if one else "" for one in resized]
-
-
-def credit_lines(folders: Iterable[Path]) -> list[str]:
-    """Return the lines that mention a licence in the README.md of each folder, without repeats."""
-    readmes = dict.fromkeys((folder / "README.md").resolve() for folder in folders)
-    texts = (file.read_text(encoding="utf-8", errors="replace") for file in readmes if file.is_file())
-    lines = (line.strip(" *-").replace("`", "") for text in texts for line in text.splitlines())
-    return list(dict.fromkeys(line for line in lines if re.search(r"\blicen[cs]e\b", line, re.IGNORECASE)))

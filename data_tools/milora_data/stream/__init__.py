@@ -15,7 +15,8 @@ from pydantic import Field
 
 from milora_data.formats.jsonfile import read_objects
 from milora_data.formats.stored import is_stored, stored_items
-from milora_data.records.record import Record, parse_record
+from milora_data.records import parse_record
+from milora_data.records.record import Record
 from milora_vl.common.errors import DataError
 from milora_vl.common.strict_models import Strict
 

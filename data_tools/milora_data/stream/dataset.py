@@ -19,7 +19,8 @@ from datasets.distributed import split_dataset_by_node
 
 from milora_data.formats.jsonfile import FilePart, parts_of, read_part
 from milora_data.formats.stored import HUB, broken_off, files_of, is_stored, items_of_file, open_hub, row_to_record
-from milora_data.records.record import Record, identifier_of
+from milora_data.records import identifier_of
+from milora_data.records.record import Record
 from milora_data.stream import Source, json_items, within
 from milora_vl.common.errors import DataError, UserError, no_records
 

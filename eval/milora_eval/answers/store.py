@@ -15,7 +15,8 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from milora_data.records.record import Turn, parse_video
+from milora_data.records import parse_video
+from milora_data.records.record import Turn
 from milora_eval.benchmark import Answer, Benchmark, Item, content_of, key_of_question
 from milora_eval.registry import reference
 from milora_vl.common.atomic_write import atomic_file, json_lines

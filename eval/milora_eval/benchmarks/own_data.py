@@ -16,8 +16,9 @@ from typing import Any
 
 from milora_data.keys import KeyOf, data_key, digest, file_key
 from milora_data.pictures.load import Picture, is_embedded, refusal
+from milora_data.records import identifier_of, parse_record
 from milora_data.records.boxes import boxes_in
-from milora_data.records.record import IMAGE, VIDEO, identifier_of, parse_record
+from milora_data.records.record import IMAGE, VIDEO
 from milora_eval.benchmark import (
     Answer,
     Benchmark,
