@@ -113,8 +113,9 @@ class ImageTextCollator(RecordCollator[Row]):
         return encode(record, self.tokenizer, template=self.template, image_token_id=-1, image_tokens=0)
 
     def segments(self, record: Record) -> list[Segment]:
+        record = self._with_boxes(record)
         try:
-            return record_segments(self._with_boxes(record), self.tokenizer, self.template)[1]
+            return record_segments(record, self.tokenizer, self.template)[1]
         except DataError as error:
             raise with_context(error, record.place) from None
 

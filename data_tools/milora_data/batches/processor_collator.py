@@ -139,7 +139,8 @@ class ProcessorCollator(RecordCollator[ProcessorSample]):
         return bool(record.images), tuple(sorted(set(self.num_frames(record))))
 
     def may_refuse(self, record: Record) -> bool:
-        return self.inputs.may_refuse(record.turns, len(record.images), len(record.videos))
+        marks = record.turns, len(record.images), len(record.videos)
+        return super().may_refuse(record) or self.inputs.may_refuse(*marks)
 
     def require_one_batch(self, records: Sequence[Record]) -> None:
         with_images = [record for record in records if record.images]
@@ -157,8 +158,9 @@ class ProcessorCollator(RecordCollator[ProcessorSample]):
             raise with_context(error, " and ".join(record.place for record in shown[:2])) from None
 
     def _rendered(self, record: Record) -> Rendered:
+        record = self._with_boxes(record)
         try:
-            turns = with_video_marks(self._with_boxes(record).turns, len(record.images), len(record.videos))
+            turns = with_video_marks(record.turns, len(record.images), len(record.videos))
             form = self.inputs.video_format if record.videos else self.inputs.format
             rendered = form.render(turns)
             self.inputs.require_images(rendered.text, len(record.images), len(record.videos))

@@ -102,7 +102,10 @@ class RecordCollator(ABC, Generic[Sample]):
 
     def _with_boxes(self, record: Record) -> Record:
         """Return the record with its boxes as the model writes them. Raises `DataError`."""
-        turns = with_boxes(record.turns, self.boxes, lambda: [self._size(name) for name in record.images])
+        try:
+            turns = with_boxes(record.turns, self.boxes, lambda: [self._size(name) for name in record.images])
+        except DataError as error:
+            raise with_context(error, record.place) from None
         return record if turns is record.turns else replace(record, turns=tuple(turns))
 
     @abstractmethod
@@ -131,6 +134,10 @@ class RecordCollator(ABC, Generic[Sample]):
 
     def may_refuse(self, record: Record) -> bool:
         """Return whether the texts of a record may be refused though others of its form are not; runs no template."""
+        try:
+            self._with_boxes(record)
+        except DataError:
+            return True
         return False
 
     def require_one_batch(self, records: Sequence[Record]) -> None:
