@@ -24,7 +24,7 @@ MENU = Menu(
 examples:
   python -m milora_data check train.json --image_folder images
   python -m milora_data show train.json --limit 50 --html records.html
-  python -m milora_data convert --from table table.csv --output_dir data
+  python -m milora_data convert table.csv --output_dir data
 """,
 )
 

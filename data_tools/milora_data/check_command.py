@@ -19,7 +19,6 @@ from milora_data.formats.jsonfile import read_objects, write_objects
 from milora_data.formats.stored import is_stored
 from milora_data.hold_out import shared_with
 from milora_data.keys import FileKeys
-from milora_data.pictures.load import convert_words
 from milora_data.records import as_llava, parse_record
 from milora_data.records.record import IMAGE
 from milora_data.stream import load_records
@@ -70,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"{chosen.fix} exists already", code="output-exists", hint=hint)
     if chosen.fix is not None and is_stored(chosen.data):
         message = f"--fix repairs JSON and JSON lines, not {chosen.data}"
-        hint = "convert it with milora_data convert --from hub"
+        hint = "convert it with milora_data convert"
         raise UserError(message, code="check-fix-unsupported", hint=hint)
     report = scan(chosen.data, folder)
     if not report.records and not report.findings:
@@ -94,7 +93,7 @@ def _shared(data: Path, folder: Path, test: Path) -> dict[str, int]:
 
 def _print_next_step(report: Report, fixed: Path | None, pictures: Sequence[str | Path]) -> None:
     if "embedded_picture" in report.by_kind():
-        next_step("milora_data", *convert_words(report.path, "llava"))
+        next_step("milora_data", "convert", report.path, "--output_dir", "OUT")
     elif fixed is None and not report.count("error") and Path(report.path).stem.rpartition("-")[2] in HELD_OUT:
         data = ["--data", *pictures[1:]] if pictures else []
         next_step("milora_eval", "run", "--model", "MODEL", "--benchmarks", report.path, *data, "--output_dir", "OUT")

@@ -13,16 +13,16 @@ from itertools import count as count_from
 from pathlib import Path
 from typing import Any
 
-from milora_data.formats.jsonfile import read_objects, write_objects
+from milora_data.formats.jsonfile import read_rows, write_objects
 from milora_data.formats.stored import is_stored, stored_items
 from milora_data.formats.tables import (
     COLUMNS,
     DEFAULT_PROMPT,
     EMPTY_CELL,
-    Converter,
     Records,
     TableOptions,
-    table,
+    is_record,
+    row_record,
 )
 from milora_data.hold_out import PICTURE, RECORD, held_out, shared_pictures
 from milora_data.keys import FileKeys, file_key
@@ -32,7 +32,7 @@ from milora_data.records.record import Record
 from milora_data.stream import load_records
 from milora_vl.common.cli.console import amount, next_step
 from milora_vl.common.cli.parser import Command, option, positive, shared
-from milora_vl.common.errors import MALFORMED, DataError, UserError, first_line
+from milora_vl.common.errors import DataError, UserError
 
 
 def columns(text: str) -> dict[str, tuple[str]]:
@@ -49,21 +49,23 @@ def columns(text: str) -> dict[str, tuple[str]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     chosen = COMMAND.parse(argv)
-    _check_flags(chosen)
+    for flag in ("hold_out_by", "image_folder"):
+        if vars(chosen)[flag] and not chosen.hold_out:
+            hint = "add:  --hold_out N"
+            raise UserError("needs --hold_out", code="flag-needs-another", where=f"--{flag}", hint=hint)
     folder = chosen.output_dir
     images, out = PictureFolder(folder / "images"), folder / "data.json"
     held = folder / f"{folder.resolve().name}-eval.json"  # a benchmark is named after its file
     new = [out, held] if chosen.hold_out else [out]
-    if there := [path for path in [*new, *([images.path] * (chosen.kind == "hub"))] if path.exists()]:
+    if there := [path for path in new if path.exists()]:
         raise output_exists(there[0])
     field = None if chosen.hold_out_by in (PICTURE, RECORD) else chosen.hold_out_by
     named = chosen.columns or {}
-    options = TableOptions(
-        chosen.prompt, field, COLUMNS | named, unseen={name for (name,) in named.values()}, split=chosen.split
-    )
+    unused = {name for (name,) in named.values()} | ({"--prompt"} if chosen.prompt else set())
+    options = TableOptions(chosen.prompt, field, COLUMNS | named, unused, chosen.split)
     more: dict[str, Any] = {}
     try:
-        records = _require_records(images.filled(_read(chosen.kind, chosen.sources, options)), chosen, options)
+        records = _require_records(images.filled(_read(chosen.sources, options)), chosen, options)
         if chosen.hold_out:
             numbers, records = _hold_out(list(records), chosen, held, images)
             more = {"held_out": str(held), "held_out_records": len(numbers)}
@@ -116,93 +118,71 @@ def _hold_out(
     return numbers, (value for number, value in enumerate(records) if number not in numbers)
 
 
-def _check_flags(chosen: argparse.Namespace) -> None:
-    for flag in ("hold_out_by", "image_folder"):
-        if vars(chosen)[flag] and not chosen.hold_out:
-            hint = "add:  --hold_out N"
-            raise UserError("needs --hold_out", code="flag-needs-another", where=f"--{flag}", hint=hint)
-    for flag in FLAGS:
-        if vars(chosen)[flag] is not None and chosen.kind not in ("table", "hub"):
-            message = f"only applies to --from table and hub, not to {chosen.kind}"
-            raise UserError(message, code="flag-no-effect", where=f"--{flag}", hint="remove the flag")
+def _read(sources: Sequence[str], options: TableOptions) -> Records:
+    """Yield the records. An id of an earlier file gets a number, as ids of joined files stand for other records.
 
-
-def _read(kind: str, sources: Sequence[str], options: TableOptions) -> Records:
-    """Yield the records; raises `DataError` for a file in another format.
-
-    An id of an earlier file gets a number, as ids of joined files would stand for other records.
+    Raises `DataError` for a file in another format.
     """
     used, num_renamed = set[str](), 0
-    try:
-        for source in sources:
-            read = _stored if is_stored(source) else KINDS[kind]
-            names: dict[str, str] = {}  # equal ids of one file stay equal
-            for value in read([Path(source)] if read is not _stored else [source], options):
-                if old := str(value.get("id", "")):
-                    new = names.setdefault(old, next(name for name in _names_like(old) if name not in used))
-                    num_renamed += new != old
-                    value["id"] = new
-                yield value
-            used.update(names.values())
-        if num_renamed:
-            sys.stderr.write(f"note: {amount(num_renamed, 'id')} of earlier files got a number\n")
-        if options.unseen:
-            message = f"no row has {', '.join(sorted(options.unseen))}"
-            raise UserError(message, code="flag-no-effect", where="--columns", hint="name columns of the table")
-    except UserError:
-        raise
-    except MALFORMED as error:
-        reason = "its lists and objects have another structure"
-        if isinstance(error, (KeyError, ValueError)):
-            reason = f"it has no {error}" if isinstance(error, KeyError) else first_line(error)
-        raise DataError(
-            f"not the format that --from {kind} expects: {reason}",
-            code="convert-wrong-format",
-            where=", ".join(sources),
-            hint=f"name another format: --from {', '.join(KINDS)}",
-        ) from None
+    for source in sources:
+        names: dict[str, str] = {}  # equal ids of one file stay equal
+        for value in _stored(source, options) if is_stored(source) else _objects(Path(source), options):
+            if old := str(value.get("id", "")):
+                new = names.setdefault(old, next(name for name in _names_like(old) if name not in used))
+                num_renamed += new != old
+                value["id"] = new
+            yield value
+        used.update(names.values())
+    if num_renamed:
+        sys.stderr.write(f"note: {amount(num_renamed, 'id')} of earlier files got a number\n")
+    if options.unused:
+        flag = "--prompt" if "--prompt" in options.unused else "--columns"
+        message = f"without effect: {', '.join(sorted(options.unused))}"
+        raise UserError(message, code="flag-no-effect", where=flag, hint="remove the flag, or name columns of the data")
 
 
 def _names_like(name: str) -> Iterator[str]:
     return chain([name], (f"{name}-{number}" for number in count_from(2)))
 
 
-def _llava(sources: Sequence[Path], options: TableOptions) -> Records:
-    """Records in LLaVA's form or in the form of `messages`, as every reader of records takes them.
-
-    Bad records are left out; if all are bad, the file has another format and the first error is raised.
-    """
+def _objects(source: Path, options: TableOptions) -> Records:
+    """Records or rows of a table; broken ones are left out. Raises the first error if all are broken."""
     errors: list[DataError] = []
     num_usable = 0
-    for source in sources:
-        for number, (place, value) in enumerate(read_objects(source, on_error=errors.append), start=1):
-            try:
-                parse_record(value, source=f"{source}:{place}", embedded="keep")
-            except DataError as error:
-                errors.append(error)
-                continue
-            assert isinstance(value, dict)  # else parse_record raises
-            num_usable += 1
-            yield from stored_pictures(as_llava(value, number), f"{source}:{place}", options.left_out)
+    for number, (place, value) in enumerate(read_rows(source, on_error=errors.append), start=1):
+        where = f"{source}:{place}"
+        if isinstance(value, dict) and not options.wants(value):
+            continue
+        try:
+            if isinstance(value, dict) and not is_record(value):
+                converted = row_record(value, options, place=where, identifier=f"{number}")
+            else:
+                parse_record(value, source=where, embedded="keep")
+                assert isinstance(value, dict)  # else parse_record raises
+                converted = as_llava(value, number)
+        except DataError as error:
+            errors.append(error)
+            continue
+        num_usable += 1
+        yield from stored_pictures(converted, where, options.left_out)
     if errors and not num_usable:
         raise errors[0]
     for skipped in errors:
         options.leave_out(skipped)
 
 
-def _stored(sources: Sequence[Any], options: TableOptions) -> Records:
+def _stored(source: str, options: TableOptions) -> Records:
     """Records of shards, tables and the hub, with all of their other columns that JSON can hold."""
     dropped: set[str] = set()
-    for source in sources:
-        for number, item in enumerate(stored_items(str(source), options)):
-            if isinstance(item, DataError):
-                if not isinstance(item, ImageError) and item.first.code != EMPTY_CELL:
-                    raise item
-                options.leave_out(item)
-                continue
-            extra = {key: value for key, value in item.extra.items() if _fits_json(value)}
-            dropped |= item.extra.keys() - extra.keys()
-            yield options.with_kept({**_as_llava(item, str(number)), **extra}, item.extra)
+    for number, item in enumerate(stored_items(source, options)):
+        if isinstance(item, DataError):
+            if not isinstance(item, ImageError) and item.first.code != EMPTY_CELL:
+                raise item
+            options.leave_out(item)
+            continue
+        extra = {key: value for key, value in item.extra.items() if _fits_json(value)}
+        dropped |= item.extra.keys() - extra.keys()
+        yield options.with_kept({**_as_llava(item, str(number)), **extra}, item.extra)
     if dropped:
         sys.stderr.write(f"left out: columns that JSON cannot hold: {', '.join(sorted(dropped))}\n")
 
@@ -287,37 +267,24 @@ def _as_llava(record: Record, identifier: str) -> dict[str, Any]:
     return {"id": record.id or identifier, **images, **videos, "conversations": turns, **tools}
 
 
-KINDS: dict[str, Converter] = {
-    "llava": _llava,
-    "messages": _llava,
-    "table": table,
-    "hub": _stored,
-}
-FLAGS = ("prompt", "columns", "split")  # of tables and the hub
 COMMAND = Command(
     "milora_data convert",
     "Convert another format to LLaVA JSON.",
     """\
-formats (--from):
-  llava      records of LLaVA's format, as a list or one per line; several files are joined into one
-  messages   {"messages": [{"role", "content"}], "images": [...]}, used by OpenAI, TRL and others; a list or one per
-             line; base64 pictures, here and in the other formats, are written to images/
-  table      rows (.csv, .tsv, .json, .jsonl, .parquet) with columns for picture, question and answer, picture and
-             caption, or instruction, input and output; --columns names others
-  hub        FILE.parquet, FILE.tar (webdataset: a.jpg with a.txt or a.json), a folder of save_to_disk,
-             hub:OWNER/NAME[/CONFIG][@REVISION][:SPLIT]; pictures are written to images/
+sources, joined into one file; base64 pictures and those of shards are written to images/:
+  .json, .jsonl    records of LLaVA's format, {"messages": [...], "images": [...]} of OpenAI, TRL and others, or rows
+  .csv, .tsv       rows with columns for picture, question and answer, picture and caption, or instruction, input and
+                   output; --columns names others
+  .parquet, .tar   rows or records; webdataset (a.jpg with a.txt or a.json), a folder of save_to_disk
+  hub:             hub:OWNER/NAME[/CONFIG][@REVISION][:SPLIT]
 
 examples:
-  python -m milora_data convert --from llava a.jsonl b.jsonl --output_dir data
-  python -m milora_data convert --from hub my_pictures.tar --output_dir data --prompt "What is this?"
-  python -m milora_data convert --from table captions.csv --output_dir data
-  python -m milora_data convert --from table fotos.csv --columns image=Bild,question=Frage,answer=Antwort \\
-      --split train --output_dir data
+  python -m milora_data convert a.jsonl b.jsonl --output_dir data
+  python -m milora_data convert my_pictures.tar --output_dir data --prompt "What is this?"
+  python -m milora_data convert fotos.csv --columns image=Bild,question=Frage,answer=Antwort --split train \\
+      --output_dir data
 """,
     inputs=(
-        option(
-            "--from", dest="kind", choices=KINDS, required=True, metavar="FORMAT", help="format of SOURCE, see below"
-        ),
         option("sources", nargs="+", metavar="SOURCE", help="file, folder of save_to_disk, or hub:NAME"),
         shared("image_folder", about="folder of the pictures, for --hold_out (default: beside SOURCE)"),
     ),

@@ -288,7 +288,7 @@ def test_messages_that_cannot_be_used_are_named_and_left_out(
     tmp_path: Path, value: dict[str, Any], code: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     good, bad, path = json.dumps({"messages": said("a", "b")}), json.dumps(value), tmp_path / "m.jsonl"
-    words = ["convert", "--from", "messages", str(path), "--output_dir", str(tmp_path / "out"), "--format", "json"]
+    words = ["convert", str(path), "--output_dir", str(tmp_path / "out"), "--format", "json"]
     path.write_text(f"{bad}\n{bad}")
     with raises_code(code, where=f"{path}:1", kind=DataError):
         main(words)

@@ -21,22 +21,21 @@ from support.drawn import made
 from support.problems import raises_code
 
 
-def convert(kind: str, files: dict[str, Any], folder: Path, *flags: str) -> list[dict[str, Any]]:
+def convert(files: dict[str, Any], folder: Path, *flags: str) -> list[dict[str, Any]]:
     for name, content in files.items():
         path = folder / name
         path.write_text(json.dumps(content))
     sources = [str(folder / name) for name in files]
-    assert main(["convert", "--from", kind, *sources, "--output_dir", str(folder / "out"), *flags]) == 0
+    assert main(["convert", *sources, "--output_dir", str(folder / "out"), *flags]) == 0
     return json.loads((folder / "out" / "data.json").read_text())  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("kind", ["table", "llava"])
-def test_a_file_of_another_kind_is_said_to_be_one(kind: str, tmp_path: Path) -> None:
+def test_a_file_of_another_kind_is_said_to_be_one(tmp_path: Path) -> None:
     (tmp_path / "other.json").write_text('[{"something": "else"}]')
-    with pytest.raises(DataError, match="no question with an answer|must be a list of turns"):
-        main(["convert", "--from", kind, str(tmp_path / "other.json"), "--output_dir", str(tmp_path / "out")])
+    with pytest.raises(DataError, match="no question with an answer"):
+        main(["convert", str(tmp_path / "other.json"), "--output_dir", str(tmp_path / "out")])
     with raises_code("data-missing-file", where="none.json", message="no such file", kind=DataError):
-        main(["convert", "--from", kind, str(tmp_path / "none.json"), "--output_dir", str(tmp_path / "out")])
+        main(["convert", str(tmp_path / "none.json"), "--output_dir", str(tmp_path / "out")])
     assert not (tmp_path / "out" / "data.json").exists()
 
 
@@ -48,7 +47,7 @@ def test_columns_and_a_split_are_named(form: str, tmp_path: Path) -> None:
             for n, part in enumerate(("train", "test", "train"))]  # fmt: skip
     table, out = datasets.Dataset.from_list(rows), tmp_path / "out"
     getattr(table, f"to_{form}")(tmp_path / f"t.{form}")
-    words = ["convert", "--from", "table", str(tmp_path / f"t.{form}"), "--output_dir", str(out)]
+    words = ["convert", str(tmp_path / f"t.{form}"), "--output_dir", str(out)]
     columns = "image=Bild,question=Frage,answer=Antwort"
     with raises_code("", says="name others:  --columns image=PHOTO", kind=DataError):
         main(words)
@@ -56,8 +55,10 @@ def test_columns_and_a_split_are_named(form: str, tmp_path: Path) -> None:
         main([*words, "--columns", columns, "--split", "test"])
     with raises_code("convert-no-records", where="--split", message="found: test, train"):
         main([*words, "--columns", f"{columns},split=Teil", "--split", "val"])
-    with raises_code("flag-no-effect", where="--columns", message="no row has Foto"):
+    with raises_code("flag-no-effect", where="--columns", message="without effect: Foto"):
         main([*words, "--columns", f"{columns},input=Foto"])
+    with raises_code("flag-no-effect", where="--prompt"):
+        main([*words, "--columns", columns, "--prompt", "What?"])
     with raises_code("command-line", message="'picture'"):
         main([*words, "--columns", "picture=Bild"])
     assert not out.exists() or not list(out.iterdir())
@@ -66,8 +67,8 @@ def test_columns_and_a_split_are_named(form: str, tmp_path: Path) -> None:
     assert (record.images[0].name, *(turn.text for turn in record.turns)) == ("1.png", "<image>\n1?", "ja")
 
 
-def hold_out(rows: list[dict[str, Any]], folder: Path, *flags: str, kind: str = "table") -> tuple[list[Any], list[Any]]:
-    kept = convert(kind, {"i.json": rows}, folder, "--hold_out", *flags)
+def hold_out(rows: list[dict[str, Any]], folder: Path, *flags: str) -> tuple[list[Any], list[Any]]:
+    kept = convert({"i.json": rows}, folder, "--hold_out", *flags)
     return json.loads((folder / "out" / "out-eval.json").read_text()), kept
 
 
@@ -97,14 +98,14 @@ def test_records_of_one_patient_are_held_out_together(kind: str, tmp_path: Path)
     if kind == "llava":
         turns = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]
         rows = [{"id": str(n), "conversations": turns, "patient": n % 7} for n in range(42)]
-    held, kept = hold_out(rows, tmp_path, "12", "--hold_out_by", "patient", kind=kind)
+    held, kept = hold_out(rows, tmp_path, "12", "--hold_out_by", "patient")
     assert len(held) == 12
     assert not {record["patient"] for record in held} & {record["patient"] for record in kept}
     (tmp_path / "b").mkdir()
     with raises_code("", where="--hold_out_by", message=", patient", kind=DataError):
-        hold_out(rows, tmp_path / "b", "12", "--hold_out_by", "patients", kind=kind)
+        hold_out(rows, tmp_path / "b", "12", "--hold_out_by", "patients")
     with raises_code("flag-needs-another", where="--hold_out_by"):
-        convert(kind, {"i.json": rows}, tmp_path / "b", "--hold_out_by", "patient")
+        convert({"i.json": rows}, tmp_path / "b", "--hold_out_by", "patient")
 
 
 def test_pictures_are_held_out_by_their_content_whatever_they_are_called(
@@ -135,7 +136,7 @@ def test_pictures_are_held_out_by_their_content_whatever_they_are_called(
                 for key in row.keys() & {"image", "video"}:
                     row[key] = [re.sub(r"[^/]+$", r"new-\g<0>", row[key][0])]
         folder = made(tmp_path / name)
-        held, kept = hold_out(part, folder, "24", "--image_folder", str(images), kind="llava")
+        held, kept = hold_out(part, folder, "24", "--image_folder", str(images))
         capsys.readouterr()
         words = [str(folder / "out" / file) for file in ("data.json", "out-eval.json")]
         words = ["check", words[0], "--against", words[1], "--image_folder", str(images), "--format", "json"]
@@ -179,7 +180,7 @@ def test_a_picture_of_a_table_is_on_one_side(tmp_path: Path) -> None:
     features = {"image": datasets.Image(), "question": datasets.Value("string"), "answer": datasets.Value("string")}
     datasets.Dataset.from_list(rows, features=datasets.Features(features)).to_parquet(tmp_path / "rows.parquet")
     words = [str(tmp_path / "rows.parquet"), "--output_dir", str(tmp_path / "out"), "--hold_out", "20"]
-    assert main(["convert", "--from", "hub", *words]) == 0
+    assert main(["convert", *words]) == 0
     images = tmp_path / "out" / "images"
     held, kept = (
         {(images / record.images[0].name).read_bytes() for record in load_records(tmp_path / "out" / name)}
@@ -201,12 +202,12 @@ def test_questions_without_pictures_are_on_one_side(tmp_path: Path) -> None:
 
 def test_what_an_evaluation_reads_is_kept(tmp_path: Path) -> None:
     row = {"question": "Colour?", "answers": ["dark red", "red", "red"], "type": "colour"}
-    first, second = convert("table", {"t.json": [row, {"question": "2?", "answer": "2"}]}, tmp_path)
+    first, second = convert({"t.json": [row, {"question": "2?", "answer": "2"}]}, tmp_path)
     assert (first["type"], first["answers"]) == (row["type"], row["answers"])
     assert first["conversations"][1]["value"] == "red"
     assert not second.keys() & {"type", "answers"}
     votes = [{"answer": text, "answer_id": n} for n, text in enumerate(row["answers"])]
-    (third,) = convert("table", {"t.json": [row | {"answers": votes}]}, made(tmp_path / "votes"))
+    (third,) = convert({"t.json": [row | {"answers": votes}]}, made(tmp_path / "votes"))
     assert third["conversations"][1]["value"] == "red"
     assert third["answers"] == row["answers"]
 
@@ -258,7 +259,7 @@ def test_parquet_is_read_with_its_pictures_and_can_be_written_out(parquet: Path,
     picture = records[0].images[0]
     assert load_image(pickle.loads(pickle.dumps(picture))).getpixel((1, 1)) == (255, 0, 0)
     assert main(["check", str(parquet)]) == 0
-    assert main(["convert", "--from", "hub", str(parquet), "--output_dir", str(tmp_path / "out")]) == 0
+    assert main(["convert", str(parquet), "--output_dir", str(tmp_path / "out")]) == 0
     assert sorted(path.name for path in (tmp_path / "out" / "images").iterdir()) == ["same-2.png", "same.png"]
     assert main(["check", str(tmp_path / "out" / "data.json")]) == 0
 
@@ -270,7 +271,7 @@ def test_parquet_is_read_as_a_table_or_as_messages_too(kind: str, parquet: Path,
     if kind == "messages":
         said = [{"role": "user", "content": "Colour?"}, {"role": "assistant", "content": "red"}]
         datasets.Dataset.from_list([{"messages": said}]).to_parquet(parquet)
-    assert convert_file(parquet, kind, tmp_path / "out")[0].turns[1].text == "red"
+    assert convert_file(parquet, tmp_path / "out")[0].turns[1].text == "red"
 
 
 def test_a_configuration_of_a_set_is_named_and_its_classes_have_names(tmp_path: Path) -> None:
@@ -323,7 +324,7 @@ def test_an_answer_that_is_left_out_stays_so(form: str, key: str, value: object,
     if form == "parquet":
         datasets.Dataset.from_list(rows).to_parquet(path)
     path.write_bytes(path.read_bytes() if form == "parquet" else json.dumps(rows[0]).encode())
-    (record,) = convert_file(path, "llava", tmp_path / "out")
+    (record,) = convert_file(path, tmp_path / "out")
     assert [turn.weight for turn in record.turns if turn.role == "assistant"] == [0, 1]
 
 
@@ -331,7 +332,7 @@ def test_ids_of_joined_files_stay_apart(tmp_path: Path, capsys: pytest.CaptureFi
     for name, ids in {"a": ("x", "y", "y-2"), "b": ("y", "y", "z")}.items():
         rows = [{"id": each, "question": f"{name} {n}?", "answer": "a"} for n, each in enumerate(ids)]
         (tmp_path / f"{name}.json").write_text(json.dumps(rows))
-    words = ["convert", "--from", "table", str(tmp_path / "a.json"), str(tmp_path / "b.json")]
+    words = ["convert", str(tmp_path / "a.json"), str(tmp_path / "b.json")]
     assert main([*words, "--output_dir", str(tmp_path / "out")]) == 0
     ids = [record.id for record in load_records(tmp_path / "out" / "data.json")]
     assert ids == ["x", "y", "y-2", "y-3", "y-3", "z"]
@@ -344,7 +345,7 @@ def test_records_of_the_hub_keep_their_other_keys(tmp_path: Path, capsys: pytest
     turns = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]
     row = {"id": "a", "conversations": turns, "type": "why", "answers": ["So.", "so"], "raw": b"\x00"}
     datasets.Dataset.from_list([row]).to_parquet(tmp_path / "rows.parquet")
-    (record,) = convert_file(tmp_path / "rows.parquet", "hub", tmp_path / "out")
+    (record,) = convert_file(tmp_path / "rows.parquet", tmp_path / "out")
     assert record.extra == {"type": "why", "answers": ["So.", "so"]}
     assert "left out: columns that JSON cannot hold: raw" in capsys.readouterr().err
 
@@ -357,7 +358,7 @@ def test_what_is_broken_off_leaves_nothing_in_the_way_of_the_next_try(
         next(iter(records))
         raise error
 
-    words = ["convert", "--from", "hub", str(parquet), "--output_dir", str(tmp_path / "out")]
+    words = ["convert", str(parquet), "--output_dir", str(tmp_path / "out")]
     with monkeypatch.context() as patch:
         patch.setattr("milora_data.convert.write_objects", full)
         with pytest.raises(error):
@@ -382,8 +383,8 @@ def test_webdataset_shards_are_read(tmp_path: Path) -> None:
     assert records[0].turns[1].text == "That."
 
 
-def convert_file(path: Path, kind: str, out: Path, *flags: str) -> list[Any]:
-    assert main(["convert", "--from", kind, str(path), "--output_dir", str(out), *flags]) == 0
+def convert_file(path: Path, out: Path, *flags: str) -> list[Any]:
+    assert main(["convert", str(path), "--output_dir", str(out), *flags]) == 0
     return list(load_records(out / "data.json"))
 
 
@@ -393,31 +394,31 @@ def test_alpacas_input_follows_its_instruction(tmp_path: Path) -> None:
         {"instruction": "Say hi.", "input": "", "output": "Hi", "system": "Be short.", "history": [["A?", "B"]]},
     ]
     (tmp_path / "a.json").write_text(json.dumps(rows))
-    first, second = convert_file(tmp_path / "a.json", "table", tmp_path / "out", "--columns", "answer=output")
+    first, second = convert_file(tmp_path / "a.json", tmp_path / "out", "--columns", "answer=output")
     assert [turn.text for turn in first.turns] == ["Name the country. \nParis", " France"]
     assert [(turn.role, turn.text) for turn in second.turns] == [
         ("system", "Be short."), ("user", "A?"), ("assistant", "B"), ("user", "Say hi."), ("assistant", "Hi"),
     ]  # fmt: skip
     (tmp_path / "b.json").write_text(json.dumps([rows[1] | {"history": ["A?"]}]))
     with raises_code("", where="b.json:record 1", message="history must be a list of pairs", kind=DataError):
-        convert_file(tmp_path / "b.json", "table", tmp_path / "out2")
+        convert_file(tmp_path / "b.json", tmp_path / "out2")
 
 
 def test_a_row_with_an_empty_cell_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "a.csv"
     path.write_text("question,answer\nWhy?,Because\nHow?,\n,Yes\nHow many?, \nHow many?,0\n")
-    assert [record.turns[-1].text for record in convert_file(path, "table", tmp_path / "out")] == ["Because", "0"]
+    assert [record.turns[-1].text for record in convert_file(path, tmp_path / "out")] == ["Because", "0"]
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("left out")]
     cells = ((3, "answer"), (4, "question"), (5, "answer"))
     assert lines == [f'left out: {path}:{number}: nothing under "{name}"' for number, name in cells]
     pictured = tmp_path / "p.csv"  # no question is asked that the row does not have
     pictured.write_text("image,question,answer\na.png,,red\nb.png,What is this?,A disc.\n")
-    assert [str(record.images[0]) for record in convert_file(pictured, "table", tmp_path / "out4")] == ["b.png"]
+    assert [str(record.images[0]) for record in convert_file(pictured, tmp_path / "out4")] == ["b.png"]
     (tmp_path / "b.json").write_text('[{"question": "How many?", "answer": 0}]')
-    assert [record.turns[-1].text for record in convert_file(tmp_path / "b.json", "table", tmp_path / "out2")] == ["0"]
+    assert [record.turns[-1].text for record in convert_file(tmp_path / "b.json", tmp_path / "out2")] == ["0"]
     path.write_text("question,comment\nWhy?,x\n")
     with raises_code("", where="a.csv:2", kind=DataError):
-        main(["convert", "--from", "table", str(path), "--output_dir", str(tmp_path / "out3")])
+        main(["convert", str(path), "--output_dir", str(tmp_path / "out3")])
 
 
 @pytest.mark.parametrize(
@@ -432,6 +433,6 @@ def test_a_row_with_an_empty_cell_is_left_out(tmp_path: Path, capsys: pytest.Cap
 )  # fmt: skip
 def test_a_table_of_captions_comes_in_many_forms(name: str, text: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(text, encoding="utf-8")
-    (record,) = convert_file(tmp_path / name, "table", tmp_path / "out")
+    (record,) = convert_file(tmp_path / name, tmp_path / "out")
     assert record.images[0].name == "ä b.jpg"
     assert record.turns[1].text == "Ein Kreis, rot"

@@ -296,7 +296,7 @@ def test_every_form_of_record_is_the_same_record(tmp_path: Path) -> None:
     assert {(record.turns, record.videos) for record in records} == {(records[0].turns, records[0].videos)}
     (tmp_path / "data.json").write_text(json.dumps(forms))
     out = tmp_path / "out"
-    assert main(["convert", "--from", "messages", str(tmp_path / "data.json"), "--output_dir", str(out)]) == 0
+    assert main(["convert", str(tmp_path / "data.json"), "--output_dir", str(out)]) == 0
     assert {record.videos for record in load_records(out / "data.json")} == {records[0].videos}
 
 

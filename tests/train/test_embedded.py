@@ -32,8 +32,8 @@ def in_llavas(picture: Any) -> dict[str, Any]:
     return {"id": "a", "image": picture, "conversations": turns}
 
 
-def convert(data: Path, out: Path, kind: str = "messages") -> int:
-    return main(["convert", "--from", kind, str(data), "--output_dir", str(out)])
+def convert(data: Path, out: Path) -> int:
+    return main(["convert", str(data), "--output_dir", str(out)])
 
 
 def test_they_are_written_once_each_with_the_suffix_of_their_format(tmp_path: Path, capsys: Any) -> None:
@@ -65,7 +65,7 @@ def test_every_form_that_names_pictures_may_hold_them(kind: str, tmp_path: Path)
         datasets.Dataset.from_list([row]).to_parquet(data)
         (stored,) = load_records(data)  # like the bytes of other parquet files
         assert load_image(stored.images[0]).size == (48, 32)
-    assert convert(data, out, kind) == 0
+    assert convert(data, out) == 0
     (record,) = load_records(out / "data.json")
     assert load_image(out / "images" / record.images[0].name).size == (48, 32)
     assert record.turns[0].text.startswith("<image>\n") or kind == "messages"
@@ -88,7 +88,7 @@ def test_training_reads_them_as_they_are(how: list[str], tmp_path: Path) -> None
         pytest.importorskip("torchdata")
     data, out = tmp_path / "my chat.jsonl", tmp_path / "out"
     dump_lines(data, [asked(url("red")), in_llavas(url("blue", "JPEG"))] * 2)
-    assert convert(data, out, "llava") == 0
+    assert convert(data, out) == 0
     words = ["--method", "lora", "--rank", "4", "--max_steps", "1", "--learning_rate", "1e-2", *how, "--data_path"]
     inside = [*words, str(data), "--image_folder", str(tmp_path)]
     files = [*words, str(out / "data.json"), "--image_folder", str(out / "images")]

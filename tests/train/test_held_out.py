@@ -135,7 +135,7 @@ def test_renamed_pictures_and_shuffled_files_change_no_output(data: Path, tmp_pa
         milora_data(["check", *words, "--against", str(folder / "val.json"), "--format", "json"])
         report = json.loads(capsys.readouterr().out)
         checked = {name: value for name, value in report.items() if name not in ("path", "image_folder", "findings")}
-        assert milora_data(["convert", "--from", "llava", *words, "--hold_out", "3", "--output_dir", str(out)]) == 0
+        assert milora_data(["convert", *words, "--hold_out", "3", "--output_dir", str(out)]) == 0
         divided = [{record_key(record, key_of) for record in load_records(file)} for file in sorted(out.glob("*.json"))]
         records = list(load_records(folder / "train.json"))
         counted = lengths_of(records, ProcessorCollator(processor_of("qwen2_5_vl"), image_folder=images), beside=images)

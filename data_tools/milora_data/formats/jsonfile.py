@@ -57,7 +57,7 @@ def require_json(path: Path) -> None:
     if not path.is_file():
         raise missing_file(path)
     if path.suffix.lower() in TABLES:
-        call = command_line("milora_data", "convert", "--from", "table", path, "--output_dir", "OUT")
+        call = command_line("milora_data", "convert", path, "--output_dir", "OUT")
         raise DataError("a table, not JSON", where=str(path), hint=f"convert it:  {call}")
 
 
@@ -249,14 +249,14 @@ def missing_file(path: Path) -> DataError:
     return DataError("this is a folder; expected a JSON or JSONL file", code="data-folder", where=str(path), hint=hint)
 
 
-def read_rows(path: Path) -> Iterator[tuple[str, object]]:
+def read_rows(path: Path, on_error: Callable[[DataError], None] | None = None) -> Iterator[tuple[str, object]]:
     """Yield (place, row) as `read_objects` does; a row of .csv or .tsv is a dict with the names of the header as keys.
 
     A .csv may be separated by commas, semicolons (as European spreadsheets do) or tabs.
     Raises `DataError` with file and line if the file is missing or not UTF-8, or if its JSON or quoting is broken.
     """
     if path.suffix.lower() not in TABLES:
-        yield from read_objects(path)
+        yield from read_objects(path, on_error)
         return
     if not path.is_file():
         raise missing_file(path)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from milora_data.formats.jsonfile import missing_file
-from milora_data.formats.tables import COLUMNS, TableOptions, row_record
+from milora_data.formats.tables import COLUMNS, TableOptions, is_record, row_record
 from milora_data.pictures.load import Picture
 from milora_data.records import parse_record
 from milora_data.records.record import Record
@@ -84,8 +84,7 @@ def _item(row: Mapping[str, Any], place: str, number: str, options: TableOptions
 def row_to_record(row: Mapping[str, Any], place: str, number: str, options: TableOptions | None = None) -> Record:
     """Return the record of one row; `number` is the default id. Raises `DataError` if it is not a record."""
     plain = {key: value for key, value in _plain(row, number).items() if value is not None}
-    is_dialogue = all(isinstance(plain.get(key), list) for key in ("prompt", "completion"))  # of messages, as in TRL
-    if "conversations" in plain or "messages" in plain or is_dialogue:
+    if is_record(plain):
         return parse_record(plain, source=place)
     return parse_record(row_record(plain, options or TableOptions(), place=place, identifier=number), source=place)
 

@@ -7,13 +7,10 @@ Instructions have the fields of Stanford Alpaca and AGI-Edgerunners/LLM-Adapters
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from milora_data.formats.jsonfile import read_rows
-from milora_data.pictures.load import stored_pictures
 from milora_data.records import earlier, identifier_of
 from milora_data.records.record import IMAGE
 from milora_vl.common.errors import DataError
@@ -37,14 +34,14 @@ class TableOptions:
     prompt: str | None = None  # question for a picture that has only a caption
     kept: str | None = None  # a column or key that the records keep
     columns: Columns = field(default_factory=lambda: COLUMNS)  # the names of each part of a record
-    unseen: set[str] = field(default_factory=set)  # columns that the user named and no row has had
+    unused: set[str] = field(default_factory=set)  # columns that no row has had, and --prompt
     split: str | None = None  # of the rows that are wanted
     splits: set[str] = field(default_factory=set)  # collects the splits of all rows
     left_out: list[str] = field(default_factory=list)  # collects a line for each record that is skipped
 
     def wants(self, row: Mapping[str, Any]) -> bool:
         """Return whether a row is of the split, and note its columns. Raises `DataError` if it says nothing of it."""
-        self.unseen.difference_update(row)
+        self.unused.difference_update(row)
         if self.split is None:
             return True
         name = self.columns["split"][0]
@@ -65,7 +62,6 @@ class TableOptions:
 
 
 Records = Iterator[dict[str, Any]]
-Converter = Callable[[Sequence[Path], TableOptions], Records]
 
 
 def field_of(row: Mapping[str, Any], name: str) -> Any:
@@ -91,24 +87,10 @@ def record(identifier: Any, images: Any, exchanges: Iterable[tuple[str, str]]) -
     return {"id": str(identifier), "image": names[0] if len(names) == 1 else names, "conversations": turns}
 
 
-def table(sources: Sequence[Path], options: TableOptions) -> Records:
-    """Rows with picture, question and answer, or picture and caption. Rows with an empty cell are left out."""
-    for path in sources:
-        for number, (place, row) in enumerate(read_rows(path)):
-            where = f"{path}:{place}"
-            if not isinstance(row, dict):
-                raise DataError(f"expected a row (an object), got {type(row).__name__}", where=where)
-            if not options.wants(row):
-                continue
-            identifier = place if place.isdecimal() else str(number)  # the line of a row without an id
-            try:
-                converted = row_record(row, options, place=where, identifier=identifier)
-            except DataError as error:
-                if error.first.code != EMPTY_CELL:
-                    raise
-                options.leave_out(error)
-                continue
-            yield from stored_pictures(converted, where, options.left_out)
+def is_record(row: Mapping[str, Any]) -> bool:
+    """Return whether a row is a record or a dialogue, as training reads them, and not the row of a table."""
+    pairs = (("prompt", "completion"), ("query", "response"))  # TRL, ms-swift
+    return "conversations" in row or "messages" in row or any(row.keys() >= set(pair) for pair in pairs)
 
 
 def row_record(row: Mapping[str, Any], options: TableOptions, *, place: str, identifier: str) -> dict[str, Any]:
@@ -133,6 +115,8 @@ def row_record(row: Mapping[str, Any], options: TableOptions, *, place: str, ide
     if not isinstance(answer, str) or not answer.strip() or not asked:
         raise _incomplete(row, columns, answer, bool(asked), place)
     question = "\n".join(filter(None, (str(cells["question"] or ""), str(cells["input"] or ""))))
+    if not question:
+        options.unused.discard("--prompt")
     if cells["image"]:
         question = (question or options.prompt or DEFAULT_PROMPT).replace(IMAGE, "").strip()
         answer = answer.strip()
@@ -172,4 +156,5 @@ def most_frequent(answers: Sequence[Any]) -> Any:
 
 
 def _text_of(answer: Any) -> Any:
-    return answer["answer"] if isinstance(answer, Mapping) else answer
+    answer = answer.get("answer") if isinstance(answer, Mapping) else answer
+    return answer if isinstance(answer, str | int | float) else ""

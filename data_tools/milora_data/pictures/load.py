@@ -213,18 +213,14 @@ def described(name: str) -> str:
     return f"{address.scheme}://{address.netloc}{address.path}"[:200]
 
 
-def refusal(name: str, source: str, form: str) -> DataError:
+def refusal(name: str, source: str) -> DataError:
     """Return the error for a record with an embedded picture; its hint is a command that writes pictures to files."""
     file = source.rpartition(":")[0] or "DATA"
     return DataError(
         f"a picture is embedded as base64 ({described(name)}), and a record names picture files",
         code="image-embedded",
-        hint=f"write the pictures to files: {command_line('milora_data', *convert_words(file, form))}",
+        hint=f"write the pictures to files: {command_line('milora_data', 'convert', file, '--output_dir', 'OUT')}",
     )
-
-
-def convert_words(file: str, form: str) -> tuple[str, ...]:
-    return "convert", "--from", form, file, "--output_dir", "OUT"
 
 
 def decoded(name: str) -> Picture:

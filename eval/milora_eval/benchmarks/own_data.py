@@ -194,8 +194,7 @@ def _item(row: Any, number: int, path: Path, data_dir: Path, read: KeyOf) -> Ite
     if metric == "yes_no" and not all(map(yes_or_no, map(str, answers))):
         raise DataError(f"the metric yes_no needs the answer yes or no, got {answers!r:.80}", where=where)
     if embedded := next((file.name for file in record.files if is_embedded(file.name)), ""):
-        form = "messages" if "messages" in row else "llava" if is_record else "table"
-        problems = refusal(embedded, f"{path}:{number}", form).problems
+        problems = refusal(embedded, f"{path}:{number}").problems
         raise DataError(problems=[replace(problem, where=where) for problem in problems])
     record = record.with_files(lambda file: _found(file, path.parent, data_dir, where))
     return Item(

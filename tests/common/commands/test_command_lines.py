@@ -131,7 +131,7 @@ def test_looking_at_data_reports_json_and_the_next_command(
     assert said(capsys, "data", "show", *data, "--html", str(tmp_path / "page.html"))["records"] == 12
     assert said(capsys, "data", "show", *data, "--limit", "2", "--html", str(tmp_path / "two.html"))["records"] == 2
     assert "2 records, not all of the file, as training sees them" in (tmp_path / "two.html").read_text()
-    made = said(capsys, "data", "convert", "--from", "llava", data[0], "--output_dir", str(tmp_path / "new"))
+    made = said(capsys, "data", "convert", data[0], "--output_dir", str(tmp_path / "new"))
     assert made == {"file": str(tmp_path / "new" / "data.json"), "records": 12}
 
 
