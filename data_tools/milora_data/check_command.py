@@ -26,7 +26,6 @@ from milora_vl.common.cli.console import amount, next_step
 from milora_vl.common.cli.parser import DATA, Command, count, option, shared
 from milora_vl.common.errors import DataError, UserError, no_records
 
-HELD_OUT = ("eval", "val", "test")  # as our commands call the records that are not for training
 # Findings of a record that --fix leaves out: no repair fixes it without guessing, or it is there already.
 _LEFT_OUT = (
     "not_a_record", "turn_order", "missing_picture", "corrupt_picture", "corrupt_video", "broken_text", "duplicate"
@@ -94,21 +93,12 @@ def _shared(data: Path, folder: Path, test: Path) -> dict[str, int]:
 def _print_next_step(report: Report, fixed: Path | None, pictures: Sequence[str | Path]) -> None:
     if "embedded_picture" in report.by_kind():
         next_step("milora_data", "convert", report.path, "--output_dir", "OUT")
-    elif fixed is None and not report.count("error") and Path(report.path).stem.rpartition("-")[2] in HELD_OUT:
-        data = ["--data", *pictures[1:]] if pictures else []
-        next_step("milora_eval", "run", "--model", "MODEL", "--benchmarks", report.path, *data, "--output_dir", "OUT")
     elif fixed is not None or not report.count("error"):
         next_step("milora_vl.train", "--model", "MODEL", "--data_path", fixed or report.path, *pictures, "--dry-run")
     elif 0 < report.num_missing == report.picture_files:
         next_step("milora_data", "check", report.path, "--image_folder", "FOLDER")
-    elif _num_usable(report):
+    else:
         next_step("milora_data", "check", report.path, *pictures, "--fix", "OUT.json")
-
-
-def _num_usable(report: Report) -> int:
-    """Return how many records have no error; broken JSON gives no record."""
-    errors = (finding for finding in report.findings if finding.severity == "error" and finding.kind != "broken_json")
-    return report.records - len({finding.where for finding in errors})
 
 
 def as_json(report: Report, found: dict[str, int]) -> str:

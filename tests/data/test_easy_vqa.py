@@ -40,7 +40,7 @@ def test_every_official_question_is_asked_once_about_its_picture_in_its_split(tm
     assert first_answers["yes"] + first_answers["no"] > 0.7 * counts["train.json"]  # not always shape and colour first
     assert easy_vqa.main(["--output_dir", str(folder)]) == 0
     assert "already" in capsys.readouterr().err
-    with raises_code("output-exists", message="python -m milora_data emoji --seed 1 --per_type 60 --variants 0"):
+    with raises_code("output-exists", message="python -m milora_data emoji --seed 1 --variants 0"):
         milora_data(["emoji", "--seed", "1", "--output_dir", str(folder)])
 
 

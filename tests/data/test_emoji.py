@@ -100,11 +100,11 @@ def test_every_record_has_its_picture_and_the_test_split_is_balanced(folder, fil
 
 def test_the_set_of_another_seed_is_not_taken_for_this_one(folder, monkeypatch, capsys):
     monkeypatch.setattr(command, "write", None)
-    call = "python -m milora_data emoji --seed 0 --per_type 8 --variants 0"
+    call = "python -m milora_data emoji --seed 0 --variants 0"
     (folder / "README.md").write_text(f"by\n`{call}`.")
-    same = ["--output_dir", str(folder), "--per_type", "8"]
+    same = ["--output_dir", str(folder)]
     assert command.main(same) == 0
-    for more in (["--seed", "1"], ["--variants", "2"], ["--per_type", "9"]):
+    for more in (["--seed", "1"], ["--variants", "2"]):
         with raises_code("output-exists"):
             command.main([*same, *more])
 

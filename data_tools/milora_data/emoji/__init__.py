@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import random
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +17,7 @@ from milora_data.assets import create
 from milora_data.emoji.catalogue import PICTURE_SIZE, Emoji, catalogue, on_background, render, with_colours
 from milora_data.emoji.questions import Record, captions, held_out_records, training_records
 from milora_vl.common.atomic_write import complete_folder
-from milora_vl.common.cli.parser import Command, count, option, positive, shared
+from milora_vl.common.cli.parser import Command, count, option, shared
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -31,9 +30,6 @@ They were rendered from the project's SVG files{changes}.
 Names and categories: emoji-data, MIT licence. Questions: CC BY-SA 4.0, made by
 `{call}`.
 
-| file | records | pictures of |
-|---|---|---|
-{rows}
 No picture of `test.json` is in a training file, in any gender; skin tones are left out of all of them. Where a name
 belongs to two emoji (`dog`, `dog face`) one is in training and one in test, and naming asks for these; all other
 names in the test are new; they occur only in choices and yes/no questions.
@@ -44,7 +40,6 @@ COMMAND = Command(
     "examples:\n  python -m milora_data emoji --output_dir data/emoji\n",
     settings=(
         shared("seed", about="random seed of the split and the questions (default: %(default)s)"),
-        option("--per_type", type=positive, default=60, help="test questions of each type (default: %(default)s)"),
         option(
             "--variants",
             type=count,
@@ -62,7 +57,7 @@ COMMAND = Command(
 
 def main(argv: Sequence[str] | None = None) -> int:
     chosen = COMMAND.parse(argv)
-    settings = {name: getattr(chosen, name) for name in ("seed", "per_type", "variants")}
+    settings = {name: getattr(chosen, name) for name in ("seed", "variants")}
     call = "python -m milora_data emoji " + " ".join(f"--{name} {value}" for name, value in settings.items())
     return create(chosen.output_dir, chosen.format, call, lambda folder: write(folder, call, **settings))
 
@@ -80,12 +75,13 @@ def write(folder: Path, call: str = "", *, seed: int = 0, per_type: int = 60, va
         "captions.json": captions(split["train"], patterns, seed),
         "captions_val.json": captions(split["val"], ["{code}.png"], seed),
     }
+    changes = ", some moved, turned and put on other backgrounds" if variants else ""
     with complete_folder(folder.absolute()) as scratch:  # "." has no name
         (scratch / "images").mkdir()
         _draw(emojis, split["train"], scratch / "images", variants, seed)
         for name, records in files.items():
             (scratch / name).write_text(json.dumps(records, ensure_ascii=False, indent=1), encoding="utf-8")
-        (scratch / "README.md").write_text(_readme(files, split, variants, call), encoding="utf-8")
+        (scratch / "README.md").write_text(CREDIT.format(changes=changes, call=call), encoding="utf-8")
     return {name: len(records) for name, records in files.items()}
 
 
@@ -115,14 +111,3 @@ def _variant(code: str, rng: random.Random) -> Image.Image:
     canvas.paste(picture, place)
     light = (rng.randint(215, 255), rng.randint(215, 255), rng.randint(215, 255))
     return on_background(canvas, light if rng.random() < 0.5 else (255, 255, 255))
-
-
-def _readme(files: dict[str, list[Record]], split: dict[str, list[Emoji]], variants: int, call: str) -> str:
-    rows = ""
-    for name, records in files.items():
-        part = "train" if name.startswith(("train", "captions.")) else name.split(".")[0].removeprefix("captions_")
-        types = Counter(str(record.get("type", "caption")) for record in records)
-        rows += f"| {name} | {len(records)}: {', '.join(f'{n} {kind}' for kind, n in types.items())} "
-        rows += f"| {len(split[part])} emoji |\n"
-    changes = ", some moved, turned and put on other backgrounds" if variants else ""
-    return CREDIT.format(rows=rows, changes=changes, call=call)
