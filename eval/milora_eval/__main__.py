@@ -20,7 +20,7 @@ MENU = Menu(
                 "milora_eval.commands.losses",
                 "compute the loss of each record: wrong labels stand out",
             ),
-            "score": ("milora_eval.commands.score", "score stored answers or another program's predictions"),
+            "score": ("milora_eval.commands.score", "score stored answers again, without a model"),
         },
         "look": {
             "compare": ("milora_eval.commands.compare", "compute paired differences of evaluations, means, sequences"),

@@ -193,14 +193,6 @@ class Benchmark:
             line["image"] = item.meta.get("image", Path(item.images[0]).name)
         return line | {"category": item.kind or "default"}
 
-    def llava_keys(self, item: Item) -> tuple[Any, ...]:
-        """Return the keys of LLaVA answer lines that belong to the item; see `llava_key`."""
-        return (str(item.meta.get("question_id", item.id)),)
-
-    def llava_key(self, line: Mapping[str, Any]) -> Any:
-        """Return the key of a line of LLaVA's answers file (question_id, prompt, text)."""
-        return str(line["question_id"])
-
     def uploaded(self, text: str) -> str:
         """Return an answer in the form that the server or the official script reads."""
         return text

@@ -9,19 +9,16 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
-import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from xml.etree.ElementTree import ParseError
-from zipfile import BadZipFile
 
 from milora_data.assets import cache_dir
 from milora_data.formats.jsonfile import not_utf8, read_objects
 from milora_data.pictures.load import ImageError, picture_size
 from milora_eval.benchmark import Benchmark, Item, MissingData
 from milora_vl.common.atomic_write import atomic_file
-from milora_vl.common.errors import MALFORMED, DataError, Problem, UserError, collected, first_line
+from milora_vl.common.errors import MALFORMED, DataError, Problem, UserError, collected
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -166,19 +163,6 @@ def read_table(path: Path) -> DataFrame:
         return pandas.DataFrame()
     except pandas.errors.ParserError as error:
         raise DataError(f"broken table: {error}", code="table-syntax", where=str(path), hint=AGAIN) from None
-
-
-def read_excel(path: Path) -> DataFrame:
-    """Return the first sheet of an Excel table, text as it is, empty cells as "". Raises DataError if it is damaged."""
-    import pandas
-
-    try:
-        return pandas.read_excel(path, dtype=object, keep_default_na=False, engine="openpyxl")
-    except ImportError:
-        raise _no_openpyxl() from None
-    except (BadZipFile, zlib.error, ParseError, OSError, *MALFORMED) as error:
-        reason = f"cannot be read as an Excel table: {first_line(error)}"
-        raise DataError(reason, code="data-unreadable", where=str(path), hint="copy or save the file again") from None
 
 
 def write_excel(path: Path, frame: DataFrame) -> Path:

@@ -1,4 +1,4 @@
-"""Draw the plots of a run: loss, protection, forgetting, scores; colours and styles of all plots.
+"""Draw the plots of a run: loss, forgetting, scores; colours and styles of all plots.
 
 The colours by Okabe and Ito are distinguishable for colour-blind readers; shapes and labels repeat them. A figure is as
 wide as the page, so that its text has the size of the surrounding text. Only Matplotlib's Agg backend is used.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -64,7 +63,7 @@ def draw(folder: Path, name: str, figure: Figure) -> str:
 def plots_of(run: RunFiles) -> dict[str, str]:
     """Draw the plots that the run's files allow into its folder plots/, and return them as URIs.
 
-    `loss`, `forgetting`, `suite`, `protection` for protected inputs, `scores-SUITE`.
+    `loss`, `forgetting`, `suite`, `scores-SUITE`.
     """
     targets = run.policy.get("targets", ())
     adapted = [str(target["method"]) for target in targets if target.get("rank")]
@@ -73,12 +72,10 @@ def plots_of(run: RunFiles) -> dict[str, str]:
     if any("loss" in entry for entry in run.history):
         figures["loss"] = loss_figure(run.history, colour)
     if any("forgetting" in entry for entry in run.history):
-        figures["forgetting"] = forgetting_figure(run.history, colour)
+        figures["forgetting"] = steps_figure(run.history, {"": "forgetting"}, "forgetting, nats per token")
     if names := suites_of(run.history):
-        figures["suite"] = suite_figure(run.history, names)
-    if protection := run.policy.get("protection"):
-        shares = sorted({float(target["protect"]) for target in targets if target.get("protect")})
-        figures["protection"] = protection_figure(protection, shares)
+        keys = {name: f"{SCORE}{name}" for name in names}
+        figures["suite"] = steps_figure(run.history, keys, "score, % or points")
     for comparison in run.comparisons:
         scores = [score for score in comparison.scores() if is_fraction(score.any)]
         if scores:
@@ -132,55 +129,6 @@ def loss_figure(history: History, colour: str = INK) -> Figure:
     return figure
 
 
-def protection_figure(protection: Mapping[str, Mapping[str, Any]], shares: Sequence[float]) -> Figure:
-    """Draw the share of each layer's input energy that the update cannot touch: over the blocks, a line per input.
-
-    `protection` maps the path of a module to its numbers in policy.json; `shares` are the `protect` of the rules.
-    """
-    key = "held_out" if all(numbers["held_out"] is not None for numbers in protection.values()) else "energy"
-    lines: dict[str, dict[int, float]] = {}  # path of the module without its block -> block -> share
-    for path, numbers in protection.items():
-        block = re.search(r"\.(\d+)\.", path)
-        lines.setdefault(re.sub(r"\.\d+\.", ".", path, count=1), {})[int(block[1]) if block else 0] = 100 * numbers[key]
-    names: dict[tuple[tuple[int, float], ...], list[str]] = {}  # modules that read the same input share a line
-    for path, shares_of in lines.items():
-        names.setdefault(tuple(sorted(shares_of.items())), []).append(path.rpartition(".")[2])
-    with page_figure(3.2) as figure:
-        axis = figure.subplots()
-        for share in shares:
-            axis.axhline(100 * share, color=GREY, lw=1, ls="--")
-            axis.text(
-                0.5, 100 * share, f"protect: {share:g}", transform=axis.get_yaxis_transform(), va="bottom", color=GREY
-            )
-        bottom = min(75, 25 * math.floor(min(value for line in names for _, value in line) / 25))
-        for number, (line, merged) in enumerate(names.items()):
-            colour = _OTHERS[number % len(_OTHERS)]
-            axis.plot(*zip(*line, strict=True), color=colour, lw=1.6, marker="o", ms=3, label=", ".join(merged))
-        figure.legend(loc="outside right upper")
-        last = max(block for line in names for block, _ in line)
-        axis.set(xlabel="layer", ylim=(bottom, 100 + (100 - bottom) / 25), xlim=(-0.5, last + 0.5))
-        axis.yaxis.set_major_formatter("{x:g} %")
-        axis.locator_params(axis="x", nbins=8, integer=True)
-        of = "held-out" if key == "held_out" else "the calibration"
-        title = f"What the update cannot touch: share of the energy of {of} inputs"
-        axis.set_title(title, loc="left", fontsize=10, fontweight="bold")
-    return figure
-
-
-def forgetting_figure(history: History, colour: str = INK) -> Figure:
-    """Draw forgetting over steps with one standard error on either side. It is 0 at step 0."""
-    (steps, values), (_, errors) = _series(history, "forgetting"), _series(history, "forgetting_stderr")
-    steps, values, errors = [0, *steps], [0.0, *values], [0.0, *errors]
-    with page_figure(2.6) as figure:
-        axis = figure.subplots()
-        low, high = ([v + sign * e for v, e in zip(values, errors, strict=True)] for sign in (-1, 1))
-        axis.fill_between(steps, low, high, color=colour, alpha=0.25, lw=0)
-        axis.plot(steps, values, color=colour, lw=2, marker="o" if len(steps) < 30 else None, ms=5)
-        axis.set(xlabel="step", ylabel="forgetting, nats per token", xlim=(0, None), ylim=(0, None))
-        axis.locator_params(axis="x", nbins=8, integer=True)
-    return figure
-
-
 SCORE = "eval_suite_"  # in the log: the score of a benchmark during training, in percent or points
 
 
@@ -189,20 +137,22 @@ def suites_of(history: History) -> list[str]:
     return [key.removeprefix(SCORE) for key in keys if not key.endswith("_stderr")]
 
 
-def suite_figure(history: History, names: Sequence[str]) -> Figure:
-    colours, marks = colours_of(names), marks_of(names)
+def steps_figure(history: History, keys: Mapping[str, str], ylabel: str) -> Figure:
+    """Draw measurements over steps, each with one standard error on either side; `keys` has their names in the log."""
+    colours, marks = colours_of(list(keys)), marks_of(list(keys))
     with page_figure(2.6) as figure:
         axis = figure.subplots()
-        for name in names:
-            steps, values = _series(history, f"{SCORE}{name}")
-            _, errors = _series(history, f"{SCORE}{name}_stderr")
+        for name, key in keys.items():
+            steps, values = _series(history, key)
+            _, errors = _series(history, f"{key}_stderr")
             axis.errorbar(
                 steps, values, yerr=errors, color=colours[name], marker=marks[name], ms=5,
                 lw=1.6, elinewidth=0.8, label=name,
             )  # fmt: skip
-        axis.set(xlabel="step", ylabel="score, % or points", xlim=(0, None))
+        axis.set(xlabel="step", ylabel=ylabel, xlim=(0, None))
         axis.locator_params(axis="x", nbins=8, integer=True)
-        axis.legend(loc="best")
+        if len(keys) > 1:
+            axis.legend(loc="best")
     return figure
 
 

@@ -8,13 +8,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pytest
 
 from milora_eval import run
 from milora_eval.answers.store import read_lines
 from milora_eval.benchmark import Answer
 from milora_eval.benchmarks.math_answers import is_equivalent
-from milora_eval.data_files import load_items, read_excel
+from milora_eval.data_files import load_items
 from milora_eval.registry import BENCHMARKS, find_benchmark, folder_of, has_files
 from milora_vl.common.errors import DataError
 from milora_vl.models.generate import Prompt, prompt_ids
@@ -250,7 +251,8 @@ def test_submissions_have_the_exact_form(name: str, evaluated: Evaluated) -> Non
 
 def test_the_upload_of_mmbench_has_llavas_columns(evaluated: Evaluated) -> None:
     _, folder = evaluated("mmbench")
-    table = read_excel(folder / "submission" / "mmbench" / "mmbench_dev.xlsx")
+    path = folder / "submission" / "mmbench" / "mmbench_dev.xlsx"
+    table = pandas.read_excel(path, dtype=object, keep_default_na=False)
     assert list(table) == ["index", "question", "A", "B", "C", "D", "prediction", "answer", "split"]
     answers = {line["meta"]["index"]: line["prediction"] for line in read_lines(folder / "predictions.jsonl")}
     assert list(table["prediction"]) == [answers[index] for index in range(3)]

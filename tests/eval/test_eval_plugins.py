@@ -18,7 +18,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-from pandas import DataFrame, Series
+from pandas import read_excel
 
 from milora_data.encode.labels import encode
 from milora_data.encode.tokens import IGNORE
@@ -26,11 +26,10 @@ from milora_data.pictures.load import load_image
 from milora_data.records.record import Record, Turn
 from milora_eval.__main__ import main
 from milora_eval.answers.runner import loglikelihoods
+from milora_eval.benchmark import Answer
 from milora_eval.benchmarks.plain_sets import AI2D
-from milora_eval.data_files import write_excel
 from milora_eval.lm_eval import main as lm_eval_main
 from milora_eval.registry import find_benchmark, folder_of
-from milora_eval.scores.exports import read_predictions
 from milora_eval.vlmevalkit import LONGEST, milora_vlm, register
 from milora_vl.interop.load_model import load_model
 from milora_vl.models.generate import LlavaReader, Prompt, generate
@@ -149,7 +148,7 @@ def test_vlmevalkit_runs_a_local_table_on_base_and_adapter(adapter: Path, tmp_pa
     flags = ["--data", "Colours", "--judge", "exact_matching", "--work-dir", tmp_path / "out"]
     run_offline([python, tmp_path / "kit.py", adapter, *flags, "--model", "mine"], LMUData=str(tmp_path))
     assert (tmp_path / "out" / "mine" / "mine_Colours_acc.csv").is_file()
-    found = [row["text"] for row in read_predictions(tmp_path / "out" / "mine" / "mine_Colours.xlsx")]
+    found = list(read_excel(tmp_path / "out" / "mine" / "mine_Colours.xlsx", dtype=str)["prediction"])
     loaded = load_model("tiny", adapter=adapter)
     text = "Question: Which?\nOptions:\nA. red\nB. blue\nPlease select the correct answer from the options above. \n"
     turn = Turn("user", f"<image>\n{text}")
@@ -217,7 +216,7 @@ def evaluated(run: Path, benchmark: str, data: Path, output: Path) -> tuple[floa
 
 
 def test_vlmevalkit_gets_the_answers_and_the_score_of_eval_run(
-    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class BaseModel:
         """A substitute for VLMEvalKit's class: it writes the picture of a row."""
@@ -240,11 +239,9 @@ def test_vlmevalkit_gets_the_answers_and_the_score_of_eval_run(
         model.generate_inner(model.build_prompt(row | {"hint": math.nan}, "AI2D_TEST"), "AI2D_TEST") for row in rows
     ]
     assert said == list(answers.values())
-    table = write_excel(tmp_path / "a.xlsx", DataFrame({"index": range(3), "prediction": said}))
-    capsys.readouterr()
-    flags = ["--benchmark", "ai2d", "--data", str(tmp_path / "data"), "--format", "json"]
-    assert main(["score", str(table), *flags]) == 0
-    assert json.loads(capsys.readouterr().out)["benchmarks"][0]["metrics"][0]["value"] == score
+    items = AI2D().load(tmp_path / "data")
+    theirs = [Answer(item, text, AI2D().score(item, text)) for item, text in zip(items, said, strict=True)]
+    assert AI2D().summarise(theirs)[0].value == score
 
 
 def test_lmms_eval_gets_the_answers_and_so_the_score_of_eval_run(
@@ -267,26 +264,6 @@ def test_lmms_eval_gets_the_answers_and_so_the_score_of_eval_run(
     said = model.generate_until(requests)
     assert {item.id: text for item, text in zip(items, said, strict=True)} == answers
     assert score == sum(benchmark.score(item, text) for item, text in zip(items, said, strict=True)) / len(items)
-
-
-def test_vlmevalkits_predictions_are_scored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data = official_data.write(tmp_path / "data", "mmbench")
-    benchmark = find_benchmark("mmbench")
-    items = benchmark.load(folder_of(benchmark, data))
-    rows = [{"index": item.meta["index"], "prediction": item.answers[0]} for item in items]
-    path = write_excel(tmp_path / "Mine_MMBench_DEV_EN.xlsx", DataFrame(rows))
-    assert main(["score", str(path), "--benchmark", "mmbench", "--data", str(data), "--format", "json"]) == 0
-    assert json.loads(capsys.readouterr().out)["benchmarks"][0]["metrics"][0]["value"] == 1.0
-
-
-def test_predictions_are_read_as_they_were_written(tmp_path: Path) -> None:
-    said = {1: 0, 2: None, 3: "A", 4: "None", 5: "=1+1", 6: "a\x00b"}
-    table = DataFrame({"index": list(said), "prediction": Series(list(said.values()), dtype=object)})
-    path = write_excel(tmp_path / "a.xlsx", table)
-    assert [row["text"] for row in read_predictions(path)] == ["0", "", "A", "None", "=1+1", "ab"]
-    (tmp_path / "b.xlsx").write_bytes(path.read_bytes()[:-100])
-    with raises_code("data-unreadable", where="b.xlsx"):
-        read_predictions(tmp_path / "b.xlsx")
 
 
 def test_vlmevalkit_builds_a_registered_model_with_its_own_keyword(monkeypatch: pytest.MonkeyPatch) -> None:

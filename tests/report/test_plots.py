@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import io
 import warnings
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -36,21 +34,10 @@ def test_every_plot_is_as_wide_as_the_page(run: RunFiles) -> None:
 def test_short_and_odd_runs_can_be_drawn() -> None:
     opened(plots.loss_figure([{"step": 1, "loss": 2.0}]))
     opened(plots.loss_figure([*log_history()[:3], {"step": 9, "eval_loss": 1.0}]))
-    opened(plots.protection_figure({"projector.linear": {"energy": 0.9, "held_out": None}}, [0.9]))
+    opened(plots.steps_figure([{"step": 1, "forgetting": 0.1, "forgetting_stderr": 0.0}], {"": "forgetting"}, "nats"))
     half, whole = {"name": "accuracy", "value": 0.5}, {"name": "accuracy", "value": 1.0, "stderr": 0.1, "baseline": 0.5}
     opened(plots.scores_figure([Score("pope", None, half)]))
     opened(plots.scores_figure([Score("pope", whole, None)]))
-
-
-def test_a_run_with_protected_inputs_shows_their_share(run: RunFiles, tmp_path: Path) -> None:
-    path = "model.language_model.layers.{}.mlp.up_proj"
-    inputs = {"directions": 5, "inputs": 9, "energy": 0.95, "held_out": 0.8, "kept": 0.1, "overlap": 0.0}
-    policy = {
-        "targets": [{"path": path.format(0), "tower": "language", "method": "milora", "rank": 4, "protect": 0.95}],
-        "protection": {path.format(block): inputs for block in range(3)},
-    }
-    protected = replace(run, folder=tmp_path, policy=policy, comparisons=())
-    assert set(plots.plots_of(protected)) == {"loss", "protection"}
 
 
 def test_rows_of_several_benchmarks_have_their_names() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -62,13 +61,8 @@ def write_messages(path: Path) -> None:
 
 
 def write_benchmarks(folder: Path) -> None:
-    """Write small official benchmark files, questions like the demo's, and answers of other programs."""
-    from pandas import DataFrame
-
-    from milora_eval.data_files import write_excel
-    from milora_eval.registry import find_benchmark, folder_of
-
-    evaluated = official_data.write_all(folder / "playground" / "data" / "eval")
+    """Write small official benchmark files, and questions like the demo's."""
+    official_data.write_all(folder / "playground" / "data" / "eval")
     official_data.write(made(folder / "data"), "mmbench")
     official_data.mathematics(folder / "MetaMath" / "data" / "test")
     official_data.commonsense(folder / "LLM-Adapters" / "dataset")
@@ -76,13 +70,6 @@ def write_benchmarks(folder: Path) -> None:
     picture("red").save(questions / "images" / "1F694.png")
     for name in ("train.json", "val.json"):
         shutil.copy(questions / "test.json", questions / name)
-    asked = json.loads((evaluated / "gqa" / "testdev_balanced_questions.json").read_text())
-    answers = [{"question_id": key, "text": "red"} for key, row in asked.items() if row["isBalanced"]]
-    dump_lines(folder / "merge.jsonl", answers)
-    mmbench = find_benchmark("mmbench")
-    items = mmbench.load(folder_of(mmbench, folder / "data"))
-    table = DataFrame([{"index": int(item.id), "prediction": "A"} for item in items])
-    write_excel(folder / "M_MMBench_DEV_EN.xlsx", table)
 
 
 def write_parts(folder: Path) -> None:

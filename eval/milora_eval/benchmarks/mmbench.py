@@ -77,14 +77,6 @@ class MMBench(Benchmark):
         complete = [rotations for rotations in questions if _is_complete(rotations)]
         return [min(rotations, key=lambda answer: answer.worth) for rotations in complete or questions]
 
-    def llava_keys(self, item: Item) -> tuple[Any, ...]:
-        """Return the possible (row, round) of the item; `llava_key` returns those of a line."""
-        index, turn = item.meta["index"], item.meta["round"]
-        return ((index, 0), (index % ROTATION, turn)) if turn else ((index, 0),)
-
-    def llava_key(self, line: Mapping[str, Any]) -> Any:
-        return int(line["question_id"]), int(line.get("round_id", 0))
-
     def llava_question(self, item: Item) -> dict[str, Any]:
         """Return the prompt as in model_vqa_mmbench.py, without the request for a letter."""
         return super().llava_question(item) | {"text": item.plain_text.removesuffix(self.suffix)}

@@ -6,9 +6,9 @@ for a single word or phrase; its convert_answer_to_mme.py restores the sentence.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from milora_eval.benchmark import Answer, Benchmark, Item, Metric, grouped
 from milora_eval.benchmarks.llava_prompts import SHORT, picture_item
@@ -46,13 +46,6 @@ class MME(Benchmark):
         sums = [("perception", PERCEPTION), ("cognition", COGNITION)]
         totals = [_total(name, [task for task in tasks if task.name in names]) for name, names in sums]
         return [*(total for total in totals if total is not None), *tasks]
-
-    def llava_keys(self, item: Item) -> tuple[Any, ...]:
-        return ((item.meta["question_id"], item.plain_text.removesuffix(SHORT)),)
-
-    def llava_key(self, line: Mapping[str, Any]) -> Any:
-        question = line["prompt"].removesuffix(SHORT)
-        return line["question_id"], question.removesuffix(YES_OR_NO).rstrip()
 
     def submission(self, answers: Sequence[Answer], folder: Path, data_dir: Path) -> list[Path]:
         """Write one text file per subtask for calculation.py: picture, question, truth, answer; pairs are adjacent."""

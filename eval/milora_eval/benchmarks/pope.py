@@ -1,8 +1,8 @@
 """POPE: three sets of yes/no questions about the same pictures; the paper reports the mean of their F1 scores.
 
-Follows RUCAIBox/POPE evaluate.py and llava/eval/eval_pope.py, but joins answers by id, never by position: LLaVA's
-script gives wrong results for the current files, whose random set has 3,000 questions instead of 2,910. A number is 0
-where the scripts divide by zero.
+Follows RUCAIBox/POPE evaluate.py and llava/eval/eval_pope.py, which joins answers by position: LLaVA's script gives
+wrong results for the current files, whose random set has 3,000 questions instead of 2,910. A number is 0 where the
+scripts divide by zero.
 """
 
 from __future__ import annotations
@@ -10,19 +10,16 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from itertools import count
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from milora_eval.benchmark import Answer, Benchmark, Item, Metric, grouped, write_rows
 from milora_eval.benchmarks.llava_prompts import SHORT, picture_item
 from milora_eval.data_files import find_all, json_values
 from milora_eval.stats import mean
-from milora_vl.common.errors import UserError
 
 YesNo = Literal["yes", "no"]
 SETS = ("random", "popular", "adversarial")
-LLAVA_FILE = "llava_pope_test.jsonl"
 
 
 class POPE(Benchmark):
@@ -37,20 +34,16 @@ class POPE(Benchmark):
 
     def load(self, data_dir: Path) -> list[Item]:
         *sets, pictures = find_all(self, data_dir)
-        llava_ids = _llava_ids(data_dir)
-        free = count(1 + max((number for number in llava_ids.values() if isinstance(number, int)), default=-1))
         items: list[Item] = []
         for name, path in zip(SETS, sets, strict=True):
             for entry in json_values(path):
-                known = llava_ids.get((name, entry["image"], entry["text"]))
                 item = picture_item(
-                    next(free) if known is None else known,
+                    len(items),
                     entry["text"] + SHORT,
                     pictures / entry["image"],
                     name=f"{name}/{entry['question_id']}",
                     answers=[entry["label"]],
                     kind=name,
-                    meta={} if known is None else {"llava": True},
                 )
                 items.append(item)
         return items
@@ -77,9 +70,6 @@ class POPE(Benchmark):
         )
         of_sets = [_metrics(name, numbers[name], len(part), _stderr([shares[name]])) for name, part in sets.items()]
         return [headline, *(metric for metrics in of_sets for metric in metrics)]
-
-    def llava_keys(self, item: Item) -> tuple[str, ...]:
-        return (str(item.meta["question_id"]), item.id) if item.meta.get("llava") else (item.id,)
 
     def submission(self, answers: Sequence[Answer], folder: Path, data_dir: Path) -> list[Path]:
         """Write one JSONL file per set, {question, answer}, in the order of the questions, for evaluate.py."""
@@ -158,21 +148,6 @@ def _stderr(sets: list[dict[str, float]]) -> float | None:
         return None
     squares = math.fsum((sum(influence.get(group, 0.0) for influence in sets) / len(sets)) ** 2 for group in groups)
     return math.sqrt(squares * len(groups) / (len(groups) - 1))
-
-
-def _llava_ids(data_dir: Path) -> dict[tuple[str, str, str], Any]:
-    """Return LLaVA's question ids by (set, picture, question); {} if its file is missing."""
-    path = data_dir / LLAVA_FILE
-    if not path.is_file():
-        return {}
-    ids: dict[tuple[str, str, str], Any] = {}
-    for line in json_values(path):
-        key = (line["category"], line["image"], line["text"].removesuffix(SHORT))
-        if key in ids:
-            hint = "use the published file, unchanged"
-            raise UserError(f"the question {key} appears twice", where=str(path), hint=hint)
-        ids[key] = line["question_id"]
-    return ids
 
 
 def _ratio(part: float, whole: float) -> float:

@@ -1,13 +1,12 @@
 """TextVQA, val 0.5.1, with and without the OCR tokens that LLaVA adds to the prompt (they gain about ten points).
 
-Scores follow the M4C rule (llava/eval/m4c_evaluator.py). LLaVA's answers are joined by picture and question, because
-its question file uses the picture as the question_id.
+Scores follow the M4C rule (llava/eval/m4c_evaluator.py). LLaVA's question file uses the picture as the question_id.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +60,6 @@ class TextVQA(Benchmark):
 
     def score(self, item: Item, text: str) -> float | None:
         return textvqa_accuracy(text, item.answers) if item.answers else None
-
-    def llava_keys(self, item: Item) -> tuple[Any, ...]:
-        return ((item.meta["question_id"], question_of(item.plain_text)),)
-
-    def llava_key(self, line: Mapping[str, Any]) -> Any:
-        return line["question_id"], question_of(line["prompt"])
 
     def _texts(self, data_dir: Path, entries: list[dict[str, Any]]) -> list[str]:
         path = find(self, data_dir, self.files[2])

@@ -152,9 +152,6 @@ class VizWiz(VQA):
     def score(self, item: Item, text: str) -> float | None:
         return vizwiz_accuracy(self.uploaded(text), item.answers) if item.answers else None
 
-    def llava_keys(self, item: Item) -> tuple[str, ...]:
-        return str(item.meta["question_id"]), item.id
-
 
 class VizWizTest(VizWiz):
     """test: writes a file for the server."""
