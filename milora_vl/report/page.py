@@ -177,13 +177,15 @@ def forgotten(run: RunFiles) -> Json | None:
 
 
 def _suite(comparison: SuiteScores, plots: Mapping[str, str]) -> dict[str, Any]:
+    side = comparison.after or comparison.before
+    assert side is not None
     return {
         "name": comparison.suite,
         "has_before": comparison.before is not None,
         "has_after": comparison.after is not None,
         "plot": plots.get(f"scores-{comparison.suite}".replace("/", "-")),
         "outcomes": outcomes(comparison),
-        "tables": tables.score_tables(comparison),
+        "table": Table(**side.results["table"]),
     }
 
 

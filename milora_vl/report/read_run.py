@@ -72,10 +72,6 @@ class SuiteScores:
         stored = self.after.results.get("comparison") if self.before and self.after else None
         return {entry["benchmark"]: entry for entry in (stored or {}).get("benchmarks", ())}
 
-    @property
-    def notes(self) -> list[str]:
-        return list(((self.after and self.after.results.get("comparison")) or {}).get("notes", ()))
-
     def scores(self) -> list[Score]:
         """Return the compared metrics, then those of benchmarks that one model alone has answered."""
         paired, known = self.paired, set(self.paired)
@@ -89,11 +85,6 @@ class SuiteScores:
             found += [Score(name, **{**empty, which: metric}) for name, metric in own if name not in known]
             known.update(name for name, _ in own)
         return found
-
-    def benchmark(self, name: str) -> Json:
-        """Return the entry of a benchmark in the results of either model."""
-        sides = [side for side in (self.after, self.before) if side]
-        return next(entry for side in sides for entry in side.results["benchmarks"] if entry["name"] == name)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from milora_vl.common.cli.table import Table
 from milora_vl.core.policy.rules import label_of, what_trains
-from milora_vl.report.read_run import Json, RunFiles, Score, SuiteScores, in_units, is_fraction, label, tasks_of
+from milora_vl.report.read_run import Json, RunFiles, Score, SuiteScores, in_units, is_fraction, tasks_of
 
 
 def percent(share: float) -> str:
@@ -64,41 +64,6 @@ def lowered_shares(policy: Json) -> str:
     return (
         "Layers that protect less than their rule asks for, so that their rank fits: "
         f"{len(lowered):,} of {len(found):,}; the lowest share is {percent(min(lowered))}."
-    )
-
-
-def score_tables(comparison: SuiteScores) -> list[Table]:
-    """Return one table per benchmark, headline first, with a column of notes if any score has one."""
-    tables = []
-    after = comparison.after.which if comparison.after else "final"
-    for benchmark, group in groupby(comparison.scores(), key=lambda score: score.benchmark):
-        rows: list[tuple[str, ...]] = []
-        for score in group:
-            metric, baseline = score.any, score.any.get("baseline")
-            is_below = baseline is not None and score.after is not None and score.after["value"] < baseline
-            notes = [metric.get("note"), "below the majority answer" if is_below else ""]
-            rows.append((
-                label(metric["name"]), number(score.before), number(score.after), change(score),
-                "–" if baseline is None else amount(metric, baseline), f"{metric.get('n', 0):,}",
-                "; ".join(filter(None, notes)),
-            ))  # fmt: skip
-        columns = ("score", "base", "tuned" if after == "final" else after, "change", "majority answer", "questions")
-        header: tuple[str, ...] = (*columns, "note")
-        if not any(row[-1] for row in rows):
-            header, rows = columns, [row[:-1] for row in rows]
-        tables.append(Table(header, tuple(rows), _about(comparison, benchmark), title=benchmark))
-    return tables
-
-
-def _about(comparison: SuiteScores, benchmark: str) -> str:
-    """Return the caption of a table: benchmark, version, split and protocol, and the answers that were cut."""
-    entry = comparison.benchmark(benchmark)
-    parts = [f"{benchmark}, version {entry['version']}" if entry.get("version") else benchmark]
-    parts += [f"{entry['split']} split"] if entry.get("split") else []
-    parts += [str(entry["protocol"])] if entry.get("protocol") else []
-    notes = [f"{note}." for note in comparison.notes]
-    return " ".join(
-        filter(None, ["; ".join(parts) + ".", "Brackets show one standard error.", cut(comparison, benchmark), *notes])
     )
 
 

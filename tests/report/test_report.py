@@ -13,8 +13,8 @@ import yaml
 from filelock import FileLock
 from huggingface_hub import ModelCard
 
-from milora_eval.scores.compare import store_comparison
 from milora_eval.scores.results import numbers
+from milora_eval.scores.table import write_tables
 from milora_vl.common.errors import UserError
 from milora_vl.common.evaluator_protocol import QuestionSet
 from milora_vl.report import model_card
@@ -254,7 +254,7 @@ def own_answers(run: Path, num_cut: int) -> None:
         dump(
             folder / "results.json", {"suite": "own", "which": which, "generation": generation} | numbers(folder, "own")
         )
-    store_comparison(run / "eval" / "own" / "final")
+    write_tables(run / "eval" / "own" / "final")
 
 
 def test_own_questions_are_compared_with_the_better_of_base_and_majority(run: Path) -> None:
@@ -268,7 +268,7 @@ def test_own_questions_are_compared_with_the_better_of_base_and_majority(run: Pa
     text = page_of(run).text
     assert "16.7 points more than the most frequent answer, 33.3 % (95 % interval" in text
     assert "gain over the majority answer+16.7 points95 % interval" in text
-    assert text.count("40 of the 120 answers of the base model were cut at 128 tokens.") == 2
+    assert text.count("40 of the 120 answers of the base model were cut at 128 tokens.") == 1
 
 
 def test_where_most_answers_of_the_base_were_cut_the_lenient_score_comes_first(run: Path) -> None:
@@ -337,7 +337,7 @@ def test_the_headline_of_a_run_after_another_is_of_its_own_task(run: Path, finis
         (folder / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         new = numbers(folder, "emoji")
         edit(folder / "results.json", lambda content, new=new: content.update(new))
-    store_comparison(run / "eval" / "emoji" / "final")
+    write_tables(run / "eval" / "emoji" / "final")
     content = read_run(run)
     (_, old), old_score = content.earlier[0], json.loads((finished / "eval/emoji/final/results.json").read_text())
     assert old.after == old_score["benchmarks"][0]["metrics"][0]

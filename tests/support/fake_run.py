@@ -11,8 +11,8 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 from milora_data.keys import file_key
-from milora_eval.scores.compare import store_comparison
 from milora_eval.scores.results import numbers
+from milora_eval.scores.table import write_tables
 
 TYPES = ("naming", "category", "colour", "yes_no", "choice", "choice_letter", "multi_turn", "text_only")
 ACCURACY = {  # of each type: base, tuned
@@ -175,4 +175,4 @@ def evaluate(folder: Path, which: str, images: list[Json], num_questions: int) -
         "adapter": "runs/demo" if which == "final" else None, "forgetting": forgetting if which == "final" else None,
         "generation": {"max_new_tokens": {"emoji": 16}}, **numbers(folder, "emoji"),
     })  # fmt: skip
-    store_comparison(folder)
+    write_tables(folder)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ def write_tables(folder: Path) -> None:
 
 
 def write_table(folder: Path) -> Table:
-    """Write table.md next to results.json and return the table, with the stored comparison if there is one."""
+    """Write and return the table of an evaluation, beside its base if it is compared: table.md, and in results.json."""
     results = read_results(folder)
     table = results_table(results)
     if comparison := results.get("comparison"):
@@ -71,6 +71,7 @@ def write_table(folder: Path) -> Table:
         table = replace(table, caption="\n".join(filter(None, (table.caption, *notes))))
     table = with_forgetting(table, results.get("forgetting"))
     write_text(folder / TABLE, table.markdown())
+    write_results(folder, results | {"table": asdict(table)})
     return table
 
 
