@@ -23,7 +23,7 @@ MENU = Menu(
             "score": ("milora_eval.commands.score", "score stored answers again, without a model"),
         },
         "look": {
-            "compare": ("milora_eval.commands.compare", "compute paired differences of evaluations, means, sequences"),
+            "compare": ("milora_eval.commands.compare", "compute paired differences of evaluations, and means"),
             "view": ("milora_eval.commands.view", "write one HTML page to browse the answers of one or two runs"),
         },
     },

@@ -1,4 +1,4 @@
-"""`milora_eval compare`: paired by question, over the common ones; gain on targets, change elsewhere, sequences."""
+"""`milora_eval compare`: paired by question, over the common ones; gain on targets, change elsewhere."""
 
 from __future__ import annotations
 
@@ -82,16 +82,16 @@ def test_gain_and_change_are_means_of_paired_differences(
     b = evaluated(tmp_path / "b", questions, {"birds": 30, "charts": 36, "maps": 42})
     found = read([base, a, b, "--targets", "birds"], capsys)
     assert (found["targets"], found["held_out"], found["notes"]) == (["birds"], ["charts", "maps"], [])
-    assert [stage["name"] for stage in found["stages"]] == ["a", "b"]
-    assert [stage["gain"]["value"] for stage in found["stages"]] == pytest.approx([50, 30])
-    kept = [stage["held_out"] for stage in found["stages"]]
+    assert [stage["name"] for stage in found["runs"]] == ["a", "b"]
+    assert [stage["gain"]["value"] for stage in found["runs"]] == pytest.approx([50, 30])
+    kept = [stage["held_out"] for stage in found["runs"]]
     assert [each["value"] for each in kept] == pytest.approx([-5, 0])
     # charts: 6 of 60 lost by a; 6 won by b, which lost 6 of maps
     lost = clustered_stderr([-1.0] * 6 + [0.0] * 54, range(60))
     assert lost is not None
     assert [each["stderr"] for each in kept] == pytest.approx([100 * lost / 2, 100 * math.hypot(lost, lost) / 2])
     assert kept[0]["high"] - kept[0]["low"] == pytest.approx(2 * 1.96 * 100 * lost / 2)
-    pair = found["stages"][0]["pairs"]["charts"]
+    pair = found["runs"][0]["pairs"]["charts"]
     assert (pair["a"]["value"], pair["b"]["value"], pair["difference"]["only_a"]) == (0.5, 0.4, 6)
 
     assert main(["compare", *map(str, (base, a, b)), "--targets", "birds"]) == 0
@@ -103,31 +103,6 @@ def test_gain_and_change_are_means_of_paired_differences(
     assert "target" not in shown
 
 
-def test_a_sequence_has_the_numbers_of_gem(questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def stage(name: str, birds: int, cells: int, signs: int) -> Path:
-        scores = {"birds": birds, "cells": cells, "signs": signs, "charts": 30}
-        return evaluated(tmp_path / name, questions, scores)
-
-    folders = [stage("0", 6, 6, 6), stage("1", 48, 6, 12), stage("2", 36, 54, 12), stage("3", 42, 30, 60)]
-    found = read([*folders, "--sequence", "--targets", "birds", "cells", "signs"], capsys)
-    after = {(1, 1): 80, (2, 1): 60, (2, 2): 90, (3, 1): 70, (3, 2): 50, (3, 3): 100}
-    assert found["sequence"]["final"]["value"] == pytest.approx((70 + 50 + 100) / 3)
-    stages = [80, (60 + 90) / 2, (70 + 50 + 100) / 3]
-    assert found["sequence"]["average"] == pytest.approx(sum(stages) / 3)
-    backward = found["sequence"]["backward"]
-    assert backward["value"] == pytest.approx(((after[3, 1] - after[1, 1]) + (after[3, 2] - after[2, 2])) / 2)
-    assert backward["low"] < backward["value"] < backward["high"]
-    gains = [stage["gain"]["value"] for stage in found["stages"]]  # over the tasks so far, against 10 % before
-    assert gains == pytest.approx([70, (50 + 80) / 2, (60 + 40 + 90) / 3])
-    assert main(["compare", *map(str, folders), "--sequence", "--targets", "birds", "cells", "signs"]) == 0
-    shown = capsys.readouterr().out
-    assert all(word in shown for word in ("final accuracy", "average over the stages", "backward transfer", "-25.0"))
-    row = next(line for line in shown.splitlines() if "score: birds" in line)
-    assert re.findall(r"([\d.]+) ±", row) == ["10.0", "80.0", "60.0", "70.0"]
-    with pytest.raises(UserError, match="--sequence: needs one run for each target"):
-        main(["compare", *map(str, folders), "--sequence", "--targets", "birds", "cells"])
-
-
 def test_a_run_folder_stands_for_all_its_suites(
     questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -136,8 +111,8 @@ def test_a_run_folder_stands_for_all_its_suites(
         evaluated(tmp_path / "run" / "eval" / "rest" / which, questions, {"maps": maps, "charts": 30})
     run = tmp_path / "run"
     found = read([run, run / "checkpoint-5", run, "--targets", "birds"], capsys)
-    assert [stage["gain"]["value"] for stage in found["stages"]] == pytest.approx([50, 100])
-    assert [stage["held_out"]["value"] for stage in found["stages"]] == pytest.approx([-12.5, -25])
+    assert [stage["gain"]["value"] for stage in found["runs"]] == pytest.approx([50, 100])
+    assert [stage["held_out"]["value"] for stage in found["runs"]] == pytest.approx([-12.5, -25])
     evaluated(run / "eval" / "again" / "final", questions, {"maps": 29})
     with raises_code("compare-two-evaluations", says="two evaluations of data:maps"):
         main(["compare", str(run), str(run), "--targets", "birds"])
@@ -251,7 +226,7 @@ def test_a_renamed_file_of_own_questions_is_compared(
     base = evaluated(tmp_path / "base", questions, {"birds": 0, "cells": 0})
     run = evaluated(tmp_path / "run", tmp_path / "moved", {"parrots": 60})
     found = read([base, run, "--targets", "birds"], capsys)
-    assert found["stages"][0]["gain"]["value"] == 100
+    assert found["runs"][0]["gain"]["value"] == 100
     assert found["notes"] == ["left out: cells is not in run"]
 
 

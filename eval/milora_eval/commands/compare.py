@@ -13,7 +13,7 @@ from milora_eval.registry import import_plugins
 from milora_eval.scores.compare import ModelAnswers, Pair, compare, compare_runs, named_like, read_evaluation
 from milora_eval.scores.table import pairs_table, runs_table
 from milora_vl.common.cli.console import next_step
-from milora_vl.common.cli.parser import Command, flag, option, shared
+from milora_vl.common.cli.parser import Command, option, shared
 from milora_vl.common.cli.table import FORMATS, show
 
 COMMAND = Command(
@@ -27,7 +27,6 @@ runs/a/eval/*/checkpoint-50. One RUN without --targets shows all metrics; else t
 examples:
   python -m milora_eval compare runs/a/eval/llava-paper/final runs/b/eval/llava-paper/final
   python -m milora_eval compare runs/a runs/a runs/b --targets cub200 pathvqa --format latex
-  python -m milora_eval compare runs/1 runs/1 runs/2 runs/3 --sequence --targets cub200 pathvqa textvqa
 """,
     inputs=(
         option("base", type=Path, metavar="BASE", help="results to compare with; differences are RUN minus BASE"),
@@ -41,7 +40,6 @@ examples:
             metavar="NAME",
             help="benchmarks that were trained for; all others are held out",
         ),
-        flag("--sequence", "the runs learned the targets one after another: RUN i learned target i last"),
         PLUGIN,
     ),
     outputs=(shared("format", choices=FORMATS),),
@@ -51,12 +49,12 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     options = COMMAND.parse(argv)
     import_plugins(options.plugin)
-    is_pair = len(options.runs) == 1 and not (options.targets or options.sequence)
+    is_pair = len(options.runs) == 1 and not options.targets
     names = ["B"] if is_pair else names_of(options.runs)
     base = read_evaluation(options.base, "base", "A" if is_pair else "the base")
     found = (read_evaluation(folder, "final", name) for folder, name in zip(options.runs, names, strict=True))
     runs = [named_like(base, each) for each in found]
-    result = compare_runs(base, runs, options.targets, sequence=options.sequence)
+    result = compare_runs(base, runs, options.targets)
     if is_pair:
         pairs = [pair for each in compare(_lines(base), _lines(runs[0])) for pair in each.pairs]
         sys.stderr.write("".join(f"{note}\n" for note in result.notes))

@@ -1,8 +1,4 @@
-"""Compare evaluations of the same questions: paired differences, errors, intervals and tests; sequences of tasks.
-
-GEM defines final accuracy and backward transfer (Lopez-Paz & Ranzato 2017, arXiv:1706.08840, section 2), iCaRL the
-average over the stages, its average incremental accuracy (Rebuffi et al. 2017, arXiv:1611.07725, section 4).
-"""
+"""Compare evaluations of the same questions: paired differences, errors, intervals and tests."""
 
 from __future__ import annotations
 
@@ -287,7 +283,7 @@ class Mean:
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
+class RunGain:
     """One run: its headline of each benchmark beside the base's, the mean gain and the mean change elsewhere."""
 
     name: str
@@ -297,27 +293,13 @@ class Stage:
 
 
 @dataclass(frozen=True, slots=True)
-class Sequential:
-    """Numbers of tasks that are learned one after another, with R[i, j] the score on task j after learning task i.
-
-    `final` is the mean of R[T, j], `average` the mean over the stages i of the mean of R[i, 1..i], and `backward` the
-    mean of R[T, j] - R[j, j] over the tasks before the last.
-    """
-
-    final: Mean
-    average: float
-    backward: Mean
-
-
-@dataclass(frozen=True, slots=True)
 class Comparison:
-    """All stages, over the benchmarks that every evaluation has. `notes` lists what was left out and what differs."""
+    """All runs, over the benchmarks that every evaluation has. `notes` lists what was left out and what differs."""
 
     targets: tuple[str, ...]
     held_out: tuple[str, ...]
-    stages: list[Stage]
+    runs: list[RunGain]
     notes: list[str]
-    sequence: Sequential | None = None
 
 
 def read_evaluation(folder: Path, which: str, name: str) -> ModelAnswers:
@@ -375,17 +357,14 @@ def _answered(lines: Sequence[Line]) -> Counter[tuple[str, str]]:
     return Counter((line["question_key"], line["prediction"]) for line in lines)
 
 
-def compare_runs(
-    base: ModelAnswers, runs: Sequence[ModelAnswers], targets: Sequence[str] = (), *, sequence: bool = False
-) -> Comparison:
+def compare_runs(base: ModelAnswers, runs: Sequence[ModelAnswers], targets: Sequence[str] = ()) -> Comparison:
     """Compare runs with their base: the gain on the targets, the change on every other benchmark that all have.
 
-    With `sequence`, run i was trained on target i after the targets before it; its gain is over the targets so far.
     Raises UserError for a target that an evaluation lacks or that has no score, for different rules, and if nothing is
     in common.
     """
     everyone = [base, *runs]
-    _require_targets(targets, everyone, len(runs), sequence)
+    _require_targets(targets, everyone)
     shared, notes = _shared(everyone)
     pairs: dict[str, list[Pair]] = {}
     for name, lines in shared.items():
@@ -399,17 +378,13 @@ def compare_runs(
     held_out = tuple(name for name in pairs if name not in targets)
     if points := [name for name in (*targets, *held_out) if pairs[name][0].b.unit == "points"]:
         notes.append(f"not in the means, because their unit is points: {', '.join(points)}")
-        if sequence and points[0] in targets:
-            message = f"{points[0]} is measured in points, which cannot be averaged with fractions"
-            raise UserError(message, where="--sequence")
     groups = {name: len({line["group"] for line in lines[0]}) for name, lines in shared.items()}
-    stages = []
-    for index, run in enumerate(runs):
-        so_far = targets[: index + 1] if sequence else targets
-        gained, kept = (mean_change([pairs[name][index] for name in part], groups) for part in (so_far, held_out))
-        stages.append(Stage(run.name, {name: own[index] for name, own in pairs.items()}, gained, kept))
-    summary = _sequence(shared, pairs, targets, groups) if sequence else None
-    return Comparison(tuple(targets), held_out, stages, notes, summary)
+    gains = []
+    for number, run in enumerate(runs):
+        of_run = {name: own[number] for name, own in pairs.items()}
+        gained, kept = (mean_change([of_run[name] for name in part], groups) for part in (targets, held_out))
+        gains.append(RunGain(run.name, of_run, gained, kept))
+    return Comparison(tuple(targets), held_out, gains, notes)
 
 
 def mean_change(pairs: Sequence[Pair], groups: Mapping[str, int]) -> Mean:
@@ -437,25 +412,7 @@ def mean_change(pairs: Sequence[Pair], groups: Mapping[str, int]) -> Mean:
     return Mean(value, stderr, value - 1.96 * stderr, value + 1.96 * stderr)
 
 
-def _sequence(
-    shared: Mapping[str, list[list[Line]]],
-    pairs: Mapping[str, list[Pair]],
-    targets: Sequence[str],
-    groups: Mapping[str, int],
-) -> Sequential:
-    scores = [[pairs[name][stage].b for name in targets] for stage in range(len(targets))]
-    errors = [metric.stderr for metric in scores[-1] if metric.stderr is not None]
-    stderr = 100 * math.sqrt(math.fsum(error**2 for error in errors)) / len(targets)
-    final = Mean(100 * mean([metric.value for metric in scores[-1]]), stderr if len(errors) == len(targets) else None)
-    so_far = [mean([metric.value for metric in own[: stage + 1]]) for stage, own in enumerate(scores)]
-    kept = []
-    for stage, name in enumerate(targets[:-1], start=1):
-        lines = shared[name]
-        kept += _pairs(lines[0][0]["benchmark"], lines[stage], lines[-1], count=1)
-    return Sequential(final, 100 * mean(so_far), mean_change(kept, groups))
-
-
-def _require_targets(targets: Sequence[str], everyone: Sequence[ModelAnswers], num_runs: int, sequence: bool) -> None:
+def _require_targets(targets: Sequence[str], everyone: Sequence[ModelAnswers]) -> None:
     for name in targets:
         for each in everyone:
             if name not in each.lines:
@@ -464,12 +421,6 @@ def _require_targets(targets: Sequence[str], everyone: Sequence[ModelAnswers], n
                 raise UserError(message, where="--targets", hint=hint)
     if doubled := next((name for name, times in Counter(targets).items() if times > 1), None):
         raise UserError(f"{doubled} is named twice", where="--targets")
-    if sequence and (num_runs != len(targets) or num_runs < 2):
-        raise UserError(
-            f"needs one run for each target, at least two, in the order of learning; got {amount(num_runs, 'run')} "
-            f"and {amount(len(targets), 'target')}",
-            where="--sequence",
-        )
 
 
 def _shared(everyone: Sequence[ModelAnswers]) -> tuple[dict[str, list[list[Line]]], list[str]]:

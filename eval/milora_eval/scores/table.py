@@ -134,51 +134,31 @@ def scales_table(sizes: Mapping[float, Results], suite: str) -> Table:
 
 
 def runs_table(result: Comparison) -> Table:
-    """Return one row per benchmark: its score on the base, and the change of each run; then the means.
-
-    A sequence begins with the score of each target after each run.
-    """
-    first = result.stages[0]
-    rows: list[tuple[str, ...]] = []
-
-    def row(text: str, name: str, cells: Sequence[str]) -> None:
-        pair = first.pairs[name]
-        rows.append((text, f"{pair.b.n:,}", value(pair.a), *cells))
-
-    for name in result.targets if result.sequence else ():
-        row(f"score: {name}", name, [value(stage.pairs[name].b) for stage in result.stages])
+    """Return one row per benchmark: its score on the base, and the change of each run; then the means."""
+    first, rows, means = result.runs[0], list[tuple[str, ...]](), list[Mean]()
     for part, names in (("target: ", result.targets), ("held out: " if result.targets else "", result.held_out)):
         for name in names:
-            row(part + name, name, [difference(stage.pairs[name]) for stage in result.stages])
-    means: list[Mean] = []
+            pair = first.pairs[name]
+            changes = (difference(run.pairs[name]) for run in result.runs)
+            rows.append((part + name, f"{pair.b.n:,}", value(pair.a), *changes))
     if result.targets:
-        means += [stage.gain for stage in result.stages]
-        rows += _mean_rows(f"mean of targets{' so far' if result.sequence else ''}", means)
+        means += [run.gain for run in result.runs]
+        rows += _mean_rows("mean of targets", means)
     if result.held_out:
-        kept = [stage.held_out for stage in result.stages]
+        kept = [run.held_out for run in result.runs]
         rows += _mean_rows(f"mean of {len(result.held_out)}{' held out' if result.targets else ''}", kept)
         means += kept
     notes = ["±: standard error of the paired difference. The errors of the means treat the benchmarks as independent."]
-    if result.sequence is not None:
-        blank = [Mean(None)] * (len(result.stages) - 1)
-        final, average, backward = result.sequence.final, Mean(result.sequence.average), result.sequence.backward
-        rows += _mean_rows("final accuracy", [*blank, final], sign="")
-        rows += _mean_rows("average over the stages", [*blank, average], sign="")
-        rows += _mean_rows("backward transfer", [*blank, backward])
-        notes.append(
-            "final accuracy and backward transfer: arXiv:1706.08840; average over the stages: arXiv:1611.07725"
-        )
-        means.append(backward)
     notes += dict.fromkeys(each.note for each in means if each.note)
-    header = ("", "n", "base", *(stage.name for stage in result.stages))
+    header = ("", "n", "base", *(run.name for run in result.runs))
     title = "change against the base"
     if result.targets:
         title += f": {amount(len(result.targets), 'target')}, {len(result.held_out)} held out"
     return Table(header, tuple(rows), "\n".join([*notes, *result.notes]), title)
 
 
-def _mean_rows(name: str, means: Sequence[Mean], sign: str = "+") -> list[tuple[str, ...]]:
-    cells = ["" if each.value is None else _with_error(f"{each.value:{sign}.1f}", each.stderr) for each in means]
+def _mean_rows(name: str, means: Sequence[Mean]) -> list[tuple[str, ...]]:
+    cells = ["" if each.value is None else _with_error(f"{each.value:+.1f}", each.stderr) for each in means]
     spans = ["" if each.low is None else f"{each.low:+.1f} to {each.high:+.1f}" for each in means]
     return [(name, "", "", *cells), *([("  95 % interval", "", "", *spans)] if any(spans) else [])]
 
