@@ -78,7 +78,7 @@ def _content(run: RunFiles) -> dict[str, Any]:
         "lede": summary(run),
         "headline": found,
         "interval": _interval(run, found[1]) if found else "",
-        "suites": [_suite(comparison, plots) for comparison in run.comparisons],
+        "suites": [_suite(comparison) for comparison in run.comparisons],
         "outcome_class": {words: css for css, words in OUTCOMES.items()},
         "earlier": tables.earlier_table(run),
         "gallery": gallery(run),
@@ -176,14 +176,13 @@ def forgotten(run: RunFiles) -> Json | None:
     return found and {"text": found, "pictures": found.get("pictures")}
 
 
-def _suite(comparison: SuiteScores, plots: Mapping[str, str]) -> dict[str, Any]:
+def _suite(comparison: SuiteScores) -> dict[str, Any]:
     side = comparison.after or comparison.before
     assert side is not None
     return {
         "name": comparison.suite,
         "has_before": comparison.before is not None,
         "has_after": comparison.after is not None,
-        "plot": plots.get(f"scores-{comparison.suite}".replace("/", "-")),
         "outcomes": outcomes(comparison),
         "table": Table(**side.results["table"]),
     }

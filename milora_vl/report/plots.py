@@ -1,4 +1,4 @@
-"""Draw the plots of a run: loss, forgetting, scores; colours and styles of all plots.
+"""Draw the plots of a run: loss, forgetting, scores over steps; colours and styles of all plots.
 
 The colours by Okabe and Ito are distinguishable for colour-blind readers; shapes and labels repeat them. A figure is as
 wide as the page, so that its text has the size of the surrounding text. Only Matplotlib's Agg backend is used.
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from milora_data.cards import data_uri
 from milora_vl.common.atomic_write import write_text
-from milora_vl.report.read_run import Json, RunFiles, Score, is_fraction, label
+from milora_vl.report.read_run import RunFiles
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -63,7 +63,7 @@ def draw(folder: Path, name: str, figure: Figure) -> str:
 def plots_of(run: RunFiles) -> dict[str, str]:
     """Draw the plots that the run's files allow into its folder plots/, and return them as URIs.
 
-    `loss`, `forgetting`, `suite`, `scores-SUITE`.
+    `loss`, `forgetting`, `suite`.
     """
     targets = run.policy.get("targets", ())
     adapted = [str(target["method"]) for target in targets if target.get("rank")]
@@ -76,12 +76,6 @@ def plots_of(run: RunFiles) -> dict[str, str]:
     if names := suites_of(run.history):
         keys = {name: f"{SCORE}{name}" for name in names}
         figures["suite"] = steps_figure(run.history, keys, "score, % or points")
-    for comparison in run.comparisons:
-        scores = [score for score in comparison.scores() if is_fraction(score.any)]
-        if scores:
-            after = comparison.after
-            models = ("base", "tuned" if after is None or after.which == "final" else after.which)
-            figures[f"scores-{comparison.suite}".replace("/", "-")] = scores_figure(scores, models, colour)
     (run.folder / "plots").mkdir(exist_ok=True)
     return {name: draw(run.folder / "plots", name, figure) for name, figure in figures.items()}
 
@@ -153,42 +147,6 @@ def steps_figure(history: History, keys: Mapping[str, str], ylabel: str) -> Figu
         axis.locator_params(axis="x", nbins=8, integer=True)
         if len(keys) > 1:
             axis.legend(loc="best")
-    return figure
-
-
-def names_of(scores: Sequence[Score]) -> list[str]:
-    has_several = len({score.benchmark for score in scores}) > 1
-    return [(f"{score.benchmark}: " if has_several else "") + label(score.any["name"]) for score in scores]
-
-
-def scores_figure(scores: Sequence[Score], models: tuple[str, str] = ("base", "tuned"), colour: str = INK) -> Figure:
-    """Draw one row per score: a ring before, a disc after, both with error bars, and a tick for the majority answer."""
-    shown: dict[str, Any] = {}  # name in the legend -> a marker
-    rings: dict[str, Any] = {"fmt": "o", "ms": 8, "mew": 1.8, "elinewidth": 1.6, "capsize": 3, "zorder": 3}
-    with page_figure(0.95 + 0.36 * len(scores)) as figure:
-        axis = figure.subplots()
-        for row, score in enumerate(scores):
-            if score.before and score.after:
-                ends = [100 * score.before["value"], 100 * score.after["value"]]
-                axis.plot(ends, [row, row], color=GREY, alpha=0.45, lw=4, zorder=1)
-            sides: tuple[tuple[str, Json | None, str, str], ...] = (
-                (models[0], score.before, PAPER, GREY), (models[1], score.after, colour, colour)
-            )  # fmt: skip
-            for name, metric, face, edge in sides:
-                if metric:
-                    x, error = 100 * metric["value"], 100 * (metric.get("stderr") or 0)
-                    shown[name] = axis.errorbar(x, row, xerr=error, mfc=face, mec=edge, ecolor=edge, **rings)[0]
-            if (baseline := score.any.get("baseline")) is not None:
-                tick: dict[str, Any] = {"marker": "|", "ms": 15, "mew": 1.8, "color": INK, "ls": "", "zorder": 2}
-                (shown["majority answer"],) = axis.plot(100 * baseline, row, **tick)
-        axis.set_yticks(range(len(scores)), names_of(scores))
-        axis.get_yticklabels()[0].set_fontweight("bold")
-        axis.set(ylim=(len(scores) - 0.4, -0.6), xlim=(-2, 102), xlabel="correct answers, %")
-        axis.tick_params(axis="y", length=0)
-        axis.grid(axis="x", alpha=0.25, lw=0.8)
-        axis.spines["left"].set_visible(False)
-        legend: dict[str, Any] = {"loc": "outside upper left", "ncols": 3, "columnspacing": 1.2, "handletextpad": 0.3}
-        figure.legend(shown.values(), shown, **legend)
     return figure
 
 
