@@ -259,18 +259,6 @@ class FrozenTowers(TrainerCallback):
                     module.get_input_embeddings().register_forward_hook(lambda _, __, output: output.detach())
 
 
-class RatesOfGroups(TrainerCallback):
-    def __init__(self) -> None:
-        self.rates: dict[str, float] = {}
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
-    ) -> None:
-        """Read them before the schedule moves on. Groups of the same name have one entry."""
-        groups = objects["optimizer"].param_groups
-        self.rates = {f"learning_rate/{group['name']}": float(group["lr"]) for group in groups if "name" in group}
-
-
 class StopOnSignal(TrainerCallback):
     """Save after the current step and stop when SIGTERM arrives, which schedulers send before they end a job.
 

@@ -45,7 +45,6 @@ from milora_vl.train.callbacks import (
     Lines,
     LogBeforeSave,
     Meter,
-    RatesOfGroups,
     StopOnSignal,
     SuiteCallback,
 )
@@ -107,8 +106,6 @@ class MiloraTrainer(RatesOfRules, CheckpointTrainer):
         self.resume_from = resume_from
         self.model_accepts_loss_kwargs = True  # compute_loss below divides by num_items_in_batch for every model
         self.meter = Meter(data_collator)
-        self.add_callback(rates := RatesOfGroups())
-        self.rates = rates
         self.suites: SuiteCallback | None = None  # scores during training
         if self.args.fsdp:
             self.add_callback(RequireShards())
@@ -265,7 +262,7 @@ class MiloraTrainer(RatesOfRules, CheckpointTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as HF does, with our entries. Raises UserError if the loss is not finite."""
         if "loss" in logs:
-            logs |= self.meter.take(self._over_processes(self.meter.counts)) | self.rates.rates
+            logs |= self.meter.take(self._over_processes(self.meter.counts))
             if self.base_kl is not None and (mean := self.base_kl.taken()) is not None:
                 (total,) = self._over_processes([mean])
                 logs["base_kl"] = total / self.args.world_size

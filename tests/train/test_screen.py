@@ -75,7 +75,7 @@ def test_a_log_entry_is_one_short_line() -> None:
     logs = {
         "loss": 5.248, "grad_norm": 9.5, "learning_rate": 0.0009397, "tokens_per_second": 1175.9,
         "padding": 0.0351, "supervised_tokens": 164, "skipped_records": 0,
-        "learning_rate/language": 0.0009397, "epoch": 0.01196,
+        "epoch": 0.01196,
     }  # fmt: skip
     line = "step 5/2,000  loss 5.2480  rate 0.00094  gradient 9.5  1,176 tokens/s  epoch 0.012"
     assert log_line(logs, 5, 2000) == line
