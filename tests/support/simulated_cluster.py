@@ -226,7 +226,7 @@ def cluster(seen: Counter[str]) -> Iterator[None]:
         )  # fmt: skip
         if os.environ["TF32"]:
             patch.setattr(sim, "_run", _with_tf32(sim._run))
-            patch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
+            torch.backends.cuda.matmul.fp32_precision = "tf32"  # of this process
         _watch(patch, seen)
         yield
 
