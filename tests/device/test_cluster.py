@@ -26,7 +26,7 @@ from support.problems import raises_code
 from support.simulated_cluster import CACHE_BYTES, trained_on_cluster
 from support.simulated_device import simulated_device
 from support.train_runs import losses, training
-from support.vlm_runs import write_model, write_pictures, write_records
+from support.vlm_runs import mixed_records, write_model, write_pictures
 
 pytestmark = [
     needs_deepspeed,
@@ -93,7 +93,7 @@ def test_qwen_shares_the_start(tiny_data: Path, tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     shutil.rmtree(tiny_data / "images")
     write_pictures(tiny_data / "images")
-    write_records(tiny_data / "train.json")
+    (tiny_data / "train.json").write_text(json.dumps(mixed_records() * 2))  # whole batches
     kinds = [kind for kind in KINDS if kind != "ddp"]  # which wants pinned memory of the device here
     started(kinds, write_model("qwen2_5_vl", tmp_path / "model"), tiny_data, tmp_path, QWEN)
 
