@@ -1,7 +1,7 @@
 """`Run`: all that can be known of a run before data and weights load, for a training and for its dry run.
 
 Each check stands beside the code that it protects; `make_run` calls them in a row. `show` prints the dry run. When a
-run resumes, the optimizer, the schedule and the factors come from the checkpoint, so only the keys of FREE may differ.
+run resumes, the optimizer, the schedule and the factors come from the checkpoint: only the keys of MAY_CHANGE differ.
 """
 
 from __future__ import annotations
@@ -737,7 +737,7 @@ def check_arguments(recipe: Recipe, derived: Derived, launch: Launch) -> None:
 
 
 # Paths, logging, saving, speed, and what is compared elsewhere: the records, the steps, and the batch in total.
-FREE = re.compile(
+MAY_CHANGE = re.compile(
     r"factor_cache|attn_implementation|calibration\.image_folder|data\.(path|image_folder)"
     r"|(sweep|eval)\..+"
     r"|train\.(learning_rate|weight_decay|max_steps|num_train_epochs|gradient_accumulation_steps|disable_tqdm|run_name"
@@ -800,7 +800,7 @@ def read_resumed(
     if prod(batches[0]) != prod(batches[1]) or (recipe.data.streaming and wrote != processes):
         old, new = (f"{prod(batch)} ({' x '.join(map(str, batch))})" for batch in batches)
         changes["batch in total"] = old, new
-    refused = {key: values for key, values in changes.items() if not is_free(key, recipe)}
+    refused = {key: values for key, values in changes.items() if not may_change(key, recipe)}
     if refused:
         lines = "\n".join(
             f"  {key}: trained with {shown_value(old)}, now {shown_value(new)}" for key, (old, new) in refused.items()
@@ -822,11 +822,11 @@ def read_resumed(
     return earlier
 
 
-def is_free(key: str, recipe: Recipe) -> bool:
+def may_change(key: str, recipe: Recipe) -> bool:
     by_evaluation = recipe.train.get("lr_scheduler_type") in SCHEDULES_BY_EVALUATION
     if OF_EVALUATION.fullmatch(key):
         return not (by_evaluation or recipe.train.get("load_best_model_at_end"))
-    return FREE.fullmatch(key) is not None and not (recipe.data.streaming and OF_STREAM.fullmatch(key))
+    return MAY_CHANGE.fullmatch(key) is not None and not (recipe.data.streaming and OF_STREAM.fullmatch(key))
 
 
 def schedule_has_end(recipe: Recipe) -> bool:
@@ -898,7 +898,7 @@ def require_same_records(folder: Path, data: RunData, recipe: Recipe) -> list[st
         if before["held_out"] and data.held_out_keys:
             require_same("held-out data", before["held_out"], data.held_out_keys, lambda number: names()[number])
     except UserError as error:
-        if not is_free("data.eval_path", recipe):
+        if not may_change("data.eval_path", recipe):
             raise
         warnings = [f"{error.first.where}: {error.first.message}; held-out losses before and after are not comparable"]
     unread = f"of the stream, only the first {len(data.train):,} records and pictures were compared with the run's"

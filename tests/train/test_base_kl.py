@@ -177,19 +177,8 @@ def test_every_kind_of_run_has_the_same_loss(tiny_data: Path, tiny_folder: Path,
     turns = [{"from": "human", "value": "And?"}, {"from": "gpt", "value": "A sentence of one length. " * 9}]
     (tmp_path / "own.json").write_text(json.dumps([{"id": str(i), "conversations": turns} for i in range(8)]))
     policy = ["--policy", json.dumps([{"modules": "language", "method": "lora", "rank": 3}, FULL]), "--dropout", "0"]
-    common = [
-        *policy,
-        "--model",
-        str(tiny_folder),
-        "--max_steps",
-        "4",
-        "--learning_rate",
-        "0.02",
-        "--base_kl_weight",
-        "5",
-        "--gradient_accumulation_steps",
-        "2",  # of twelve records, the second step of each epoch has one batch
-    ]
+    common = [*policy, "--model", str(tiny_folder), *"--max_steps 4 --learning_rate 0.02 --base_kl_weight 5".split()]
+    common += ["--gradient_accumulation_steps", "2"]  # of twelve records, the second step of an epoch has one batch
     sources = {"text": f"{{data: {tmp_path / 'own.json'}}}", "pictures": "{samples: 0, pictures: 8}"}
 
     def words(name: str, source: str, texts: int, more: list[str]) -> list[str]:

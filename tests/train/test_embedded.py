@@ -101,19 +101,8 @@ def test_training_reads_them_as_they_are(how: list[str], tmp_path: Path) -> None
 def test_training_names_file_and_record_of_a_broken_one(fault: str, tmp_path: Path) -> None:
     data = tmp_path / "chat.jsonl"
     dump_lines(data, [asked(url("red")), asked(BROKEN[fault])])
-    words = [
-        "--method",
-        "lora",
-        "--rank",
-        "4",
-        "--max_steps",
-        "1",
-        "--per_device_train_batch_size",
-        "2",
-        "--data_path",
-        str(data),
-    ]
-    words += ["--image_folder", str(tmp_path)]
+    words = "--method lora --rank 4 --max_steps 1 --per_device_train_batch_size 2".split()
+    words += ["--data_path", str(data), "--image_folder", str(tmp_path)]
     with pytest.raises(UserError) as caught:
         train(training(tmp_path, tmp_path / "run", *words))
     assert f"{data}:2" in str(caught.value)

@@ -118,17 +118,10 @@ def test_harmless_changes_leave_the_weights_as_they_would_have_been_and_are_reco
         "data.image_folder": [str(data / "images"), str(moved)],
         "eval.forgetting_every": [None, 2],
     }
-    flags = [
-        "--save_steps",
-        "1",
-        "--dataloader_num_workers",
-        "1",
-        "--save_total_limit",
-        "1",
-        "--eval_strategy",
-        "steps",
-    ]
-    flags += ["--eval_steps", "1", "--eval_data_path", str(data / "val.json"), "--forgetting_every", "2"]
+    flags = (
+        "--save_steps 1 --dataloader_num_workers 1 --save_total_limit 1 --eval_strategy steps --eval_steps 1".split()
+    )
+    flags += ["--eval_data_path", str(data / "val.json"), "--forgetting_every", "2"]
     flags += ["--image_folder", str(moved), "--resume_from_checkpoint", "auto"]
     assert main(training(data, run, "--rank", "8", *flags)) == 0
     assert losses(run) == losses(whole)

@@ -110,21 +110,6 @@ def test_empty_files_stop_a_training_before_its_model_loads(with_empty: Path, tm
 
 
 def test_replace_shows_a_plain_picture(with_empty: Path, tmp_path: Path, capfd: Any) -> None:
-    assert (
-        main(
-            training(
-                with_empty,
-                tmp_path / "run",
-                "--method",
-                "lora",
-                "--rank",
-                "4",
-                "--max_steps",
-                "3",
-                "--bad_images",
-                "replace",
-            )
-        )
-        == 0
-    )
+    flags = "--method lora --rank 4 --max_steps 3 --bad_images replace".split()
+    assert main(training(with_empty, tmp_path / "run", *flags)) == 0
     assert "3 times while training: a missing or broken picture was replaced" in capfd.readouterr().err

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from milora_vl.train.plan import is_free, schedule_has_end
+from milora_vl.train.plan import may_change, schedule_has_end
 from milora_vl.train.recipe import Recipe, differences
 
 POLICY = [
@@ -20,7 +20,7 @@ def recipe(**content: Any) -> Recipe:
 
 
 def refused(before: Recipe, now: Recipe) -> list[str]:
-    return [key for key in differences(before, now) if not is_free(key, now)]
+    return [key for key in differences(before, now) if not may_change(key, now)]
 
 
 DECISIVE = {
@@ -78,7 +78,7 @@ HARMLESS: dict[str, dict[str, Any]] = {
 def test_a_change_of_what_leaves_the_weights_alone_is_allowed_and_told(key: str) -> None:
     now = recipe(**HARMLESS[key])
     assert list(differences(recipe(), now)) == [key]
-    assert is_free(key, now)
+    assert may_change(key, now)
 
 
 def test_rates_depend_on_the_last_step_unless_the_schedule_has_no_end() -> None:
