@@ -161,7 +161,6 @@ def room_lines(targets: Sequence[Target], protection: Mapping[str, Protection], 
 NUM_ANSWERED, MAX_NEW_TOKENS = 20, 32  # records that the model answers for the report
 # The last ones hold texts and paths of the data.
 NOT_UPLOADED = ("_*", "checkpoint-*", "incomplete-checkpoint-*", HELD_OUT)
-WITHOUT = "without:  remove --push_to_hub; to upload the finished run later: hf upload REPOSITORY FOLDER"
 
 
 def open_repository(train: Mapping[str, Any], folder: Path, token: str | None) -> None:
@@ -172,40 +171,12 @@ def open_repository(train: Mapping[str, Any], folder: Path, token: str | None) -
     from huggingface_hub import HfApi
 
     name = train.get("hub_model_id") or folder.absolute().name
-    with hub_errors_explained(f"--push_to_hub: cannot open the repository {name}", WITHOUT, exit_code=2):
-        HfApi().create_repo(name, private=train.get("hub_private_repo"), exist_ok=True)
-
-
-@contextmanager
-def hub_errors_explained(what: str, remedy: str, *, exit_code: int = 1) -> Iterator[None]:
-    """Convert an error of the hub client into a UserError: `what` failed, `remedy` is the hint."""
     try:
-        yield
-    except UserError:
-        raise
+        HfApi().create_repo(name, private=train.get("hub_private_repo"), exist_ok=True)
     except Exception as error:  # the classes of the client and its HTTP library differ by version
-        raise UserError(first_line(error), where=what, hint=remedy, exit_code=exit_code) from None
-
-
-def push_folder(folder: Path, repository: str, revision: str | None) -> str:
-    """Upload the files of a finished run without checkpoints and return their address. Raises UserError on failure."""
-    from huggingface_hub import HfApi
-
-    retry = f"the training is saved in {folder}; to push it again:\n  {push_command(folder, repository)}"
-    with hub_errors_explained("pushing to the hub failed", retry):
-        done = HfApi().upload_folder(
-            repo_id=repository,
-            folder_path=folder,
-            commit_message="Model save",
-            ignore_patterns=list(NOT_UPLOADED),
-            revision=revision,
-        )
-    return str(done)
-
-
-def push_command(folder: Path, repository: str) -> str:
-    left_out = [word for pattern in NOT_UPLOADED for word in ("--exclude", pattern)]
-    return shlex.join(["hf", "upload", repository, str(folder), ".", *left_out])
+        where = f"--push_to_hub: cannot open the repository {name}"
+        hint = "without:  remove --push_to_hub; to upload the finished run later: hf upload REPOSITORY FOLDER"
+        raise UserError(first_line(error), where=where, hint=hint) from None
 
 
 @contextmanager
@@ -255,12 +226,25 @@ def write_results(recipe: Recipe, folder: RunFolder, screen: Screen, style: str,
 
 
 def push_results(folder: RunFolder, repository: str, revision: str | None, screen: Screen) -> bool:
+    """Upload the files of a finished run without checkpoints. Returns whether that worked."""
+    from huggingface_hub import HfApi
+
     try:
         with screen.step(f"pushing to {repository}"):
-            screen.say(f"pushed   {push_folder(folder.path, repository, revision)}")
-    except UserError as error:
-        screen.warn(str(error))
+            address = HfApi().upload_folder(
+                repo_id=repository,
+                folder_path=folder.path,
+                commit_message="Model save",
+                ignore_patterns=list(NOT_UPLOADED),
+                revision=revision,
+            )
+    except Exception as error:  # as in `open_repository`
+        left_out = [word for pattern in NOT_UPLOADED for word in ("--exclude", pattern)]
+        again = shlex.join(["hf", "upload", repository, str(folder.path), ".", *left_out])
+        saved = f"the training is saved in {folder.path}; to push it again:\n  {again}"
+        screen.warn(f"pushing to the hub failed: {first_line(error)}\n{saved}")
         return False
+    screen.say(f"pushed   {address}")
     return True
 
 
