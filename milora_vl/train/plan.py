@@ -177,7 +177,9 @@ def make_run(settings: Settings, *, is_started: bool) -> Run:
     """Check everything that can be checked without data and weights. A plan (not `is_started`) starts no process."""
     request, started = settings.request, datetime.now().astimezone()
     recipe, base, targets, warnings = fit(settings)
-    recipe, token = _without_token(with_dtype(recipe, request))
+    token = recipe.train.get("hub_token")  # run folders are shared, so they must not hold it
+    train = {name: value for name, value in recipe.train.items() if name != "hub_token"}
+    recipe = with_dtype(recipe.model_copy(update={"train": train}), request)
     path = Path(request.output_dir) if request.output_dir else default_folder(recipe, started)
     run_folder = choose_folder(path, request.resume)
     tasks, notes = tasks_before(recipe, base.meta, targets, run_folder.checkpoint)
@@ -213,13 +215,6 @@ def make_run(settings: Settings, *, is_started: bool) -> Run:
         warnings=tuple(warnings),
         tasks=tasks,
     )
-
-
-def _without_token(recipe: Recipe) -> tuple[Recipe, str | None]:
-    """Return the recipe without its hub_token, and the token: run folders are shared, so they must not hold it."""
-    train = dict(recipe.train)
-    token = train.pop("hub_token", None)
-    return recipe.model_copy(update={"train": train}), token
 
 
 def with_dtype(recipe: Recipe, request: Request) -> Recipe:

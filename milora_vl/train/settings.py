@@ -198,7 +198,11 @@ def join_settings(request: Request) -> Settings:
     if adapter:
         of_adapter = settings_of_adapter(Path(adapter))
     elif after:
-        of_adapter, notes = _of_after(after, request)
+        run = checkpoints.resumed_run(request.output_dir, request.resume)
+        if run is not None and checkpoints.latest(run)[0] is not None:
+            of_adapter = _taken(recipe_of_run(run))
+        else:
+            of_adapter, notes = settings_after(Path(after))
     llava, lines = of_llava(request, adapter or after)
     flags = dict(request.overrides)
     if request.policy is not None:
@@ -243,13 +247,6 @@ def _joined(*layers: Mapping[str, Any]) -> dict[str, Any]:
             is_merged = isinstance(value, Mapping) and isinstance(below, Mapping)
             content[name] = _joined(dict(below or {}), value) if is_merged else value
     return content
-
-
-def _of_after(after: str, request: Request) -> tuple[dict[str, Any], list[str]]:
-    run = checkpoints.resumed_run(request.output_dir, request.resume)
-    if run is not None and checkpoints.latest(run)[0] is not None:
-        return settings_resumed(run), []
-    return settings_after(Path(after))
 
 
 def _give_way(below: dict[str, Any], flags: Mapping[str, Any]) -> list[str]:
@@ -323,14 +320,16 @@ def settings_of_adapter(folder: Path, flag: str = "--adapter") -> dict[str, Any]
         rules = [_rule_of(target) for target in sidecar.targets]
         return {"model": base_of(folder), "policy": rules}
     run["model"] = from_there(folder, str(run.get("model") or base_of(folder)))
-    return {**{name: value for name, value in run.items() if name in TAKEN}, **_of_sections(run)}
+    return _taken(run)
 
 
-def _of_sections(run: Mapping[str, Any]) -> dict[str, Any]:
-    return {
+def _taken(run: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a recipe says about its model and its inputs."""
+    sections = {
         section: {name: value for name, value in run.get(section, {}).items() if name in names}
         for section, names in OF_SECTIONS.items()
     }
+    return {name: value for name, value in run.items() if name in TAKEN} | sections
 
 
 def settings_after(folder: Path) -> tuple[dict[str, Any], list[str]]:
@@ -354,11 +353,6 @@ def settings_after(folder: Path) -> tuple[dict[str, Any], list[str]]:
         "rules this run trains with method milora and protects what is left"
     )
     return settings, [note]
-
-
-def settings_resumed(run: Path) -> dict[str, Any]:
-    recipe = recipe_of_run(run)
-    return {name: value for name, value in recipe.items() if name in TAKEN} | _of_sections(recipe)
 
 
 def _rule_of(target: Target) -> dict[str, Any]:
