@@ -94,7 +94,7 @@ def record_losses(
 ) -> list[tuple[Record, float]]:
     """Return each record that has an answer with its loss, in nats per token; batches hold up to `size` of one kind."""
     collate, found = collate.for_evaluation(), list[tuple[Record, float]]()
-    answered = [record for record in records if collate.num_supervised(record)]
+    answered = [each for each in records if any(turn.role == "assistant" and turn.weight for turn in each.turns)]
     answered.sort(key=lambda record: (repr(collate.kind(record)), collate.num_tokens(record)))  # little padding
     parts = [list(group) for _, group in groupby(answered, collate.kind)]
     batches = [part[start : start + size] for part in parts for start in range(0, len(part), size)]

@@ -24,7 +24,7 @@ from milora_data.records.record import Record, Turn
 from milora_vl.common.compat.transformers import pass_texts_unchanged
 from milora_vl.common.errors import DataError
 from milora_vl.core.policy.towers import find_towers
-from milora_vl.models.losses import add_chunked_loss, summed_loss
+from milora_vl.models.losses import add_chunked_loss, record_losses, summed_loss
 from support.problems import raises_code
 from support.versions import needs_places
 from support.vlm_families import VLM_FAMILIES, marked_template, model_of, processor_of
@@ -118,6 +118,23 @@ def test_the_loss_is_the_models_own(name: str, make: Any) -> None:
         summed, count = summed_loss(model, batch, chunked=add_chunked_loss(model))
     assert count > 10
     assert torch.allclose(summed / count, own, rtol=1e-5)
+
+
+def test_the_loss_of_each_record_is_that_of_the_record_alone(make: Any) -> None:
+    """Batches of two, with and without a picture; a record without an answer has no loss."""
+    collate, model = make(), model_of("qwen2_5_vl", processor_of("qwen2_5_vl")).eval()
+    rows = [
+        record([("human", "<image>\nWhat?"), ("gpt", "A cat.")], ["0.png"]),
+        record([("human", "Hi?"), ("gpt", "Hello.")], []),
+        record([("human", "Hi?")], []),
+        record([("human", "<image>\nWhich?"), ("gpt", "That one.")], ["1.png"]),
+    ]
+    found = record_losses(model, collate, map(parse_record, rows), 2)
+    assert [pair[0].turns[1].text for pair in found] == ["Hello.", "A cat.", "That one."]
+    for value, loss in found:
+        with torch.no_grad():
+            summed, count = summed_loss(model, collate([value]), chunked=False)
+        assert loss == pytest.approx(float(summed) / count, abs=1e-4)
 
 
 def test_a_plain_prompt_gives_what_the_processor_makes_of_question_and_answer(make: Any, pictures: Path) -> None:
