@@ -81,7 +81,7 @@ def test_the_trained_model_is_asked_with_the_same_prompts(
 ) -> None:
     adapter = ["--model", str(text_model), "--adapter", str(text_run)]
     assert chat([*adapter, "--compare", "--max_new_tokens", "4", "What is 1?"]) == 0
-    flags = ["--on", "samples", "--num_tokens", "300", "--output_dir", str(tmp_path / "forgotten")]
+    flags = ["--on", "text", "--num_tokens", "300", "--output_dir", str(tmp_path / "forgotten")]
     assert forgetting([*adapter, *flags]) == 0
     assert export([str(text_run), "--to", "merged", "--output_dir", str(tmp_path / "merged")]) == 0
     assert "--template" not in capsys.readouterr().err  # the merged model has its template

@@ -118,7 +118,7 @@ def test_chat_and_evaluation_read_the_same_frames(run: Path, model: Path, data: 
     assert results["asked"] == 3
     lines = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
     assert lines[0]["videos"][0]["file"] == str(data / "0.mp4")
-    assert lines[0]["prediction"].startswith(expected)
+    assert lines[0]["prediction"].startswith(expected.text)
     assert evaluate(["run", "--model", str(model), "--adapter", str(run), *benchmark]) == 0
     assert json.loads((folder / "results.json").read_text())["asked"] == 0
     assert evaluate(["score", str(folder)]) == 0
