@@ -124,11 +124,11 @@ def apply_targets(
     return tuned
 
 
-def merge(model: PeftModel, path: str | Path | None = None) -> nn.Module:
-    """Return the base model with W + s (B A - B0 A0) in place of each adapted W. With `path`, also save it there.
+def merge(model: PeftModel) -> nn.Module:
+    """Return the base model with W + s (B A - B0 A0) in place of each adapted W.
 
     The PeftModel cannot be used afterwards, as with PEFT's merge_and_unload. Raises AdapterError if `model` is no
-    PeftModel, or if `path` is given and the base model has no `save_pretrained`.
+    PeftModel, or if its base holds the update of earlier runs.
 
     >>> rules = [{"modules": "language", "method": "milora", "rank": 2, "protect": 0}]
     >>> merge(apply_milora(nn.Sequential(nn.Linear(4, 4)), rules))
@@ -142,13 +142,7 @@ def merge(model: PeftModel, path: str | Path | None = None) -> nn.Module:
     if isinstance(model, MiloraMixin) and model.earlier is not None:
         message = "the base holds the update of earlier runs, which merge would leave out"
         raise AdapterError(message, hint="save the adapter, and merge what load_adapter returns for its folder")
-    if path is not None and not hasattr(model.get_base_model(), "save_pretrained"):
-        hint = "call merge(model) without a path, and save the state dict of the result"
-        raise AdapterError(f"{type(model.get_base_model()).__name__} has no save_pretrained", where="path", hint=hint)
-    merged = model.merge_and_unload()
-    if path is not None:
-        merged.save_pretrained(path)
-    return merged
+    return model.merge_and_unload()
 
 
 def _describe(

@@ -68,7 +68,8 @@ def test_merging_writes_a_model_that_gives_the_same_logits(tiny_llama, tmp_path)
     move(model)
     ids = token_batch()
     expected = model(ids).logits
-    merged = merge(model, tmp_path)
+    merged: Any = merge(model)
+    merged.save_pretrained(tmp_path)
     assert not [name for name, _ in merged.named_parameters() if "lora" in name]
     for made in (merged, AutoModelForCausalLM.from_pretrained(tmp_path)):
         assert torch.allclose(made(ids).logits, expected, atol=1e-5)
@@ -78,9 +79,6 @@ def test_merging_what_cannot_be_merged_is_refused_before_anything_happens() -> N
     with raises_problem("", "got Linear"):
         merge(nn.Linear(2, 2))
     model = apply_milora(nn.Sequential(nn.Linear(4, 4)), one_rule())
-    with raises_problem("", "Sequential has no save_pretrained"):
-        merge(model, "somewhere")
-    assert model.peft_config
     merge(model)
     with raises_code("", message="no adapter any more"):
         save_adapter(model, "somewhere")
