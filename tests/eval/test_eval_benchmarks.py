@@ -12,6 +12,7 @@ import pandas
 import pytest
 
 from milora_eval import run
+from milora_eval.answers.questions import select
 from milora_eval.answers.store import read_lines
 from milora_eval.benchmark import Answer
 from milora_eval.benchmarks.math_answers import is_equivalent
@@ -291,3 +292,13 @@ def test_a_question_of_mmbench_that_the_limit_cut_is_left_out(data: Path) -> Non
     circular = benchmark.summarise(right)[0]
     assert (circular.name, circular.value, circular.n) == ("circular accuracy", 1.0, 1)
     assert benchmark.summarise(right[:3])[0].note == "no question has all of its rotations: --limit is too small"
+
+
+@pytest.mark.parametrize("name", ["pope", "gqa"])
+def test_a_limit_and_the_clusters_follow_the_published_names_wherever_the_files_are(name: str, tmp_path: Path) -> None:
+    benchmark, chosen = find_benchmark(name), []
+    for folder in ("here", "there"):
+        data = official_data.write(tmp_path / folder, name)
+        items = benchmark.load(folder_of(benchmark, data))[:: 1 if folder == "here" else -1]
+        chosen.append(sorted((item.id, item.group) for item in select(items, 3)))
+    assert chosen[0] == chosen[1]
