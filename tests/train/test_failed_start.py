@@ -62,12 +62,21 @@ from milora_vl.train import main, start
 def fails(*_, **__):
     raise RuntimeError("no memory left")
 
+def spoils(C, rows):
+    C.fill_(float("nan"))
+
 start.rows_at_once = lambda *_: 1  # so that each process writes texts
 is_odd, other, good, milora = os.environ["RANK"] == "1", *json.loads(sys.argv[1])
+cases = [
+    ("", None, other if is_odd else good),
+    ("train.start.sampled_rows", fails, milora),
+    ("core.calibration.activations.add_to_lower", spoils, milora),
+    ("train.run.make_trainer", fails, good),
+]
 messages = []
-for name, line in (("", other if is_odd else good), ("start.sampled_rows", milora), ("run.make_trainer", good)):
+for name, act, line in cases:
     try:
-        with patch(f"milora_vl.train.{name}", fails) if name and is_odd else nullcontext():
+        with patch(f"milora_vl.{name}", act) if name and is_odd else nullcontext():
             main(line)
     except Exception as error:
         messages.append(f"{error}")
@@ -80,7 +89,7 @@ print("RESULT" + json.dumps([messages, is_open, dist.is_initialized()]))
 def test_what_fails_on_one_rank_before_the_first_step_ends_all_with_the_same_error(
     tiny_data: Path, tmp_path: Path
 ) -> None:
-    """Other records, an error while texts are written, and one after the start. The group is closed after a success."""
+    """Other records, an error while texts are written, NaN, an error after the start. A success closes the group."""
     other = tmp_path / "other"
     shutil.copytree(tiny_data, other)
     first = sorted((other / "images").iterdir())
@@ -88,9 +97,10 @@ def test_what_fails_on_one_rank_before_the_first_step_ends_all_with_the_same_err
     flags = ["--per_device_train_batch_size", "2", "--max_steps", "1", "--rank", "4"]
     lines = [training(data, tmp_path / "run", *flags, "--method", "lora") for data in (other, tiny_data)]
     lines.append(training(tiny_data, tmp_path / "run", *flags, "--calibration_pictures", "0"))
-    for (records, texts, later), was_open, is_open in results_of_two(ALONE, tmp_path, json.dumps(lines)):
+    for (records, texts, inputs, later), was_open, is_open in results_of_two(ALONE, tmp_path, json.dumps(lines)):
         assert "rank 1 reads other records or pictures than rank 0" in records
         assert texts == "rank 1: RuntimeError: no memory left"
+        assert "the inputs of this layer contain NaN" in inputs
         assert later in (texts, "no memory left")
         assert (was_open, is_open) == (True, False)
 
