@@ -37,8 +37,8 @@ _TOWER_SELECTOR = re.compile(
     rf"(?P<tower>{'|'.join(TOWERS)})(?:\.layers\[(?P<first>-?\d+)(?:-(?P<last>-?\d+))?\])?(?:\.(?P<tail>[\w.]+|\*))?"
 )
 NO_ADAPTER_ON_EXPERTS = (
-    "They get no adapter: the inputs of down_proj are inside the module, where no hook sees them, so no A can be chosen "
-    "off them (PEFT's target_parameters adds a plain LoRA)."
+    "They get no adapter: the inputs of down_proj are inside the module, where no hook sees them, so no A can be "
+    "chosen for them (PEFT's target_parameters adds a plain LoRA)."
 )
 
 
