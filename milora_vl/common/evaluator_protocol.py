@@ -29,6 +29,11 @@ class QuestionSet:
     benchmarks: str = ""
 
 
+def is_file(suite: str) -> bool:
+    """Return whether a suite is a file of own questions."""
+    return Path(suite).suffix in (".json", ".jsonl")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationRequest:
     """An evaluation of a finished model, and of its base if `with_base`. The results go to `output_dir`.

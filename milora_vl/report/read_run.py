@@ -17,10 +17,10 @@ import yaml
 from milora_vl.common.atomic_write import json_lines
 from milora_vl.common.errors import UserError
 from milora_vl.common.evaluator_protocol import evaluator
+from milora_vl.core.adapter.checkpoints import HELD_OUT
 
 Json = Mapping[str, Any]
 RESTORE = "restore the files of the run, or move the damaged one away for a report without it"
-HELD_OUT = "held_out.jsonl"  # losses of the held-out records, highest first
 _KNOWN = ("recipe.yaml", "environment.json", "policy.json", "trainer_state.json", "eval")
 
 

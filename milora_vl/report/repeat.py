@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from milora_vl.common.cli.console import command_line
-from milora_vl.common.evaluator_protocol import EvaluationRequest, QuestionSet, evaluator
+from milora_vl.common.evaluator_protocol import EvaluationRequest, QuestionSet, evaluator, is_file
 from milora_vl.core.adapter.checkpoints import holds_weights, newest_checkpoint
 from milora_vl.core.adapter.folders import has_config, holds_text_model
 from milora_vl.report.read_run import Json, RunFiles, tasks_of
@@ -95,10 +95,6 @@ def of_earlier(folder: Path, request: EvaluationRequest) -> dict[Path, Evaluatio
             asked = replace(questions, limit=(task.get("eval") or {}).get("limit"))
             found[Path(task["run"])] = replace(request, questions=asked, template=task.get("template"), with_base=False)
     return found
-
-
-def is_file(suite: str) -> bool:
-    return Path(suite).suffix in (".json", ".jsonl")
 
 
 def _last_questions(run: RunFiles) -> tuple[QuestionSet, str | None]:

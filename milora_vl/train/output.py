@@ -32,7 +32,7 @@ from milora_vl.common.errors import DataError, UserError, first_line
 from milora_vl.common.evaluator_protocol import EvaluationRequest, QuestionSet, evaluator
 from milora_vl.common.progress import progress_bar
 from milora_vl.core.adapter import checkpoints
-from milora_vl.core.adapter.checkpoints import WEIGHTS
+from milora_vl.core.adapter.checkpoints import HELD_OUT, WEIGHTS
 from milora_vl.core.adapter.fixed_a import Protection
 from milora_vl.core.adapter.folders import (
     has_config,
@@ -47,7 +47,6 @@ from milora_vl.models.devices import out_of_memory
 from milora_vl.models.generate import Prompt, generate
 from milora_vl.report import model_card
 from milora_vl.report.page import try_write_report
-from milora_vl.report.read_run import HELD_OUT
 from milora_vl.report.repeat import of_earlier
 from milora_vl.train.counts import protected_directions
 from milora_vl.train.data import Task

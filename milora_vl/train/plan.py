@@ -40,10 +40,17 @@ from milora_vl.common.cli.console import amount, beside, command_line, require_f
 from milora_vl.common.cli.screen import Screen
 from milora_vl.common.cli.table import drawn
 from milora_vl.common.errors import Key, Problem, UserError, at_flag, collected, first_line
-from milora_vl.common.evaluator_protocol import QuestionSet, evaluator
+from milora_vl.common.evaluator_protocol import QuestionSet, evaluator, is_file
 from milora_vl.common.yaml_text import read_file
 from milora_vl.core.adapter import checkpoints
-from milora_vl.core.adapter.checkpoints import is_sharded, num_processes, read_environment, step_of, zero_stage
+from milora_vl.core.adapter.checkpoints import (
+    HELD_OUT,
+    is_sharded,
+    num_processes,
+    read_environment,
+    step_of,
+    zero_stage,
+)
 from milora_vl.core.adapter.folders import (
     module_path,
 )
@@ -67,8 +74,6 @@ from milora_vl.models.processors import ProcessorSettings, configure_processor, 
 from milora_vl.models.projector import projector_file
 from milora_vl.models.prompts import recipe_of_run
 from milora_vl.models.smol_llava import folder_of
-from milora_vl.report.read_run import HELD_OUT
-from milora_vl.report.repeat import is_file
 from milora_vl.train import data
 from milora_vl.train.counts import (
     MIX665K,

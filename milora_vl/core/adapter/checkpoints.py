@@ -17,6 +17,7 @@ from typing import Any
 WEIGHTS = ("adapter_model.safetensors", "mm_projector.safetensors", "model.safetensors", "model.safetensors.index.json")
 SET_ASIDE = "incomplete-"
 STATE = "trainer_state.json"
+HELD_OUT = "held_out.jsonl"  # losses of the held-out records, highest first
 # Files that only a resumed run needs.
 NO_RESULT = (
     "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth", "stream_state_*.pth", "latest", "zero_to_*.py",
