@@ -18,9 +18,8 @@ from peft import PeftModel
 
 from milora_data.batches.processor_inputs import takes_videos
 from milora_data.encode.templates import OWN, template_name
-from milora_data.encode.tokens import own_template
+from milora_data.encode.tokens import fast_backend, own_template
 from milora_data.keys import digest
-from milora_eval.answers.identity import tokenizer_digest
 from milora_eval.answers.questions import EvaluationPlan, Items, plan_of, questions_of
 from milora_eval.answers.runner import Asker, ask, ask_model, finish, prompt_of
 from milora_eval.answers.served import ChatServer, ask_server, require_servable, served_name, served_settings
@@ -136,7 +135,7 @@ def settings(model: Any, processor: Any, template: str, image_aspect_ratio: str)
         own["chat_template"] = digest([chosen, processor.chat_template])
     return {
         "weights": weights_digest(model),
-        "tokenizer": tokenizer_digest(tokenizer),
+        "tokenizer": digest(fast_backend(tokenizer).to_str()),
         "pictures": None if image_processor is None else digest([image_processor.to_dict(), image_aspect_ratio]),
         **({"videos": digest(processor.video_processor.to_dict())} if takes_videos(processor) else {}),
         "template": template,

@@ -15,8 +15,7 @@ from peft import LoraConfig, get_peft_model
 from milora_data.records.record import Turn
 from milora_eval import run
 from milora_eval import run_suite as evaluation
-from milora_eval.answers.identity import answer_key
-from milora_eval.answers.questions import plan_of
+from milora_eval.answers.questions import answer_key, plan_of
 from milora_eval.benchmark import Item, content_of
 from milora_eval.benchmarks.emoji import Emoji
 from milora_eval.registry import choose

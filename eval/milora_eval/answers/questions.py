@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from milora_data.keys import data_key, file_key
-from milora_eval.answers.identity import answer_key
+from milora_data.keys import data_key, digest, file_key
 from milora_eval.benchmark import Benchmark, Item, MissingData, content_of, key_of_question
 from milora_eval.benchmarks.own_data import OwnData
 from milora_eval.data_files import load_items, other_questions
@@ -56,6 +55,16 @@ class Question:
     item: Item
     key: str
     content: Sequence[Any] = ()
+
+
+def answer_key(settings: Mapping[str, Any], benchmark: Benchmark, item: Item, content: Sequence[Any]) -> str:
+    """Return the key of one answer: a digest of the settings, the prompt, and the content of pictures and videos.
+
+    Weights are among the settings by their content, so a model that trained on is asked again.
+    """
+    turns = [[turn.role, turn.text] for turn in benchmark.prompt(item)]
+    decoding = [benchmark.max_new_tokens, benchmark.num_beams, benchmark.form]
+    return digest([settings, decoding, turns, list(content)])
 
 
 def questions_of(plan: EvaluationPlan, items: Items) -> list[Question]:

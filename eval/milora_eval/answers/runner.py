@@ -1,6 +1,6 @@
 """Ask one model the questions of some benchmarks: batches, generation settings, resume of a killed run.
 
-Every batch is written when it is complete. A stored answer with the same key (see `identity`) is reused.
+Every batch is written when it is complete. A stored answer with the same key (see `answer_key`) is reused.
 """
 
 from __future__ import annotations
