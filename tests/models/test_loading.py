@@ -21,6 +21,7 @@ from milora_vl.models.devices import device_named, dtype_named, fastest_dtype
 from milora_vl.models.image_tokens import image_token_id, image_tokens
 from milora_vl.models.loading import config_of
 from milora_vl.models.projector import load_projector, projector_of, read_projector, save_projector
+from milora_vl.models.smol_llava import folder_of
 from milora_vl.models.timm_tower import TimmTower, TimmTowerConfig
 from milora_vl.train.command import parse
 from milora_vl.train.plan import make_run, with_dtype
@@ -193,7 +194,7 @@ def test_a_composed_model_takes_pictures_and_reloads_with_the_same_logits(compos
 def test_smol_llava_is_made_once_and_answers(tmp_path, monkeypatch):
     monkeypatch.setenv("MILORA_CACHE", str(tmp_path))
     model, _ = load_model("smol-llava")
-    assert model.name_or_path == "smol-llava"
+    assert model.name_or_path == str(folder_of("smol-llava"))
     assert image_tokens(model.config) == 16
     made = list((tmp_path / "models").iterdir())
     load_model("smol-llava")
@@ -204,7 +205,7 @@ def test_smol_llava_is_made_once_and_answers(tmp_path, monkeypatch):
 def test_its_language_model_loads_alone(tmp_path, monkeypatch):
     monkeypatch.setenv("MILORA_CACHE", str(tmp_path))
     model, tokenizer = load_model("smollm2")
-    assert model.name_or_path == "smollm2"
+    assert model.name_or_path == str(folder_of("smollm2"))
     assert model.config.vocab_size == config_of("smollm2").vocab_size == len(tokenizer)
     assert tokenizer.chat_template
     assert tokenizer("a").input_ids[0] == tokenizer.bos_token_id
