@@ -323,7 +323,7 @@ class MissingImages(DataError):
             hints.append(f"{addresses:,} at a web address: download the pictures, and name the files")
         if outside := sum(file.within(folder).place is None for file in missing):
             hints.append(f"{outside:,} lead out of that folder and are never read; absolute paths: --image_folder /")
-        hints.append("skip their records: --bad_images skip; show a plain picture instead: --bad_images replace")
+        hints.append("skip their records: --bad_images skip")
         super().__init__(
             f"{len(missing):,} of {len(used):,} pictures are {state} {place}: {', '.join(shown)}{more}",
             code="data-missing-pictures",

@@ -66,7 +66,6 @@ TIMEOUT = 1800.0
 # The events that the collator counts, as text.
 WHAT_HAPPENED = {
     "skipped": "a record was skipped because one of its pictures is missing or broken",
-    "replaced": "a missing or broken picture was replaced by a plain one",
     "unlearnable": "a record was skipped because it has no answer, or --max_length cuts off all of them",
     "cut": "a record was cut to --max_length",
     "broken": "a record was skipped because it is broken or the model does not take it (python -m milora_data check)",

@@ -352,9 +352,9 @@ def _shown(
         prompts.append(Prompt(record.turns[:last], placed.images, videos=placed.videos))
         question, answer = (turn.text + turn.keys for turn in record.turns[last - 1 : last + 1])
         lines.append({"id": record.id, "images": list(map(str, placed.images)), "question": question, "answer": answer})
-    size = 1 if data.bad_images == "replace" else min(trainer.args.per_device_train_batch_size, 8)  # a step held them
+    size = min(trainer.args.per_device_train_batch_size, 8)  # a step held them
     for start in range(0, len(prompts), size):
-        with suppress(DataError), trainer.compute_loss_context_manager():  # a picture that --bad_images replaced
+        with suppress(DataError), trainer.compute_loss_context_manager():  # of a picture that is gone
             replies = generate(
                 trainer.trained(), processor, prompts[start : start + size], template=run.recipe.template,
                 max_new_tokens=MAX_NEW_TOKENS, image_aspect_ratio=data.image_aspect_ratio,

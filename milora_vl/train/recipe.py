@@ -85,8 +85,8 @@ class DataConfig(Strict):
     num_frames: Annotated[PositiveInt | None, Flag("frames to read of each video file, in place of --fps")] = None
     packing: Annotated[bool, Flag("pack several records into one row of twice max_length to reduce padding")] = False
     bad_images: Annotated[
-        Literal["raise", "skip", "replace"],
-        Flag("what to do about missing or broken images: raise, skip or replace"),
+        Literal["raise", "skip"],
+        Flag("what to do about missing or broken images: raise, or skip their records"),
     ] = "raise"
     streaming: Annotated[bool, Flag("read records while training; needs --max_steps")] = False
     shuffle_buffer: Annotated[NonNegativeInt, Flag("number of streamed records in the shuffle buffer")] = 1000

@@ -15,7 +15,6 @@ from milora_data.batches.image_text_collator import ImageTextCollator
 from milora_data.encode.labels import IGNORE, encode
 from milora_data.pictures.load import ImageError
 from milora_vl.common.errors import DataError
-from support.llava_oracle import llava_train, original_llava
 from support.problems import raises_code
 from support.questions import TOKENS, image_id, question
 
@@ -103,26 +102,22 @@ def test_a_bad_picture_stops_with_its_file_by_default(make: Callable[..., Any], 
         make()(bad)
 
 
-def test_a_bad_picture_can_be_skipped_or_replaced(
+def test_the_record_of_a_bad_picture_can_be_skipped(
     make: Callable[..., Any], bad: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
 ) -> None:
-    skip, replace = make(bad_images="skip"), make(bad_images="replace")
+    skip = make(bad_images="skip")
     good = make()(bad[:1])
     assert torch.equal(skip(bad)["pixel_values"], good["pixel_values"])
     assert skip(bad)["input_ids"].shape[0] == 1
-    assert skip.counts()["skipped"] == 2
-    batch = replace(bad)
-    assert batch["pixel_values"].shape[0] == batch["input_ids"].shape[0] == 2
-    assert batch["pixel_values"][1].abs().max() < 0.02  # the mean colour
-    assert replace.counts() == {"skipped": 0, "replaced": 1, "unlearnable": 0, "cut": 0, "broken": 0}
-    assert caplog.text.count("cut.png") == 3
+    assert skip.counts() == {"skipped": 2, "unlearnable": 0, "cut": 0, "broken": 0}
+    assert caplog.text.count("cut.png") == 2
 
 
 def test_workers_count_into_the_process_that_reports(make: Callable[..., Any], bad: list[dict[str, Any]]) -> None:
-    collator = make(bad_images="replace")
+    collator = make(bad_images="skip")
     loader = DataLoader(bad * 4, batch_size=2, num_workers=2, collate_fn=collator)  # type: ignore[arg-type]
-    assert sum(len(batch["input_ids"]) for batch in loader) == 8
-    assert collator.counts()["replaced"] == 4
+    assert sum(len(batch["input_ids"]) for batch in loader) == 4
+    assert collator.counts()["skipped"] == 4
 
 
 def test_an_error_of_a_worker_keeps_its_class_code_place_and_hint(
@@ -173,31 +168,3 @@ def test_a_text_with_the_picture_token_in_it_is_named(parts: Any) -> None:
     message = "a text contains the picture token"
     with raises_code("record-image-token-in-text", "What is it?", message, kind=DataError):
         collator([question("What is it?")])
-
-
-@pytest.fixture
-def llava_model(parts: Any, tmp_path: Path) -> Any:
-    """LLaVA's own class with the tower, the projector and the language model of the tiny HF model."""
-    llava_train()
-    model, processor, _ = parts
-    made = original_llava(model, processor, tmp_path, vocabulary=model.config.text_config.vocab_size)
-    made.get_vision_tower().load_model()
-    return made.eval()
-
-
-def test_llavas_own_class_takes_a_batch_and_has_the_same_loss(
-    parts: Any, llava_model: Any, tiny_records: list[dict[str, Any]]
-) -> None:
-    model, processor, options = parts
-    several = question("<image>\nor <image>\n?", image=["1.png", "2.png"])
-    records = [tiny_records[-1], several, *tiny_records[:2], tiny_records[-2]]
-    hf = ImageTextCollator(processor.tokenizer, processor.image_processor, **options)(records)
-    own = ImageTextCollator(processor.tokenizer, processor.image_processor, layout="llava", **options)(records)
-    assert own["images"].shape[0] == 6  # one for each text alone, which LLaVA passes over
-    assert (own["input_ids"] == -200).sum(1).tolist() == [0, 2, 1, 1, 0]
-    assert (own["labels"] != IGNORE).sum() == (hf["labels"] != IGNORE).sum()
-    result = llava_model(**own)
-    assert result.loss.item() == pytest.approx(model(**hf).loss.item(), rel=1e-4)
-    texts = ImageTextCollator(processor.tokenizer, processor.image_processor, layout="llava", **options)(records[-1:])
-    llava_model(**texts).loss.backward()
-    assert llava_model.get_model().mm_projector[0].weight.grad is not None

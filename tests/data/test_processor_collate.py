@@ -287,19 +287,16 @@ def test_a_batch_without_usable_records_takes_only_a_usable_substitute(make: Any
 
 
 @pytest.mark.parametrize("name", ["cut", "thin", "missing"])
-def test_a_picture_that_cannot_be_used_stops_is_skipped_or_replaced(name: str, make: Any, bad: Any) -> None:
+def test_a_picture_that_cannot_be_used_stops_or_is_skipped(name: str, make: Any, bad: Any) -> None:
     with pytest.raises(ImageError) as error:
         make()([QUESTION, bad[name]])
     assert f"{name}.png" in str(error.value)
     assert f"needed by record {name!r}; --bad_images skip" in error.value.first.hint
-    skip, replace = make(bad_images="skip"), make(bad_images="replace")
+    skip = make(bad_images="skip")
     good = make()([QUESTION])
     batch = skip([QUESTION, bad[name]])
     assert all(torch.equal(batch[key], good[key]) for key in good)
     assert skip.counts()["skipped"] == 1
-    batch = replace([QUESTION, bad[name]])
-    assert len(batch["input_ids"]) == len(batch["image_grid_thw"]) == 2
-    assert replace.counts()["replaced"] == 1
     again = skip([bad[name]])  # nothing is left: the last good record is repeated
     assert all(torch.equal(again[key], good[key]) for key in good)
 

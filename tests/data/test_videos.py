@@ -192,13 +192,10 @@ def test_what_is_no_video_is_named(value: dict[str, Any], code: str, pictures: P
     assert "token=x" not in str(error.value)
 
 
-def test_a_missing_frame_is_replaced_or_its_record_skipped(pictures: Path) -> None:
+def test_the_record_of_a_missing_frame_is_skipped(pictures: Path) -> None:
     value = asked({"type": "video", "video": ["f0.png", "none.png"]}, "What?")
     with pytest.raises(ImageError):
         collator("qwen2_5_vl", pictures)([value])
-    replacing = collator("qwen2_5_vl", pictures, bad_images="replace")
-    assert replacing([value])["video_grid_thw"].tolist()[0][0] == 1
-    assert replacing.counts()["replaced"] == 1
     skipping = collator("qwen2_5_vl", pictures, bad_images="skip")
     assert len(skipping([value, asked("Hi")])["input_ids"]) == 1
 
@@ -352,9 +349,6 @@ def test_a_file_that_gives_no_frames_is_named_with_its_record(
     skipping = ProcessorCollator(with_template("qwen2_5_vl"), image_folder=folder, bad_images="skip")
     assert len(skipping([value, good])["video_grid_thw"]) == 1
     assert skipping.counts()["skipped"] == 1
-    replacing = ProcessorCollator(with_template("qwen2_5_vl"), image_folder=folder, bad_images="replace")
-    assert len(replacing([value, good])["video_grid_thw"]) == 2
-    assert replacing.counts()["replaced"] == 1
 
 
 def test_check_names_broken_and_missing_files(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

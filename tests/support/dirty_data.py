@@ -108,7 +108,7 @@ ODD: list[tuple[str, Any]] = [
     ("answer_first", {"conversations": [{"from": "gpt", "value": "Hello!"}, *ask("Who?", "Me.")["conversations"]]}),
     ("unanswered", ask("One?", "Two.", "Three?")),
     ("special_token", ask("What is </s>?", "The end.")),
-    ("control_character", ask("Bell\x07?", "Yes.")),
+    ("forgotten", ask("Bell\x07?", "Yes.")),
     ("forgotten", ask("What is it?", "A thing.", image="1.png")),
     ("unanswered", {"messages": [{"role": role, "content": "Hm?"} for role in ("user", "assistant", "user")]}),
 ]

@@ -107,9 +107,3 @@ def test_empty_files_stop_a_training_before_its_model_loads(with_empty: Path, tm
         main(training(with_empty, tmp_path / "run", "--rank", "4", "--dry-run"))
     with raises_code("data-missing-pictures", hint="2 empty files (0 bytes)"):
         main(training(with_empty, tmp_path / "run", "--rank", "4", "--streaming"))
-
-
-def test_replace_shows_a_plain_picture(with_empty: Path, tmp_path: Path, capfd: Any) -> None:
-    flags = "--method lora --rank 4 --max_steps 3 --bad_images replace".split()
-    assert main(training(with_empty, tmp_path / "run", *flags)) == 0
-    assert "3 times while training: a missing or broken picture was replaced" in capfd.readouterr().err

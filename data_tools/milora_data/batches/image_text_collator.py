@@ -12,13 +12,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from milora_data.batches.pack import Row, joined, packed, packed_flat, padded, with_single_image_tokens
+from milora_data.batches.pack import Row, joined, packed, packed_flat, padded
 from milora_data.batches.record_collator import Item, RecordCollator, pad_id_of
 from milora_data.encode.chat_template_mask import require_template
 from milora_data.encode.labels import IGNORE, Encoded, encode, record_segments
 from milora_data.encode.templates import OWN, Segment, template_name
 from milora_data.encode.tokens import fast_backend, own_template
-from milora_data.pictures.load import ImageError, ImagePolicy, Picture
+from milora_data.pictures.load import ImagePolicy, Picture
 from milora_data.pictures.pixels import AspectRatio, PixelMaker, Tiling
 from milora_data.records.boxes import Boxes
 from milora_data.records.record import IMAGE, Record
@@ -44,7 +44,6 @@ class ImageTextCollator(RecordCollator[Row]):
     picture, the batch also has image_sizes, and `image_tokens` and `image_aspect_ratio` are ignored.
     `image_tokens` defaults to the 576 of LLaVA-1.5, and `image_token_id` to the tokenizer's `<image>`. With
     `image_folder` None, picture names are used as paths.
-    `layout="llava"` is for LLaVA's own classes: one -200 per picture, and `images`, with a plain one for text alone.
 
     `RecordCollator` explains `bad_images` and `substitutes`.
 
@@ -73,14 +72,10 @@ class ImageTextCollator(RecordCollator[Row]):
         image_aspect_ratio: AspectRatio = "pad",
         bad_images: ImagePolicy = "raise",
         pad_to_multiple_of: int = 1,
-        layout: Literal["hf", "llava"] = "hf",
         packing: Literal["rows", "flat"] = "rows",
         substitutes: Sequence[Item] = (),
         tiling: Tiling | None = None,
     ) -> None:
-        if tiling is not None and layout == "llava":
-            message = "pictures in tiles (anyres) are for Hugging Face's LLaVA-1.6, not for LLaVA's own classes"
-            raise UserError(message, code="collate-unsupported-layout", hint="use image_aspect_ratio pad")
         if "image_processor" in dir(tokenizer):
             message, hint = f"expected a tokenizer, got a {type(tokenizer).__name__}", USE_COLLATOR_FOR
             raise UserError(message, code="collate-no-tokenizer", where="tokenizer", hint=hint)
@@ -96,7 +91,6 @@ class ImageTextCollator(RecordCollator[Row]):
         self.image_token_id = self._own_image_token() if image_token_id is None else image_token_id
         self.image_tokens = self._usual_tokens() if image_tokens is None else image_tokens
         self.pad_to_multiple_of = pad_to_multiple_of
-        self.layout = layout
         self.packing = packing
 
     def full_length(self, record: Record) -> int:
@@ -148,9 +142,6 @@ class ImageTextCollator(RecordCollator[Row]):
     def _collated(self, records: Sequence[Item | Sequence[Item]]) -> dict[str, Any]:
         packs = [[item] if isinstance(item, Record | Mapping | UserError) else list(item) for item in records]
         is_packed = any(not isinstance(item, Record | Mapping | UserError) for item in records)
-        if is_packed and self.layout == "llava":
-            message = "LLaVA's own classes compute their own positions and cannot take packed records"
-            raise UserError(message, code="collate-unsupported-layout", hint="collate without packing")
         kept = [[row for item in pack if (row := self._sample(item)) is not None] for pack in packs]
         rows = [rows for rows in kept if rows] or [[self._substitute()]]
         self._last_sample = rows[-1][-1]
@@ -214,14 +205,7 @@ class ImageTextCollator(RecordCollator[Row]):
             raise DataError(message, code="model-reads-only-text", where=record.place, hint=hint)
 
     def _image(self, picture: Picture) -> Any:
-        try:
-            return self.maker().read(picture.within(self.image_folder))
-        except ImageError as error:
-            if self.bad_images != "replace":
-                raise
-            self._count("replaced")
-            log.warning("%s (replaced by a plain picture)", error)
-            return self.maker().plain_image()
+        return self.maker().read(picture.within(self.image_folder))
 
     def maker(self) -> PixelMaker:
         if self._maker is None or self._maker.image_processor is not self.image_processor:
@@ -232,8 +216,6 @@ class ImageTextCollator(RecordCollator[Row]):
         is_flat = is_packed and self.packing == "flat"
         if is_flat:
             rows = [joined(rows)]
-        if self.layout == "llava":
-            return self._llava_batch(rows)
         images = [image for row in rows for image in row.images]
         if self.image_processor is not None and not images:
             # Keep tower and projector in the graph (see the module's docstring).
@@ -258,14 +240,3 @@ class ImageTextCollator(RecordCollator[Row]):
         row = rows[shortest]
         changed = row._replace(input_ids=row.input_ids + ids, labels=row.labels + labels)
         return [*rows[:shortest], changed, *rows[shortest + 1 :]]
-
-    def _llava_batch(self, rows: Sequence[Row]) -> dict[str, Any]:
-        ids = (self.image_token_id, self.image_tokens, LLAVA_IMAGE_ID)
-        rows = [with_single_image_tokens(row, *ids) for row in rows]
-        batch = padded(rows, pad_id_of(self.tokenizer), self.pad_to_multiple_of)
-        batch["attention_mask"] = batch["attention_mask"].bool()
-        if self.image_processor is not None:
-            # LLaVA expects a picture for each row and ignores the features of a row without an image token.
-            pictures = [image for row in rows for image in (row.images or [self.maker().plain_image()])]
-            batch["images"] = self.maker().inputs(pictures)["pixel_values"]
-        return batch

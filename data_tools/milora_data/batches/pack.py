@@ -203,19 +203,6 @@ def packed_flat(row: Row, pad_id: int, multiple: int = 1) -> dict[str, Any]:
     }
 
 
-def with_single_image_tokens(row: Row, image_token_id: int, image_tokens: int, llava_id: int) -> Row:
-    """Return a row in LLaVA's layout: one `llava_id` per picture, which LLaVA replaces by the picture's features."""
-    kept, num_image_tokens = [], 0
-    for place, token in enumerate(row.input_ids):
-        if token == image_token_id:
-            num_image_tokens += 1
-            if (num_image_tokens - 1) % image_tokens:
-                continue
-        kept.append(place)
-    ids = [llava_id if row.input_ids[place] == image_token_id else row.input_ids[place] for place in kept]
-    return Row(ids, [row.labels[place] for place in kept], [len(kept)], row.images)
-
-
 def _tensors(rows: Sequence[Row], pad_id: int, multiple: int) -> tuple[Tensor, Tensor]:
     longest = max(len(row.input_ids) for row in rows)
     width = -(-longest // multiple) * multiple

@@ -22,7 +22,6 @@ import torch
 
 from milora_data.batches.pack import RowPacker, with_hidden_picture
 from milora_data.batches.processor_inputs import (
-    BLANK,
     PLACES,
     PROCESSOR_ERRORS,
     ProcessorInputs,
@@ -34,7 +33,7 @@ from milora_data.encode.labels import NoSupervisedTokens
 from milora_data.encode.templates import Segment
 from milora_data.encode.tokens import IGNORE
 from milora_data.pictures.load import ImageError, ImagePolicy, Picture, load_image
-from milora_data.pictures.videos import Frames, require_one_size
+from milora_data.pictures.videos import Frames
 from milora_data.records.boxes import Boxes, require_no_boxes
 from milora_data.records.record import IMAGE, VIDEO, Record, Turn, Video
 from milora_vl.common.cli.console import amount
@@ -199,42 +198,19 @@ class ProcessorCollator(RecordCollator[ProcessorSample]):
 
     def _with_images(self, text: tuple[Record, Rendered]) -> ProcessorSample:
         record, rendered = text[0].within(self.image_folder), text[1]
-        images = tuple(map(self._image, record.images))
+        images = tuple(map(load_image, record.images))
         return ProcessorSample(record, rendered, images, tuple(self._frames(record, video) for video in record.videos))
 
     def num_frames(self, record: Record) -> list[int]:
         return list(map(self.inputs.num_frames, record.within(self.image_folder).videos))
 
     def _frames(self, record: Record, video: Video) -> Frames:
-        if video.file is not None:
-            try:
-                return self.inputs.frames(video)
-            except ImageError as error:
-                self._replaced(error)
-                return self.inputs.plain_video(video)
-            except DataError as error:
-                raise with_context(error, record.place) from None
-        frames: list[Any] = []
-        for picture in video.frames:
-            try:
-                frames.append(load_image(picture))
-            except ImageError as error:
-                frames.append(self._replaced(error, like=frames[-1] if frames else None))
-        return Frames(require_one_size(frames, record.place), video.fps)
-
-    def _image(self, picture: Picture) -> Any:
         try:
-            return load_image(picture)
-        except ImageError as error:
-            return self._replaced(error)
-
-    def _replaced(self, error: ImageError, like: Any = None) -> Any:
-        """Return a plain picture (of the size of `like`) for an unusable one, or raise, as `bad_images` says."""
-        if self.bad_images != "replace":
-            raise error
-        self._count("replaced")
-        log.warning("%s (replaced by a plain picture)", error)
-        return self.inputs.blank(*(BLANK if like is None else (like.height, like.width)))
+            return self.inputs.frames(video)
+        except ImageError:
+            raise
+        except DataError as error:
+            raise with_context(error, record.place) from None
 
     def _collated(self, records: Sequence[Item | Sequence[Item]]) -> dict[str, Any]:
         if not any(isinstance(item, Sequence) for item in records):
@@ -335,31 +311,26 @@ class ProcessorCollator(RecordCollator[ProcessorSample]):
         )
 
     def _checked(self, sample: ProcessorSample) -> ProcessorSample:
-        """Return a sample that the processor takes alone: this one, or with plain pictures. Raises `DataError`."""
+        """Return a sample that the processor takes alone. Raises `DataError` for another, and for its picture."""
         try:
             self._batch([sample])
             return sample
         except UserError:
             raise
         except PROCESSOR_ERRORS as error:
-            images = [
-                self._accepted(image, picture)
-                for image, picture in zip(sample.images, sample.record.images, strict=False)
-            ]
-            if all(new is old for new, old in zip(images, sample.images, strict=True)):
-                message = f"the processor refuses this record: {first_line(error)}"
-                raise DataError(message, code="record-processor-refuses", where=sample.where) from None
-            return self._checked(replace(sample, images=tuple(images)))
+            for image, picture in zip(sample.images, sample.record.images, strict=True):
+                self._require_taken(image, picture)
+            message = f"the processor refuses this record: {first_line(error)}"
+            raise DataError(message, code="record-processor-refuses", where=sample.where) from None
 
-    def _accepted(self, image: Any, picture: Picture) -> Any:
+    def _require_taken(self, image: Any, picture: Picture) -> None:
         try:
             self.inputs.processor.image_processor(images=[image], return_tensors="pt")
         except PROCESSOR_ERRORS as error:
             reason = f"{image.width} x {image.height} pixels: {first_line(error)}"
             hint = "save it again as RGB, in a usual size and aspect ratio"
             message = f"the processor refuses this picture: {reason}"
-            return self._replaced(ImageError(message, reason, where=str(picture), hint=hint))
-        return image
+            raise ImageError(message, reason, where=str(picture), hint=hint) from None
 
     def _cut(self, row: _Row, limit: int) -> ProcessorSample:
         """Return the sample of a row with at most `limit` tokens. Raises `NoSupervisedTokens` if no answer is left."""

@@ -23,7 +23,6 @@ from milora_vl.common.errors import DataError, UserError
 # What processors raise for pictures and texts that they do not take.
 PROCESSOR_ERRORS = (ValueError, TypeError, IndexError, KeyError, RuntimeError, StopIteration, ZeroDivisionError)
 PLACES = "places_of_images"
-_PLAIN_FRAMES = 4  # of the video that replaces a file without pixels
 
 
 def takes_videos(processor: Any) -> bool:
@@ -299,11 +298,11 @@ class ProcessorInputs:
         return self._image_counts[size]
 
     def _of_video(self, video: Frames | Video) -> int:
-        """Return the tokens of a video, counted with grey frames of its size; an unreadable one is a small one."""
+        """Return the tokens of a video, counted with grey frames of its size; none of one that cannot be read."""
         try:
             grey = self._grey_video(video)
-        except ImageError:  # the collator skips the record, or replaces the video by a plain one
-            grey = self.plain_video(video)
+        except ImageError:  # the collator raises, or skips the record
+            return 0
         key = (len(grey.frames), grey.frames[0].size, repr(grey.metadata()))
         if key not in self._video_counts:
             self._video_counts[key] = self._measured([], [grey])
@@ -357,12 +356,6 @@ class ProcessorInputs:
             return len(outline(video.file, chooser)[1])
         except ImageError:  # the collator reports it
             return 1
-
-    def plain_video(self, video: Frames | Video) -> Frames:
-        count = len(video.frames)
-        if isinstance(video, Video) and video.file is not None:
-            count = self._sampler(video).num_frames or _PLAIN_FRAMES
-        return Frames((self.blank(*BLANK),) * count, video.fps)
 
     def _grey_video(self, video: Frames | Video) -> Frames:
         """Return a video of the same size with grey frames. Raises `ImageError` for a broken one."""

@@ -1,4 +1,4 @@
-"""The interface of collators, and what all share: broken records raise, are replaced or skipped, and are counted."""
+"""The interface of collators, and what all share: broken records raise, or are skipped and counted."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 BLANK = (64, 64)  # height and width of the image that replaces one without pixels
 _MAX_WORKERS = 256
-_COUNTERS = ("skipped", "replaced", "unlearnable", "cut", "broken")
+_COUNTERS = ("skipped", "unlearnable", "cut", "broken")
 
 Item = Record | Mapping[str, Any] | UserError
 Sample = TypeVar("Sample")
@@ -44,8 +44,8 @@ class RecordCollator(ABC, Generic[Sample]):
 
     In a loader process, an error becomes a `FailedBatch`; the loader raises the error in the main process.
 
-    `bad_images` decides what happens to a picture that cannot be read: `raise`, `skip` its record, or `replace` it by a
-    plain one. Records without supervised tokens are skipped. Broken records (a stream yields a `DataError` in their
+    `bad_images` decides what happens to a picture that cannot be read: `raise`, or `skip` its record. Records without
+    supervised tokens are skipped. Broken records (a stream yields a `DataError` in their
     place) are skipped unless `bad_images` is `raise`. Each case is logged and counted in `counts()`. If a batch has no
     record left, the first usable one of `substitutes` replaces it, else the last good record. For an evaluation, where
     that would add a record of the training to the loss, such a batch has no labels (`for_evaluation`).
@@ -94,7 +94,7 @@ class RecordCollator(ABC, Generic[Sample]):
         return length if self.max_length is None else min(length, self.max_length)
 
     def _size(self, picture: Picture) -> tuple[int, int]:
-        """Return (height, width) of an image; one that cannot be read, which a batch skips or replaces, is small."""
+        """Return (height, width) of an image; one that cannot be read, whose record a batch skips, is small."""
         try:
             return picture_size(picture.within(self.image_folder))
         except ImageError:
@@ -144,7 +144,7 @@ class RecordCollator(ABC, Generic[Sample]):
         """Raise `DataError`, with the places of two, if records of these kinds do not fit into one batch."""
 
     def counts(self) -> dict[str, int]:
-        """Return how many records were skipped, unlearnable or cut, and pictures replaced, in all loader processes."""
+        """Return how many records were skipped, unlearnable or cut, in all loader processes."""
         return dict(zip(_COUNTERS, self._counts.sum(0).tolist(), strict=True))
 
     def for_evaluation(self) -> RecordCollator[Sample]:

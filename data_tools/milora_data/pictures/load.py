@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 _SUFFIXES = {"JPEG": ".jpg", "MPO": ".jpg", "DIB": ".bmp", "TIFF": ".tif"}  # other formats: their name
 ORIENTATION = 0x0112  # EXIF tag; values above 4 mean that width and height are swapped
 _NOT_DECODED_HERE = frozenset(("EPS", "WMF", "FPX", "MIC", "BUFR", "GRIB", "HDF5", "MPEG"))
-ImagePolicy = Literal["raise", "skip", "replace"]
-"""What to do with an unreadable picture: stop, skip its record, or replace it by a plain picture."""
+ImagePolicy = Literal["raise", "skip"]
+"""What to do with an unreadable picture: stop, or skip its record."""
 
 
 @dataclass(frozen=True, slots=True)

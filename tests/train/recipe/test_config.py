@@ -55,7 +55,7 @@ def test_all_mistakes_are_named_at_once_with_file_and_key(tmp_path: Path) -> Non
         ),
         ({"path": 3}, "expected a file or a list of {path, weight, image_folder}, got 3"),
         ({"max_length": 0}, "expected a number above 0, got 0"),
-        ({"bad_images": "skp"}, "expected one of raise, skip, replace, got 'skp'\ndid you mean skip?"),
+        ({"bad_images": "skp"}, "expected one of raise, skip, got 'skp'\ndid you mean skip?"),
     ],
 )
 def test_a_value_that_does_not_fit_is_refused(section: dict, word: str) -> None:
