@@ -19,7 +19,6 @@ from safetensors.torch import load_file
 
 from milora_vl import apply_milora, load_model, save_adapter
 from milora_vl.export import export
-from milora_vl.export.__main__ import main
 from support.adapter_cases import LLAVA_POLICY, move
 
 LARGEST_RANK = 512  # of --max-lora-rank
@@ -64,11 +63,11 @@ def scaling_of(config: dict[str, Any], module: str) -> float:
 
 @pytest.fixture(scope="module")
 def trained(tiny_llava, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base and an adapter of several ranks and scales, with a projector trained in full."""
+    """A base, and an adapter of several ranks and scales on its language tower."""
     root = tmp_path_factory.mktemp("served")
     for part in tiny_llava():
         part.save_pretrained(root / "base")
-    model = apply_milora(load_model(root / "base")[0], LLAVA_POLICY)
+    model = apply_milora(load_model(root / "base")[0], LLAVA_POLICY[:3])
     move(model)
     save_adapter(model, root / "a")
     return root
@@ -78,34 +77,19 @@ def read(folder: Path) -> dict[str, Any]:
     return dict(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")))
 
 
-def test_a_projector_trained_in_full_is_refused_by_vllm(trained: Path) -> None:
-    """Hence --to merged."""
-    (reason,) = refused(read(trained / "a"))
-    assert "multi_modal_projector" in reason
-
-
 @pytest.mark.parametrize("form", ["adapter", "rank-12"])
 def test_vllm_computes_the_update_of_an_export(trained: Path, tmp_path: Path, form: str) -> None:
-    model = apply_milora(load_model(trained / "base")[0], LLAVA_POLICY[:3])  # of the language tower
-    move(model)
-    save_adapter(model, tmp_path / "a")
-    export(tmp_path / "a", form, tmp_path / "out")
+    export(trained / "a", form, tmp_path / "out")
     config, weights = read(tmp_path / "out"), load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert refused(config) == []
     ignored = {key: value for key, value in config.items() if key not in READ | HARMLESS}
     assert {key for key, value in ignored.items() if value} == set()
     patterns = (config["rank_pattern"], config["alpha_pattern"])
     assert patterns == ({}, {}) if form != "adapter" else all(patterns)
-    stock = PeftModel.from_pretrained(load_model(trained / "base")[0], tmp_path / "a").get_base_model()
+    stock = PeftModel.from_pretrained(load_model(trained / "base")[0], trained / "a").get_base_model()
     names = {match[1] for key in weights if (match := re.fullmatch(r"base_model\.model\.(.+)\.lora_A\.weight", key))}
     assert len(weights) == 2 * len(names) == 2 * 14
     for module in names:
         A, B = (weights[f"base_model.model.{module}.lora_{part}.weight"] for part in "AB")
         wanted = stock.get_submodule(module).get_delta_weight("default")
         assert torch.allclose(scaling_of(config, module) * B @ A, wanted, atol=1e-5), module
-
-
-def test_the_command_that_serves_an_export_is_printed(trained: Path, tmp_path: Path, capsys) -> None:
-    main([str(trained / "a"), "--to", "merged", "--output_dir", str(tmp_path / "merged")])
-    said = capsys.readouterr().err
-    assert f"serve: transformers serve {tmp_path / 'merged'}" in said

@@ -12,7 +12,11 @@ from milora_vl.core.adapter.lora import lora_layer
 from milora_vl.core.calibration.activations import find_inputs
 from milora_vl.core.policy import Policy
 from milora_vl.core.weights.matrices import is_linear
-from support.adapter_cases import llava_batch, picture_batch, token_batch
+from support.adapter_cases import llava_batch, one_rule, picture_batch, token_batch
+
+
+def protecting(**fields: Any) -> list[dict[str, Any]]:
+    return one_rule(**{"alpha": 4, "protect": 0.6, **fields})
 
 
 def text_batches(count: int = 3, vocabulary: int = 40, length: int = 30) -> list[dict[str, Tensor]]:

@@ -161,14 +161,6 @@ def test_any_linear_layer_is_unchanged(rows: int, columns: int, batch: int, data
     assert torch.equal(model(x), expected)
 
 
-@pytest.mark.parametrize("rank", range(1, 71))
-def test_a_single_row_is_unchanged(rank: int) -> None:
-    torch.manual_seed(rank)
-    base, x = nn.Sequential(nn.Linear(rank, rank)), torch.randn(1, rank)
-    expected = base(x)
-    assert torch.equal(apply_milora(base, one_rule(rank=rank))(x), expected)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_convolutions_and_embeddings_are_unchanged(dtype: torch.dtype) -> None:
     pixels, words = picture_batch()

@@ -44,15 +44,6 @@ def update(A: DifferenceFactor, B: DifferenceFactor) -> Tensor:
     return (B0 + E) @ (A0 + D) - B0 @ A0
 
 
-def test_the_weight_is_the_stock_factor_of_the_update() -> None:
-    A, B = pair(moved=1.0)
-    assert torch.equal(A.weight, torch.cat([A.delta, A.anchor]))
-    assert torch.equal(B.weight, torch.cat([B.anchor + B.delta, B.delta], dim=1))
-    x = torch.randn(5, 8)
-    assert torch.allclose(B(A(x)).double(), x.double() @ update(A, B).T, atol=1e-4)
-    assert torch.allclose(B(A(x)), nn.functional.linear(nn.functional.linear(x, A.weight), B.weight), atol=1e-5)
-
-
 @pytest.mark.parametrize("share", [1e-3, 1e-2, 1e-1, 1.0])
 @pytest.mark.parametrize("kind", ["autocast", "bf16 weights", "stock PEFT in bf16", "fp16 autocast"])
 def test_the_update_keeps_its_digits_in_half_precision_at_every_size(kind: str, share: float) -> None:

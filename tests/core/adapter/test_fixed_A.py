@@ -19,7 +19,7 @@ from milora_vl import apply_milora, load_adapter, merge, restore_split, save_ada
 from milora_vl.core.adapter.fixed_a import ROW_LENGTH, off_inputs, overlap
 from milora_vl.core.adapter.lora import lora_layer
 from support.adapter_cases import Pictures, Tokens, one_rule, picture_batch, tiny_gpt2, token_batch
-from support.calibrated import directions, leaks, llava_batches, picture_batches, text_batches
+from support.calibrated import directions, leaks, llava_batches, picture_batches, protecting, text_batches
 from support.problems import raises_code, raises_problem
 
 METHODS = ["milora", "pissa", "random", "lora"]
@@ -33,10 +33,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*protect almost nothing"),
     pytest.mark.filterwarnings("ignore:too little calibration data"),
 ]
-
-
-def protecting(**fields: Any) -> list[dict[str, Any]]:
-    return one_rule(**{"alpha": 4, "protect": 0.6, **fields})
 
 
 def train(model: nn.Module, inputs: dict[str, Tensor] | None = None, steps: int = 4) -> list[float]:

@@ -20,7 +20,7 @@ from milora_vl.core.calibration.bases import InputBasis, first_directions, posit
 from milora_vl.core.calibration.texts import _Draw
 from milora_vl.core.policy import Policy
 from support.adapter_cases import one_rule
-from support.calibrated import text_batches
+from support.calibrated import protecting, text_batches
 from support.problems import raises_code, raises_problem
 
 TEXT = text_batches(vocabulary=200)
@@ -32,10 +32,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*protect almost nothing"),
     pytest.mark.filterwarnings("ignore:too little calibration data"),
 ]
-
-
-def protecting(**fields: Any) -> list[dict[str, Any]]:
-    return one_rule(**{"alpha": 4, "protect": 0.6, **fields})
 
 
 def found(base: nn.Module, batches: Any = TEXT, **fields: Any) -> dict[str, InputBasis]:

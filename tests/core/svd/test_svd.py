@@ -51,20 +51,6 @@ def test_factors_are_singular_triplets_of_the_weight(shape, spectrum, part, data
     assert f.norm == pytest.approx(float(W.norm()), rel=1e-5)
 
 
-@settings(max_examples=40, deadline=None)
-@given(shapes, st.floats(0.01, 100), st.sampled_from(PARTS))
-def test_lora_factors_multiply_to_the_part_at_any_scaling(shape, scaling, part) -> None:
-    W = matrix(*shape)
-    f = decompose(W, 1, part)
-    A, B = f.lora(scaling)
-    assert A.shape == (1, W.shape[1])
-    assert B.shape == (W.shape[0], 1)
-    assert A.is_contiguous()
-    assert B.is_contiguous()
-    assert torch.allclose(scaling * B @ A, (f.U * f.S) @ f.Vh, atol=1e-5 * float(f.S.max() + 1))
-    assert torch.isclose(A.norm(), B.norm(), rtol=1e-4)
-
-
 def test_random_components_repeat_with_the_generator_and_never_within_a_draw() -> None:
     W = matrix(30, 40, 0)
     draws = [decompose(W, 20, "random", generator=torch.Generator().manual_seed(s)).index.tolist() for s in (1, 1, 2)]
