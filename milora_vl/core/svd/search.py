@@ -36,7 +36,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from milora_vl.core.svd.gram import ROWS, cholesky, flatten, gram_matrix
+from milora_vl.core.svd.gram import BLOCK, cholesky, flatten, gram_matrix
 
 EXTRA = 16  # columns of V beyond the rank: they separate t from the wanted eigenvalues
 ROUNDS = 5  # the largest number of corrections
@@ -308,8 +308,8 @@ def triplets(Y: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def product(W: Tensor, X: Tensor) -> Tensor:
-    """Return W X in the dtype of X, without a copy of W in it."""
-    return torch.cat([rows.to(X.dtype) @ X for rows in W.split(ROWS)])
+    """Return W X in the dtype of X: rows of W are converted in blocks that stay in the cache."""
+    return torch.cat([rows.to(X.dtype) @ X for rows in W.split(BLOCK)])
 
 
 def _edge(theta: Tensor, allowance: float) -> float:
