@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from milora_data.encode.labels import IGNORE, encode, encode_prompt
+from milora_data.keys import record_key
 from milora_data.records import parse_record
 from milora_data.records.record import Turn
 from milora_vl import load_model
@@ -169,6 +170,8 @@ def test_records_of_llama_factory_and_ms_swift_have_the_same_calls() -> None:
     assert turns == parse_record(swift).turns
     assert [turn.role for turn in turns] == ["tools", "user", "assistant", "tool", "assistant"]
     assert json.loads(turns[0].text) == DEFINED
+    swift["messages"][1]["content"] = calls[1]
+    assert record_key(parse_record(swift), str) != record_key(parse_record(factory), str)
     made = json.loads(turns[2].keys)["tool_calls"]
     assert [call["function"] for call in made] == [call["function"] for call in CALLS]
 
