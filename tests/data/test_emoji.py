@@ -98,11 +98,10 @@ def test_every_record_has_its_picture_and_the_test_split_is_balanced(folder, fil
     assert max(kinds.values()) == 1
 
 
-def test_the_set_of_another_seed_is_not_taken_for_this_one(folder, monkeypatch, capsys):
-    monkeypatch.setattr(command, "write", None)
+def test_the_set_of_another_seed_is_not_taken_for_this_one(tmp_path):
     call = "python -m milora_data emoji --seed 0 --variants 0"
-    (folder / "README.md").write_text(f"by\n`{call}`.")
-    same = ["--output_dir", str(folder)]
+    (tmp_path / "README.md").write_text(f"by\n`{call}`.")
+    same = ["--output_dir", str(tmp_path)]
     assert command.main(same) == 0
     for more in (["--seed", "1"], ["--variants", "2"]):
         with raises_code("output-exists"):

@@ -66,7 +66,7 @@ THOROUGH: dict[str, tuple[str, ...]] = {
         r"test_study_tasks\.py::.*\[(minilm|[\w-]+\.minilm)",
         r"test_study_tasks\.py::test_(training_learns|the_calibration_of_minilm|arms_train)",
         r"test_studies\.py::test_a_study_runs",
-        r"test_emoji\.py::",
+        r"test_emoji\.py::(?!test_the_set_of_another)",
         r"test_loading\.py::test_a_(tokenizer_model_alone|mistyped_id)",
         r"test_compose\.py::test_timms_features.*swin",
         r"test_svd\.py::test_both_singular.*dtype1-.*very many",
