@@ -5,7 +5,7 @@
 Related work: LoRA-Null (arXiv:2503.02659), SC-LoRA (arXiv:2505.23724), CorDA (arXiv:2406.05223).
 """
 
-VERSION = 8  # increase it if equal settings can give other directions
+VERSION = 9  # increase it if equal settings can give other directions
 
 # The slow parts of a start, in their order; their progress bars have these names.
 PARTS = TEXTS, CAPTIONS, INPUTS, FACTORS = (
