@@ -26,7 +26,7 @@ from milora_data.formats.tables import (
 )
 from milora_data.hold_out import PICTURE, RECORD, held_out, shared_pictures
 from milora_data.keys import FileKeys, file_key
-from milora_data.pictures.load import ImageError, Picture, picture_suffix, stored_pictures
+from milora_data.pictures.load import ImageError, Picture, picture_suffix
 from milora_data.records import SPEAKERS, as_llava, parse_record
 from milora_data.records.record import Record
 from milora_data.stream import load_records
@@ -156,15 +156,19 @@ def _objects(source: Path, options: TableOptions) -> Records:
         try:
             if isinstance(value, dict) and not is_record(value):
                 converted = row_record(value, options, place=where, identifier=f"{number}")
+                record = parse_record(converted, source=where)
             else:
-                parse_record(value, source=where, embedded="keep")
+                record = parse_record(value, source=where)
                 assert isinstance(value, dict)  # else parse_record raises
                 converted = as_llava(value, number)
         except DataError as error:
             errors.append(error)
             continue
         num_usable += 1
-        yield from stored_pictures(converted, where, options.left_out)
+        if any(picture.content for picture in record.images):  # embedded
+            others = {key: item for key, item in converted.items() if key != "images"}
+            converted = {**others, "image": list(record.images) if len(record.images) > 1 else record.images[0]}
+        yield converted
     if errors and not num_usable:
         raise errors[0]
     for skipped in errors:

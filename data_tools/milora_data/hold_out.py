@@ -69,7 +69,7 @@ def _parts(record: Record, key_of: KeyOf) -> set[str]:
 
 
 def _record(value: Mapping[str, Any]) -> Record:
-    return parse_record(dict(value), embedded="keep")
+    return parse_record(dict(value))
 
 
 def _equal(keys: Iterable[str]) -> list[list[int]]:

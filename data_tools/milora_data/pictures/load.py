@@ -9,12 +9,11 @@ import base64
 import binascii
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
 from milora_vl.common.cli.console import command_line
@@ -213,11 +212,11 @@ def described(name: str) -> str:
     return f"{address.scheme}://{address.netloc}{address.path}"[:200]
 
 
-def refusal(name: str, source: str) -> DataError:
+def refusal(source: str) -> DataError:
     """Return the error for a record with an embedded picture; its hint is a command that writes pictures to files."""
     file = source.rpartition(":")[0] or "DATA"
     return DataError(
-        f"a picture is embedded as base64 ({described(name)}), and a record names picture files",
+        "a picture is embedded as base64, and a question names picture files",
         code="image-embedded",
         hint=f"write the pictures to files: {command_line('milora_data', 'convert', file, '--output_dir', 'OUT')}",
     )
@@ -237,34 +236,6 @@ def decoded(name: str) -> Picture:
     if suffix == ".img":
         raise _broken(name, "not a picture" if content else "it is empty")
     return Picture(hashlib.blake2b(content, digest_size=8).hexdigest() + suffix, content=content)
-
-
-def stored_pictures(value: Mapping[str, Any], place: str, left_out: list[str]) -> Iterator[dict[str, Any]]:
-    """Yield a LLaVA dict whose embedded pictures are replaced by stored ones, after decoding all of their pixels.
-
-    If a picture is broken, yield nothing and add a line that begins with `place` to `left_out`.
-    """
-
-    def verified(name: Any) -> Any:
-        if not is_embedded(name):
-            return name
-        picture = decoded(name)
-        try:
-            load_image(picture)
-        except ImageError as error:
-            raise _broken(name, error.reason) from None
-        return picture
-
-    converted = dict(value)
-    try:
-        for key in ("image", "images"):
-            field = value.get(key)
-            if field:
-                converted[key] = list(map(verified, field)) if isinstance(field, list) else verified(field)
-    except ImageError as error:
-        left_out.append(f"{place}: {error}")
-        return
-    yield converted
 
 
 def _broken(name: str, reason: str) -> ImageError:

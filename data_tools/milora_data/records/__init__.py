@@ -48,10 +48,10 @@ def identifier_of(row: Mapping[str, Any], keys: Sequence[str], default: object) 
     return str(next((row[key] for key in keys if row.get(key) not in (None, "")), default))
 
 
-def parse_record(value: object, *, source: str = "", embedded: Literal["read", "keep"] = "read") -> Record:
+def parse_record(value: object, *, source: str = "") -> Record:
     """Return the `Record` of one decoded LLaVA dict; raises `DataError` at `source` if it is not a record.
 
-    embedded: read base64 pictures as stored pictures, or keep them unchanged.
+    A picture in base64 becomes one with bytes.
 
     >>> parse_record({"id": 7, "conversations": [{"from": "human", "value": "Hi"}]}).turns[0].text
     'Hi'
@@ -71,7 +71,7 @@ def parse_record(value: object, *, source: str = "", embedded: Literal["read", "
         extra = {key: item for key, item in value.items() if key not in KNOWN_KEYS}
         unread = tuple(key for turn in value["conversations"] for key in turn if _is_unread(turn, key))
         record = Record(identifier_of(value, ("id",), ""), images, turns, source, extra, videos, unread)
-        return record.with_files(_decoded) if embedded == "read" and record.files else record
+        return record.with_files(_decoded) if record.files else record
     except DataError as error:
         raise with_context(error, source or "record") from None
 

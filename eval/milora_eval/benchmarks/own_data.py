@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from milora_data.keys import KeyOf, data_key, digest, file_key
-from milora_data.pictures.load import Picture, is_embedded, refusal
+from milora_data.pictures.load import Picture, refusal
 from milora_data.records import identifier_of, parse_record
 from milora_data.records.boxes import boxes_in
 from milora_data.records.record import IMAGE, VIDEO
@@ -174,7 +174,7 @@ def _item(row: Any, number: int, path: Path, data_dir: Path, read: KeyOf) -> Ite
         hint = did_you_mean(suggest(str(metric), METRICS)[:1])
         raise DataError(message, code="own-data-unknown-metric", where=where, hint=hint)
     is_record = any(key in row for key in ("conversations", "messages", "completion", "query"))
-    record = parse_record(row if is_record else _as_record(row, where), source=where, embedded="keep")
+    record = parse_record(row if is_record else _as_record(row, where), source=where)
     turns, answers = record.turns, row.get("answers", row.get("answer"))
     if any(turn.keys or turn.role == "tools" for turn in turns):
         raise DataError("calls of tools are not scored", code="record-tools", where=where, hint="remove the record")
@@ -193,8 +193,8 @@ def _item(row: Any, number: int, path: Path, data_dir: Path, read: KeyOf) -> Ite
         raise DataError("no answer to compare with", where=where, hint='add "answer" to the question')
     if metric == "yes_no" and not all(map(yes_or_no, map(str, answers))):
         raise DataError(f"the metric yes_no needs the answer yes or no, got {answers!r:.80}", where=where)
-    if embedded := next((file.name for file in record.files if is_embedded(file.name)), ""):
-        problems = refusal(embedded, f"{path}:{number}").problems
+    if any(file.content for file in record.files):
+        problems = refusal(f"{path}:{number}").problems
         raise DataError(problems=[replace(problem, where=where) for problem in problems])
     record = record.with_files(lambda file: _found(file, path.parent, data_dir, where))
     return Item(
@@ -219,7 +219,7 @@ def _as_record(row: dict[str, Any], where: str) -> dict[str, Any]:
         message = f'"image" must be a file name or a list of file names, got {str(value)[:80]}'
         raise DataError(message, where=where)
     shown = {key: row[key] for key in ("video", "videos", "tools") if row.get(key)}
-    videos = parse_record({"conversations": [], **shown}, source=where, embedded="keep").videos
+    videos = parse_record({"conversations": [], **shown}, source=where).videos
     text = row["question"]
     for mark, number in ((VIDEO, len(videos)), (IMAGE, len(images))):
         text = text if mark in text else f"{mark}\n" * number + text
