@@ -152,7 +152,7 @@ def cloud() -> Figure:
     points = torch.randn(250, 2, generator=torch.Generator().manual_seed(1))
     points = (points - points.mean(0)) / points.std(0) * torch.tensor([0.95, 0.05]).sqrt() @ directions
     C = points.T @ points
-    V, _ = first_directions(C, 0.9)
+    V, _ = first_directions(C, 0.9, len(C))
     V = V * V[0].sign()
     before = torch.tensor([[0.5, 0.87]])
     after, _ = off_inputs(before, V)

@@ -83,6 +83,7 @@ def results_of_two(script: str, folder: Path, *arguments: str) -> list[Any]:
     (folder / "script.py").write_text(script)
     _, printed = in_two_processes([str(folder / "script.py"), *arguments], folder)
     # gloo sometimes aborts at interpreter exit, after everything is done
+    assert all("RESULT" in text for text in printed), "\n".join(text[-1500:] for text in printed)
     return [json.loads(text.split("RESULT")[1].splitlines()[0]) for text in printed]
 
 

@@ -53,6 +53,7 @@ def test_it_is_found_before_the_model_loads(
 
 ALONE = """
 import json, os, sys
+os.environ["MILORA_CACHE"] = "cache"  # without a calibration of another run
 from contextlib import nullcontext
 from unittest.mock import patch
 import torch.distributed as dist
