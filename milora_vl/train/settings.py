@@ -69,6 +69,8 @@ def edited(rules: Sequence[RuleDict] | None, edits: PolicyEdits) -> list[RuleDic
         if adapts:
             _edit_adapter(rule, edits)
     if edits.method == "full":
+        if rules is None and edits.learning_rate is None:  # the default rules have the rate of adapters
+            out = [{key: value for key, value in rule.items() if key != "learning_rate"} for rule in out]
         out = [_without_adapter(rule) if adapts else rule for rule, adapts in zip(out, adapters, strict=True)]
     # Drop a rule that only refined the old method. A rule that was empty before stays: its error is reported later.
     out = [rule for rule, before in zip(out, original, strict=True) if len(rule) > 1 or rule == before]

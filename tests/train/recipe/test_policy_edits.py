@@ -45,6 +45,13 @@ def test_full_keeps_the_learning_rate_and_drops_what_only_adapters_have() -> Non
     assert out == [{"modules": "language", "method": "full", "learning_rate": 2e-4}, PROJECTOR]
 
 
+def test_full_of_the_default_policy_has_the_rate_of_full_modules() -> None:
+    assert edited(None, PolicyEdits(method="full")) == [
+        {"modules": "language", "method": "full"}, {"modules": "projector", "method": "full"},
+    ]  # fmt: skip
+    assert edited(None, PolicyEdits(method="full", learning_rate=1e-5))[0]["learning_rate"] == 1e-5
+
+
 def test_projector_leaves_the_projector_alone() -> None:
     assert edited(RULES, PolicyEdits(method="projector")) == [PROJECTOR]
     out = edited(RULES[:1], PolicyEdits(method="projector", learning_rate=1e-3))
