@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import sys
 from collections import Counter
@@ -49,10 +50,9 @@ def columns(text: str) -> dict[str, tuple[str]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     chosen = COMMAND.parse(argv)
-    for flag in ("hold_out_by", "image_folder"):
-        if vars(chosen)[flag] and not chosen.hold_out:
-            hint = "add:  --hold_out N"
-            raise UserError("needs --hold_out", code="flag-needs-another", where=f"--{flag}", hint=hint)
+    if chosen.hold_out_by and not chosen.hold_out:
+        hint = "add:  --hold_out N"
+        raise UserError("needs --hold_out", code="flag-needs-another", where="--hold_out_by", hint=hint)
     folder = chosen.output_dir
     images, out = PictureFolder(folder / "images"), folder / "data.json"
     held = folder / f"{folder.resolve().name}-eval.json"  # a benchmark is named after its file
@@ -64,10 +64,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     unused = {name for (name,) in named.values()} | ({"--prompt"} if chosen.prompt else set())
     options = TableOptions(chosen.prompt, field, COLUMNS | named, unused, chosen.split)
     more: dict[str, Any] = {}
+    key_of = OwnPictures(chosen.image_folder, images.path)
     try:
-        records = _require_records(images.filled(_read(chosen.sources, options)), chosen, options)
+        is_named = chosen.hold_out or len(chosen.sources) > 1
+        read = _read(chosen.sources, options, key_of if is_named else None)
+        records = _require_records(images.filled(read), chosen, options)
         if chosen.hold_out:
-            numbers, records = _hold_out(list(records), chosen, held, images)
+            numbers, records = _hold_out(list(records), chosen, held, key_of)
             more = {"held_out": str(held), "held_out_records": len(numbers)}
         count = write_objects(out, records)
     except BaseException:  # also Ctrl-C: existing files would make the next attempt fail
@@ -102,26 +105,25 @@ def _require_records(records: Records, chosen: argparse.Namespace, options: Tabl
 
 
 def _hold_out(
-    records: list[dict[str, Any]], chosen: argparse.Namespace, path: Path, images: PictureFolder
+    records: list[dict[str, Any]], chosen: argparse.Namespace, path: Path, key_of: OwnPictures
 ) -> tuple[frozenset[int], Iterator[dict[str, Any]]]:
     """Write about `--hold_out` random records to `path`; return their indices, and the other records."""
-    by, beside = chosen.hold_out_by or PICTURE, chosen.image_folder or Path(chosen.sources[0]).parent
-    key_of = FileKeys(*([images.path] if images.is_mine else []), beside, beside / "images")
+    by = chosen.hold_out_by or PICTURE
     numbers = held_out(records, chosen.hold_out, by, key_of)
     write_objects(path, (value for number, value in enumerate(records) if number in numbers))
     asked = "" if len(numbers) == chosen.hold_out else f", for the {chosen.hold_out:,} of --hold_out"
     sys.stderr.write(f"{path}: {amount(len(numbers), 'record')}, held out by {by}{asked}\n")
     if shared := 0 if by == PICTURE else shared_pictures(records, numbers, key_of):
         sys.stderr.write(f"note: {shared:,} of them show a picture that training records show too\n")
-    if missing := amount(len(key_of.missing), "file") if key_of.missing else "":
+    if missing := amount(key_of.num_missing, "file") if key_of.num_missing else "":
         sys.stderr.write(f"note: {missing} not found, and known by name alone; name their folder: --image_folder\n")
     return numbers, (value for number, value in enumerate(records) if number not in numbers)
 
 
-def _read(sources: Sequence[str], options: TableOptions) -> Records:
+def _read(sources: Sequence[str], options: TableOptions, pictures: OwnPictures | None) -> Records:
     """Yield the records. An id of an earlier file gets a number, as ids of joined files stand for other records.
 
-    Raises `DataError` for a file in another format.
+    Raises `DataError` for a file in another format, and what `pictures` raises.
     """
     used, num_renamed = set[str](), 0
     for source in sources:
@@ -131,6 +133,8 @@ def _read(sources: Sequence[str], options: TableOptions) -> Records:
                 new = names.setdefault(old, next(name for name in _names_like(old) if name not in used))
                 num_renamed += new != old
                 value["id"] = new
+            if pictures:
+                pictures.add(parse_record(value), source)
             yield value
         used.update(names.values())
     if num_renamed:
@@ -148,7 +152,7 @@ def _names_like(name: str) -> Iterator[str]:
 def _objects(source: Path, options: TableOptions) -> Records:
     """Records or rows of a table; broken ones are left out. Raises the first error if all are broken."""
     errors: list[DataError] = []
-    num_usable = 0
+    num_usable = num_pictured = num_blank = 0
     for number, (place, value) in enumerate(read_rows(source, on_error=errors.append), start=1):
         where = f"{source}:{place}"
         if isinstance(value, dict) and not options.wants(value):
@@ -165,10 +169,14 @@ def _objects(source: Path, options: TableOptions) -> Records:
             errors.append(error)
             continue
         num_usable += 1
+        num_pictured += bool(record.images)
+        num_blank += not (record.images or is_record(value)) and any(name in value for name in options.columns["image"])
         if any(picture.content for picture in record.images):  # embedded
             others = {key: item for key, item in converted.items() if key != "images"}
             converted = {**others, "image": list(record.images) if len(record.images) > 1 else record.images[0]}
         yield converted
+    if num_pictured and num_blank:
+        sys.stderr.write(f"note: {source}: {amount(num_blank, 'row')} without a picture, kept as text alone\n")
     if errors and not num_usable:
         raise errors[0]
     for skipped in errors:
@@ -202,6 +210,41 @@ def _fits_json(value: object) -> bool:
 def output_exists(path: Path) -> UserError:
     hint = "nothing was written; name a new --output_dir"
     return UserError(f"{path} exists already", code="output-exists", hint=hint)
+
+
+class OwnPictures:
+    """Returns the key of each picture or video: of its file beside the source that names it, or in `folder`."""
+
+    def __init__(self, folder: Path | None, written: Path) -> None:
+        self._folder = folder
+        self._written = FileKeys(written)
+        self._keys: dict[Path, FileKeys] = {}  # by the folder of a source
+        self._named: dict[str, tuple[str, FileKeys]] = {}  # by the name of a picture: a source, and its folder's keys
+
+    @property
+    def num_missing(self) -> int:
+        return sum(len(keys.missing) for keys in self._keys.values())
+
+    def add(self, record: Record, source: str) -> None:
+        """Note the pictures of a record. Raises `UserError` if an earlier source has another picture of a name."""
+        folder = self._folder or Path(source).parent
+        keys = self._keys.setdefault(folder, FileKeys(folder, folder / "images"))
+        for picture in (picture for picture in record.files if picture.content is None):
+            name = os.path.normpath(picture.name)
+            other, earlier = self._named.setdefault(name, (source, keys))
+            if earlier is keys:
+                continue
+            is_other = keys(picture) != earlier(picture)
+            if picture in earlier.missing:
+                self._named[name] = source, keys
+            elif is_other and picture not in keys.missing:
+                message = f"{picture.name} is one picture for {other}, and another for {source}"
+                hint = "convert each into its own --output_dir, or rename the pictures of one; nothing was written"
+                raise UserError(message, code="convert-picture-names", where=source, hint=hint)
+
+    def __call__(self, picture: Picture) -> str:
+        _, keys = self._named.get(os.path.normpath(picture.name), ("", self._written))
+        return keys(picture)
 
 
 class PictureFolder:
@@ -290,7 +333,7 @@ examples:
 """,
     inputs=(
         option("sources", nargs="+", metavar="SOURCE", help="file, folder of save_to_disk, or hub:NAME"),
-        shared("image_folder", about="folder of the pictures, for --hold_out (default: beside SOURCE)"),
+        shared("image_folder", about="folder of the pictures (default: beside each SOURCE)"),
     ),
     settings=(
         option("--prompt", help=f'question for pictures with captions (default: "{DEFAULT_PROMPT}")'),

@@ -339,6 +339,31 @@ def test_ids_of_joined_files_stay_apart(tmp_path: Path, capsys: pytest.CaptureFi
     assert "note: 2 ids of earlier files got a number" in capsys.readouterr().err
 
 
+def test_a_picture_is_looked_for_beside_its_own_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["convert", str(tmp_path / "a" / "t.json"), str(tmp_path / "b" / "t.json")]
+
+    def write(names: dict[str, str], colours: dict[str, tuple[int, int, int]]) -> None:
+        for folder, name in names.items():
+            rows = [{"image": name.format(n), "question": f"{folder} {n}?", "answer": "a"} for n in range(20)]
+            (made(tmp_path / folder) / "t.json").write_text(json.dumps(rows))
+            for n in range(20):
+                Image.new("RGB", (9, 9), (n, *colours[folder][1:])).save(tmp_path / folder / name.format(n))
+
+    write({"a": "{}.png", "b": "./{}.png"}, {"a": (0, 0, 0), "b": (0, 0, 9)})
+    for flags in ([], ["--hold_out", "10"]):
+        with raises_code("convert-picture-names", where="b/t.json", message="a/t.json", hint="rename the pictures"):
+            main([*words, "--output_dir", str(tmp_path / "out"), *flags])
+        assert not list(tmp_path.glob("out/*"))
+    assert main([*words, "--output_dir", str(tmp_path / "one"), "--image_folder", str(tmp_path / "a")]) == 0
+    write({"b": "b{}.png"}, {"b": (0, 0, 0)})  # those of a, with other names
+    assert main([*words, "--output_dir", str(tmp_path / "out"), "--hold_out", "10"]) == 0
+    held = json.loads((tmp_path / "out" / "out-eval.json").read_text())
+    of_a, of_b = ({row["image"].strip("b") for row in held if row["image"].startswith("b") == is_b} for is_b in (0, 1))
+    assert of_a == of_b
+    assert len(of_a) == 5
+    assert "not found" not in capsys.readouterr().err
+
+
 def test_records_of_the_hub_keep_their_other_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import datasets
 
@@ -419,6 +444,24 @@ def test_a_row_with_an_empty_cell_is_left_out(tmp_path: Path, capsys: pytest.Cap
     path.write_text("question,comment\nWhy?,x\n")
     with raises_code("", where="a.csv:2", kind=DataError):
         main(["convert", str(path), "--output_dir", str(tmp_path / "out3")])
+
+
+def test_a_row_with_an_unquoted_comma_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("question,answer\nWhy?,Yes, because\nHow?,So,\n")
+    assert [record.turns[-1].text for record in convert_file(path, tmp_path / "out")] == ["So"]
+    assert f"left out: {path}:2: more cells than the header\n" in capsys.readouterr().err
+
+
+def test_rows_without_a_picture_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("image,question,answer\na.png,Why?,So\n,How?,So\n")
+    first, second = convert_file(path, tmp_path / "out", "--image_folder", str(tmp_path / "photos"))
+    assert first.images
+    assert not second.images
+    said = capsys.readouterr()
+    assert f"note: {path}: 1 row without a picture, kept as text alone\n" in said.err
+    assert f"--image_folder {tmp_path / 'photos'}" in said.out + said.err
 
 
 @pytest.mark.parametrize(

@@ -254,6 +254,7 @@ def read_rows(path: Path, on_error: Callable[[DataError], None] | None = None) -
 
     A .csv may be separated by commas, semicolons (as European spreadsheets do) or tabs.
     Raises `DataError` with file and line if the file is missing or not UTF-8, or if its JSON or quoting is broken.
+    With `on_error`, a row with more cells than the header is passed to it and skipped.
     """
     if path.suffix.lower() not in TABLES:
         yield from read_objects(path, on_error)
@@ -267,7 +268,14 @@ def read_rows(path: Path, on_error: Callable[[DataError], None] | None = None) -
             delimiter = "\t" if path.suffix.lower() == ".tsv" else max(DELIMITERS, key=header.count)
             reader = csv.DictReader(file, delimiter=delimiter)
             for row in reader:
-                yield f"{reader.line_num}", row
+                if not any(row.get(reader.restkey) or ()):
+                    yield f"{reader.line_num}", row
+                    continue
+                hint = f"quote each cell with a {delimiter!r} in it"
+                error = DataError("more cells than the header", where=f"{path}:{reader.line_num}", hint=hint)
+                if on_error is None:
+                    raise error
+                on_error(error)
         except UnicodeDecodeError as error:
             raise not_utf8(path, error) from None
         except csv.Error as error:
