@@ -224,9 +224,9 @@ def run_served(
     """
     server = ChatServer(url, key)
     require_servable(plan, items)
-    model, created = server.listed(model)
+    model = server.listed(model)
     plan = replace(plan, which=served_name(model), model_name=model)
-    plan = replace(plan, settings=served_settings(server, plan, items, created))
+    plan = replace(plan, settings=served_settings(server, plan, items))
     done = _evaluate(partial(ask_server, server, plan), plan, items, output_dir)
     return None if done is None else [results_folder(output_dir, plan.suite, plan.which)]
 

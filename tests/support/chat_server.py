@@ -26,7 +26,6 @@ class Answers:
     """
 
     models: Sequence[str] = ("mine",)
-    created: int | None = 1  # the date of the models
     faults: Sequence[int | None] = ()
     dies: int | None = None
     refuses: str = ""  # a text of the questions that get an error 400
@@ -53,7 +52,7 @@ class _Handler(BaseHTTPRequestHandler):
         is_list = self.path == "/v1/models"
         self._send(
             200 if is_list else 404,
-            {"data": [{"id": name, "created": self.answers.created} for name in self.answers.models]},
+            {"data": [{"id": name, "created": 1} for name in self.answers.models]},
         )
 
     def do_POST(self) -> None:

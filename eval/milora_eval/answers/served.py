@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import base64
 import re
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -59,15 +58,11 @@ class ChatServer:
         self.url, self.key = url.rstrip("/"), key
         self.client = OpenAI(base_url=self.url, api_key=key or "none", timeout=SECONDS, max_retries=RETRIES)
 
-    def listed(self, model: str | None) -> tuple[str, object]:
-        """Return the name of a model that the server lists, and when the model was made, as the server says.
-
-        Raises UserError for another name, or if none answers.
-        """
+    def listed(self, model: str | None) -> str:
+        """Return the name of a model that the server lists. Raises UserError for another name, or if none answers."""
         with self._errors("models"):
             listing = self.client.with_options(timeout=30.0, max_retries=0).models.list()
-            created = {str(entry.id): entry.to_dict().get("created") for entry in listing.data}
-            names = list(created)
+            names = [str(entry.id) for entry in listing.data]
         if model is None or model not in names:
             hint = did_you_mean(suggest(model or "", names)[:1])
             raise UserError(
@@ -75,7 +70,7 @@ class ChatServer:
                 where="--served_model",
                 hint="\n".join(filter(None, [hint, f"it lists: {', '.join(names) or 'no model'}"])),
             )
-        return model, created[model]
+        return model
 
     def chat(self, model: str, messages: list[Any], max_tokens: int) -> Reply:
         """Return the greedy answer to a conversation. Raises UserError (exit code 1) without one."""
@@ -137,23 +132,21 @@ def served_name(model: str) -> str:
     return "served-" + re.sub(r"[^\w.-]+", "-", name)[-100:]
 
 
-def served_settings(server: ChatServer, plan: EvaluationPlan, items: Items, created: object) -> dict[str, Any]:
-    """Return what an answer depends on besides the question: the model's name, its date, and the decoding.
+def served_settings(server: ChatServer, plan: EvaluationPlan, items: Items) -> dict[str, Any]:
+    """Return what an answer depends on besides the question: the model's name, its probe, and the decoding.
 
-    Many servers (vLLM, llama.cpp) give the time of the request as the date. The answers to the first questions in the
-    order of `group_order`, which are those of every --limit, then stand for the model.
+    Other weights can be served under a name. The answers to the first questions in the order of `group_order`, which
+    are those of every --limit, stand for the weights.
     """
-    known: dict[str, Any] = {"created": created}
-    if not isinstance(created, int) or created <= 0 or abs(time.time() - created) < 60:
-        probes = sorted(questions_of(plan, items), key=lambda each: (group_order(each.item.group), each.key))[:PROBES]
-        answers: dict[str, str] = {}
+    probes = sorted(questions_of(plan, items), key=lambda each: (group_order(each.item.group), each.key))[:PROBES]
+    answers: dict[str, str] = {}
 
-        def keep(asked: Sequence[Question], replies: Sequence[Reply]) -> None:
-            answers[asked[0].key] = replies[0].text
+    def keep(asked: Sequence[Question], replies: Sequence[Reply]) -> None:
+        answers[asked[0].key] = replies[0].text
 
-        ask_server(server, replace(plan, batch_size=1), probes, keep)
-        known = {"probe": digest(answers)}
-    return {"served_model": plan.model_name, **known, "decoding": "temperature 0", "milora_vl": version("milora-vl")}
+    ask_server(server, replace(plan, batch_size=1), probes, keep)
+    decoding = {"decoding": "temperature 0", "milora_vl": version("milora-vl")}
+    return {"served_model": plan.model_name, "probe": digest(answers), **decoding}
 
 
 def require_servable(plan: EvaluationPlan, items: Items) -> None:

@@ -37,7 +37,7 @@ from milora_vl.core.adapter.checkpoints import step_of
 WORK = 1_000_000  # largest number of answers that a bootstrap scores
 MIN_RESAMPLES = 100
 # Settings that name the weights, or change no answer.
-WEIGHTS = ("weights", "served_model", "created", "probe", "key", "batch_size")
+WEIGHTS = ("weights", "served_model", "probe", "key", "batch_size")
 OUTCOMES = {(1, 1): "kept", (0, 1): "gained", (1, 0): "lost", (0, 0): "never"}  # is the answer right: of a, of b
 
 
