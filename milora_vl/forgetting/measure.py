@@ -79,7 +79,7 @@ def compare_on(batches: Iterable[ProbeBatch], model: Any, *, base: Any | None = 
     documents: list[str] = []
     batches = list(batches)
     bar = progress_bar("forgetting", len(batches), "batches")
-    with torch.inference_mode(), evaluated(model), evaluated(reference), bar:
+    with torch.no_grad(), evaluated(model), evaluated(reference), bar:
         for batch in batches:
             bar.update()
             logits = logits_of(model, batch)

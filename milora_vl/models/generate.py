@@ -131,7 +131,7 @@ def generate(
 
     reader = reader_of(model, processor, template, image_aspect_ratio, share_pictures and num_beams == 1)
     config = _greedy(reader, max_new_tokens, num_beams)
-    with torch.inference_mode(), _evaluated(model), out_of_memory(LESS_MEMORY):
+    with torch.no_grad(), _evaluated(model), out_of_memory(LESS_MEMORY):
         for places in reader.batches(prompts, batch_size):
             inputs = reader.inputs([prompts[place] for place in places])
             output = model.generate(**inputs, generation_config=config, streamer=streamer)

@@ -53,7 +53,8 @@ class Probe:
         self.batches = list(
             text_batches(texts, tokenizer, num_tokens=NUM_TOKENS, block_length=BLOCK_LENGTH, batch_size=BATCH_SIZE)
         )
-        with torch.inference_mode(), evaluated(base), gathered_in_forward(base):
+        # In inference_mode, weights that ZeRO-3 gathers could not train afterwards.
+        with torch.no_grad(), evaluated(base), gathered_in_forward(base):
             self.targets = [logits_of(base, batch).cpu() for batch in self.batches]
 
     def measure(self, model: nn.Module, context: Callable[[], AbstractContextManager[Any]]) -> dict[str, float]:

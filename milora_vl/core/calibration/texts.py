@@ -76,7 +76,7 @@ def sampled_rows(
         max_new_tokens=length - 1, do_sample=False, num_beams=1, temperature=1.0, top_k=50, top_p=1.0,
         repetition_penalty=1.0, eos_token_id=end, pad_token_id=end,
     )  # fmt: skip
-    with evaluated(model), torch.inference_mode():
+    with evaluated(model), torch.no_grad():
         for begin in range(0, count, batch_size):
             first = torch.full((min(batch_size, count - begin), 1), start, device=model.device)
             draw = _Draw(generator, len(first) * (length - 1), on_tokens)
