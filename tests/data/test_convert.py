@@ -55,8 +55,8 @@ def test_columns_and_a_split_are_named(form: str, tmp_path: Path) -> None:
         main([*words, "--columns", columns, "--split", "test"])
     with raises_code("convert-no-records", where="--split", message="found: test, train"):
         main([*words, "--columns", f"{columns},split=Teil", "--split", "val"])
-    with raises_code("flag-no-effect", where="--columns", message="without effect: Bild"):
-        main([*words, "--columns", f"{columns},input=Bild"])
+    with raises_code("flag-no-effect", where="--columns", message="without effect: Farbe"):
+        main([*words, "--columns", f"{columns},input=Farbe"])
     with raises_code("flag-no-effect", where="--prompt"):
         main([*words, "--columns", columns, "--prompt", "What?"])
     with raises_code("command-line", message="'picture'"):
