@@ -190,7 +190,7 @@ def make_run(settings: Settings, *, is_started: bool) -> Run:
     tasks, notes = tasks_before(recipe, base.meta, targets, run_folder.checkpoint)
     launch = read_launch(recipe.train)
     require_installed(recipe, base, is_started=is_started)
-    derived = derived_arguments(recipe, base, targets, launch)
+    derived = derived_arguments(recipe, targets, launch)
     check_arguments(recipe, derived, launch)
     if is_started:
         require_processes_for_fsdp(recipe.train)
@@ -642,7 +642,7 @@ class Derived:
     warnings: tuple[str, ...]
 
 
-def derived_arguments(recipe: Recipe, base: Base, targets: Sequence[Target], launch: Launch) -> Derived:
+def derived_arguments(recipe: Recipe, targets: Sequence[Target], launch: Launch) -> Derived:
     """Return the arguments of a run: what it always sets, and what follows from the model, the rules and the device."""
     train, warnings = dict(recipe.train), list(launch.warnings)
     for name, value in FORCED.items():
@@ -660,10 +660,9 @@ def derived_arguments(recipe: Recipe, base: Base, targets: Sequence[Target], lau
     device = train_device(train)
     if device.type == "cpu":
         train.setdefault("use_cpu", True)  # HF rejects bf16 on a CPU without this
-    # A batch of LLaVA without images holds a placeholder image, so all trained parameters are used, except layers of
-    # the vision tower that LLaVA does not read. Batches of other families hold none.
-    trains_tower = any(target.tower == "vision" for target in targets)
-    train.setdefault("ddp_find_unused_parameters", trains_tower or base.own_pictures)
+    # A batch without images holds a hidden one, so all trained parameters are used, except layers of the vision tower
+    # that the model does not read.
+    train.setdefault("ddp_find_unused_parameters", any(target.tower == "vision" for target in targets))
     train.setdefault("dataloader_pin_memory", device.type not in ("cpu", "mps"))
     if train["dataloader_pin_memory"]:
         train.setdefault("accelerator_config", {"non_blocking": True})  # batches move while the GPU computes

@@ -39,7 +39,7 @@ def settings(words: str | Sequence[str]) -> Settings:
 def section(words: str | Sequence[str]) -> Derived:
     """Return the arguments of the training of a command line."""
     found = fitted(words)
-    return derived_arguments(found.recipe, found.base, found.targets, read_launch(found.recipe.train))
+    return derived_arguments(found.recipe, found.targets, read_launch(found.recipe.train))
 
 
 def plan(words: str | Sequence[str]) -> Run:
