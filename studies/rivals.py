@@ -1,4 +1,4 @@
-"""The term that keeps an arm near its base: KL from the base on texts that it wrote."""
+"""Terms that keep an arm near its base: KL from the base on texts that it wrote, or on the task without its targets."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from milora_data.encode.labels import IGNORE
 from milora_vl.core.calibration.bases import Calibration, kinds_of
 from milora_vl.core.policy.towers import image_token_of
 
@@ -43,3 +44,20 @@ def kl_from_base(task: Any, model: Any, text: Batch) -> Tensor:
     with torch.no_grad(), model.disable_adapter():
         before = task.logits(model, text)[:, :-1][is_real].float().log_softmax(-1)
     return (before.exp() * (before - after)).sum(-1).mean()
+
+
+def kl_off_target(task: Any, model: Any, batch: Batch) -> Tensor:
+    """Return the mean KL from the base over the answer tokens, each without the token that is right.
+
+    The others' probabilities are normalised anew (Mask the Target, arXiv:2605.29498).
+    """
+    after = _off_target(*task.at_answers(model, batch))
+    with torch.no_grad(), model.disable_adapter():
+        before = _off_target(*task.at_answers(model, batch))
+    return (before.exp() * (before - after)).sum(-1).mean()
+
+
+def _off_target(logits: Tensor, labels: Tensor) -> Tensor:
+    is_answer = labels != IGNORE
+    right = labels[is_answer].unsqueeze(1)
+    return logits[is_answer].float().scatter(1, right, -1e9).log_softmax(-1)  # not -inf: 0 times it is NaN

@@ -143,14 +143,16 @@ class Chain(Strict):
 
 
 class Rival(Strict):
-    """The key `rival` of an arm: a term of its loss, the KL from the base on the calibration, as `base_kl` has it.
+    """The key `rival` of an arm: a term of its loss, the KL from the base.
 
+    - `kind`: `own` on the calibration, as `base_kl` has it; `off-target` on the answers of each batch, without the
+      token that is right (Mask the Target, arXiv:2605.29498).
     - `weight`: the factor of the term; the loss of the answers has factor 1. Both are means over tokens.
     - `texts`: the number of texts in each step. The sources of the calibration take turns.
     - `every`: one step in so many has the term, so many times the weight.
     """
 
-    kind: Literal["own"]
+    kind: Literal["own", "off-target"]
     weight: PositiveFloat
     texts: PositiveInt = 2
     every: PositiveInt = 1

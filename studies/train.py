@@ -13,7 +13,7 @@ from torch import nn
 from milora_vl import apply_milora
 from milora_vl.core.adapter.rates import parameter_groups
 from milora_vl.sweep.cells import Cell, CellNumbers
-from studies.rivals import kl_from_base, pieces
+from studies.rivals import kl_from_base, kl_off_target, pieces
 from studies.study import Study, protects
 from studies.task import Task
 
@@ -60,7 +60,7 @@ def train(task: Task, model: Any, study: Study, cell: Cell) -> tuple[dict[str, f
     from transformers import get_cosine_schedule_with_warmup
 
     training, rival = study.training(cell.method), study.rival(cell.method)
-    texts = pieces(task.calibration(), rival.texts) if rival else iter(())
+    texts = pieces(task.calibration(), rival.texts) if rival and rival.kind == "own" else iter(())
 
     groups = parameter_groups(model, learning_rate=cell.learning_rate, weight_decay=training.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=cell.learning_rate)
@@ -71,10 +71,13 @@ def train(task: Task, model: Any, study: Study, cell: Cell) -> tuple[dict[str, f
     at_steps: dict[str, float] = {}
     seconds, began = 0.0, time.monotonic()
     for step in range(training.steps):
-        loss = task.loss(model, next(batches))
+        batch = next(batches)
+        loss = task.loss(model, batch)
         losses.append(float(loss.detach()))
         if rival is not None and (step + 1) % rival.every == 0:
-            loss = loss + rival.every * rival.weight * kl_from_base(task, model, next(texts))
+            off_target = rival.kind == "off-target"
+            term = kl_off_target(task, model, batch) if off_target else kl_from_base(task, model, next(texts))
+            loss = loss + rival.every * rival.weight * term
         loss.backward()
         nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], _CLIP)
         optimizer.step()

@@ -99,7 +99,7 @@ class AnswerTask:
         return logits
 
     @staticmethod
-    def _at_answers(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def at_answers(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return logits and labels at the positions where any row has an answer token."""
         labels = batch["labels"][:, 1:]
         positions = (labels != IGNORE).any(0).nonzero()[:, 0]
@@ -154,7 +154,7 @@ class AnswerTask:
         losses: list[float] = []
         right: list[bool] = []
         for start in range(0, len(records), BATCH):
-            logits, labels = self._at_answers(model, self.collator(records[start : start + BATCH]))
+            logits, labels = self.at_answers(model, self.collator(records[start : start + BATCH]))
             supervised = labels != IGNORE
             token_losses = torch.zeros(labels.shape)
             token_losses[supervised] = cross_entropy(logits[supervised].float(), labels[supervised], reduction="none")

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from math import isfinite
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.nn.functional import kl_div
 
 from milora_vl import apply_milora
 from milora_vl.sweep.cells import Cell
+from studies.rivals import kl_off_target
 from studies.study import Study
 from studies.train import run_cell
 
@@ -20,6 +24,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "full": {"policy": [{"modules": "language", "method": "full"}]},
     "protected": {"method": "milora", "protect": 0.95},
     "own": {"rival": {"kind": "own", "weight": 1.0}},
+    "off-target": {"rival": {"kind": "off-target", "weight": 1.0}},
     "later": {"rival": {"kind": "own", "weight": 1.0, "every": 4}},
 }
 STUDY = Study.model_validate({
@@ -50,6 +55,28 @@ def test_the_term_changes_the_steps_that_have_it(topics: Any, cache: Path) -> No
     four = STUDY.model_copy(update={"steps": 4})
     scores = [run_cell(topics, four, Cell(arm, 1e-2, None, 0), cache)[0] for arm in ("lora", "later")]
     assert scores[0]["validation_loss"] != scores[1]["validation_loss"]
+
+
+def test_the_term_off_the_target_leaves_out_the_token_that_is_right(topics: Any) -> None:
+    model = apply_milora(topics.model(), STUDY.rules("lora", 1e-2))
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(weight, std=0.1)
+    batch = next(topics.batches(4, 0))
+
+    def others() -> list[Tensor]:
+        logits, labels = topics.at_answers(model, batch)
+        rows = [(row, int(label)) for row, label in zip(logits.flatten(0, 1), labels.flatten(), strict=True)]
+        return [torch.cat([row[:label], row[label + 1 :]]).double().log_softmax(0) for row, label in rows if label >= 0]
+
+    with torch.no_grad():
+        after = others()
+        with model.disable_adapter():
+            before = others()
+        expected = fmean(
+            float(kl_div(one, base, log_target=True, reduction="sum")) for one, base in zip(after, before, strict=True)
+        )
+        assert float(kl_off_target(topics, model, batch)) == pytest.approx(expected, rel=1e-3)
 
 
 @TASKS
