@@ -315,7 +315,7 @@ def show_header_and_policy(
             *resumed,
         ]
     )
-    rows = policy_rows(recipe.policy or [], built.targets, built.sizes, run.base.meta, built.report)
+    rows = policy_rows(recipe.policy or [], built.targets, built.sizes, run.base.meta, built.model.milora_report)
     show_policy(screen, rows, built.frozen)
     screen.say(trainable_line(get_model_param_count(built.model, True), get_model_param_count(built.model)))
     for line in protection_lines(built.targets, protection):
@@ -359,7 +359,7 @@ def collect_first_files(
         environment = environment_resumed(run.earlier, run.folder, environment)
     policy = {
         "targets": [target.to_dict() for target in built.targets],
-        "layers": [asdict(layer) for layer in built.report],
+        "layers": [asdict(layer) for layer in built.model.milora_report],
         "protection": {path: asdict(entry) for path, entry in built.model.milora_protection.items()},
         "trainable": get_model_param_count(built.model, trainable_only=True),
         "total": get_model_param_count(built.model),

@@ -36,9 +36,9 @@ from milora_vl.common.errors import DataError, Key, UserError
 from milora_vl.common.progress import progress_bar
 from milora_vl.core.adapter.apply import apply_targets
 from milora_vl.core.adapter.earlier import Earlier, hold
-from milora_vl.core.adapter.initialize import LayerReport
 from milora_vl.core.adapter.load import load_checkpoint
 from milora_vl.core.adapter.lora import base_model_of
+from milora_vl.core.adapter.peft_model import MiloraMixin
 from milora_vl.core.adapter.sidecar import FILE_NAME
 from milora_vl.core.calibration import CAPTIONS, TEXTS
 from milora_vl.core.calibration.bases import Batches, Calibration
@@ -364,7 +364,6 @@ class Built:
     targets: list[Target]
     checkpoint_kind: CheckpointKind
     sizes: dict[str, int]  # number of trained values by target
-    report: Sequence[LayerReport]  # one per decomposed weight
     frozen: list[str]  # towers without trained modules
 
 
@@ -394,9 +393,8 @@ def build_model(
     sizes = trained_sizes(targets, base)
     frozen = frozen_towers(base, targets)
     if checkpoint_kind == "adapter" and adapter is not None:
-        _require_sidecar(adapter)
         model = load_checkpoint(base, adapter)
-        _require_same_targets(adapter, targets, model.milora_targets)
+        _require_same_targets(adapter, targets, model.milora_targets if isinstance(model, MiloraMixin) else [])
         model.remember("default", replace(model.sidecars["default"], targets=targets))  # the rates of this run
     else:
         if earlier is not None:
@@ -417,7 +415,7 @@ def build_model(
             parameter.data = parameter.data.to(dtype)
     if checkpoint is not None and not is_deepspeed_zero3_enabled():  # there DeepSpeed loads its own shards
         _restore(model, checkpoint, checkpoint_kind)
-    return Built(model, targets, checkpoint_kind, sizes, model.milora_report, frozen)
+    return Built(model, targets, checkpoint_kind, sizes, frozen)
 
 
 def _require_same_targets(adapter: Path, targets: Sequence[Target], stored: Sequence[Target]) -> None:
@@ -428,7 +426,7 @@ def _require_same_targets(adapter: Path, targets: Sequence[Target], stored: Sequ
             f"{FILE_NAME} and the rules of the recipe differ in {amount(len(differ), 'module')}, first {differ[0]}",
             code="adapter-other-settings",
             where=str(adapter),
-            hint="restore the recipe.yaml that belongs to the adapter",
+            hint=f"restore the {FILE_NAME} and the recipe.yaml that belong to the adapter",
         )
 
 
@@ -449,10 +447,3 @@ def _restore(model: Any, checkpoint: Path, checkpoint_kind: CheckpointKind) -> N
         load_projector(model, checkpoint)
     elif checkpoint_kind == "full":
         model.load_state_dict(type(model).from_pretrained(checkpoint, dtype=torch.float32).state_dict())
-
-
-def _require_sidecar(checkpoint: Path) -> None:
-    if not (checkpoint / FILE_NAME).is_file():
-        message = f"{FILE_NAME} is missing; it records which part of the adapter trains and which is the anchor"
-        hint = "restore the file, or resume from another checkpoint"
-        raise UserError(message, where=str(checkpoint), hint=hint)

@@ -10,15 +10,31 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from milora_vl.core.calibration.activations import ROOM, _inputs_in_order, _passes, _shares
+from milora_vl import apply_milora, calibration_texts
+from milora_vl.common.compat.torch import after_operations
+from milora_vl.core.adapter.fixed_a import make_A
+from milora_vl.core.calibration import activations
+from milora_vl.core.calibration.activations import ROOM, _inputs_in_order, _passes, _shares, for_each_input
 from milora_vl.core.evaluation_mode import without_caches
 from milora_vl.core.policy import Policy
-from milora_vl.models.base import find_base
+from milora_vl.models.base import Base, find_base
 from milora_vl.models.loading import config_of, meta_model
 from milora_vl.models.tiny import tiny_llama
 from milora_vl.train.command import main
-from milora_vl.train.counts import A100_MEMORY, distinct_inputs, num_parameters
+from milora_vl.train.counts import (
+    A100_MEMORY,
+    Batching,
+    Counts,
+    _Ledger,
+    distinct_inputs,
+    memory,
+    num_parameters,
+    workload_of,
+)
+from milora_vl.train.launch import read_launch
 from milora_vl.train.run import require_one_device
 from support.adapter_cases import one_rule
 from support.launched import KINDS, needs_deepspeed
@@ -131,3 +147,57 @@ def test_the_sums_of_a_7b_fit_on_one_card_and_on_eight_as_the_plan_says(monkeypa
         for passes in (list(_passes(share, room)) for share in shares):
             assert len(passes) <= 2
             assert all(sum(4 * one.size**2 for one in part) <= room for part in passes)
+
+
+def test_a_process_holds_at_each_moment_of_the_start_what_the_plan_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two blocks of a 7B in bfloat16, a quarter as wide: loaded, texts, sums, `eigh`, A made, V dropped, the end."""
+    width, rules = 1024, one_rule(protect=0.95, rank=32)
+    blocks = {"intermediate_size": 2752, "num_attention_heads": 8, "num_hidden_layers": 2}
+    config = LlamaConfig(hidden_size=width, vocab_size=500, **blocks)
+    base, batching = Base.of("7b", config), Batching(num_records=None, per_device=1, max_steps=1)
+    targets = Policy.parse(rules).resolve(base.meta)
+    planned = memory(workload_of({"bf16": True}, read_launch({}), base, targets, Counts(64, 64), batching))
+    sums = 8 * sum(target.shape[1] ** 2 for target in distinct_inputs(targets))  # float32, of two kinds of batches
+    model, ledger = LlamaForCausalLM(config).to(torch.bfloat16), _Ledger()
+    for tensor in (*model.parameters(), *model.buffers()):
+        ledger.count(tensor)
+    loaded, row = ledger.live, 2 * 2 * 2 * width * 12  # keys and values of a text in two blocks
+    monkeypatch.setattr("milora_vl.core.calibration.texts.CACHE_BYTES", 8 * row)
+    with after_operations(ledger.count):
+        texts = calibration_texts(model, count=16, length=12)
+    about = lambda size: pytest.approx(size, abs=40_000)  # noqa: E731
+    assert loaded == about(planned["frozen weights"])
+    assert 8 * row < ledger.peak - loaded < 12 * row
+    seen: list[tuple[int, int, int, int]] = []  # size of an input, bytes of A, bytes in all, and at the peak of `eigh`
+    made_bytes, first_directions = [0], activations.first_directions
+
+    def find(C: Tensor, share: float, most: int) -> Any:
+        before, ledger.peak = ledger.live - loaded, 0
+        found = first_directions(C, share, most)
+        seen.append((len(C), made_bytes[0], before, ledger.peak - loaded))
+        return found
+
+    def make(target: Any, W: Tensor, inputs: Any) -> Any:
+        A, protection = make_A(target, W, inputs)
+        made_bytes[0] += A.nbytes
+        return A, protection
+
+    monkeypatch.setattr(activations, "first_directions", find)
+    for rank in range(2):
+        seen.clear()
+        made_bytes[0] = 0
+        with monkeypatch.context() as patch, after_operations(ledger.count):
+            for module in ("core.calibration.activations", "core.weights.matrices"):
+                patch.setattr(f"milora_vl.{module}.rank_and_world_size", lambda rank=rank: (rank, 2))
+            made = for_each_input(model, targets, texts, make)
+        assert seen[0][2] == about(sums / 2)
+        for number, (size, of_A, held, peak) in enumerate(seen):
+            left = 8 * sum(other**2 for other, *_ in seen[number:])
+            assert (held, peak) == (about(left + of_A), about(held + 8 * size**2))
+        assert ledger.live - loaded == about(planned["fixed factors"] / 2)
+        del made
+    with after_operations(ledger.count):
+        tuned = apply_milora(model, rules, calibration=texts)
+    of_adapter = planned["fixed factors"] + planned["trained weights"]
+    assert ledger.live - loaded == pytest.approx(of_adapter, abs=300_000)  # the signs of fingerprints stay
+    del tuned

@@ -38,7 +38,6 @@ LORA = ["--policy", json.dumps(RULES["lora"]), "--dropout", "0"]
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MILORA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("milora_vl.core.adapter.fixed_a.FEWEST", 0.0)
     monkeypatch.setattr("milora_vl.core.adapter.fixed_a.LEAST_HELD_OUT", 0.0)
 
 

@@ -48,8 +48,7 @@ PROTECT = ["--policy", json.dumps(RULES), "--dropout", "0"]
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of calibration texts."""
     monkeypatch.setenv("MILORA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("milora_vl.core.adapter.fixed_a.FEWEST", 0.0)  # tiny layers have few inputs
-    monkeypatch.setattr("milora_vl.core.adapter.fixed_a.LEAST_HELD_OUT", 0.0)  # and few texts
+    monkeypatch.setattr("milora_vl.core.adapter.fixed_a.LEAST_HELD_OUT", 0.0)  # few texts
     return tmp_path / "cache" / "calibration"
 
 
@@ -132,20 +131,6 @@ def test_a_resumed_run_without_base_kl_needs_no_cache_either(
     protections = [read_json(tmp_path / run, "milora.json")["modules"] for run in ("whole", "again")]
     assert protections[0] == protections[1]
     assert not (tmp_path / "empty" / "calibration").exists()
-
-
-@pytest.mark.slow
-@needs_deepspeed
-def test_every_kind_of_run_protects_the_same_inputs(tiny_data: Path, tiny_folder: Path, tmp_path: Path) -> None:
-    extra = [*PROTECT, "--model", str(tiny_folder), "--max_steps", "4"]
-    assert main(training(tiny_data, tmp_path / "one", *extra)) == 0
-    protected = protected_by(recipe(tiny_data))
-    two = ["--per_device_train_batch_size", "2"]
-    train_in_two([training(tiny_data, tmp_path / kind, *extra, *two, *more) for kind, more in KINDS.items()], tmp_path)
-    for kind in KINDS:
-        expected = torch.tensor(losses(tmp_path / "one"))
-        torch.testing.assert_close(torch.tensor(losses(tmp_path / kind)), expected, rtol=0, atol=1e-4)
-        assert max(leaks(load_adapter(tiny_llava()[0], tmp_path / kind), protected)) < 1e-5, kind
 
 
 @pytest.mark.slow

@@ -150,7 +150,7 @@ def make_A(target: Target, W: Tensor, inputs: InputBasis) -> tuple[Tensor, Prote
         message = f"A has {inside:.1e} of its length along protected inputs; rounding alone leaves less than 1e-5"
         raise CalibrationError(message, where=target.path, hint="the eigenvectors of this device are not orthonormal")
     return A, Protection(
-        directions=inputs.num_directions, inputs=inputs.size, energy=inputs.share, held_out=inputs.held_out,
+        directions=inputs.num_directions, inputs=len(inputs.V), energy=inputs.share, held_out=inputs.held_out,
         positions=inputs.num_positions, kept=kept, overlap=inside,
     )  # fmt: skip
 
@@ -168,8 +168,7 @@ def protect(
 
     Devices differ in the signs and in the order of nearly equal directions, and gradients of B add up only for one A.
     `weights` is the key of the model if it is known, and `is_shown` shows a progress bar, or the file of the cache, on
-    stderr. Warns about layers that protect less than
-    asked or almost nothing, and about too little data.
+    stderr. Warns about layers that protect less than asked, and about too little data.
     """
     fixed = [target for target in targets if target.has_fixed_A]
     if calibration is None or not fixed:
@@ -200,29 +199,19 @@ def protect(
 
 
 LEAST_HELD_OUT = 0.5  # of the share; a layer that holds less of held-out energy than this gets a warning
-FEWEST = 0.01  # a layer that protects a smaller share of its input directions than this gets a warning
 
 
 def _warn(targets: Sequence[Target], about: Mapping[str, Protection]) -> None:
-    """Warn about layers that protect almost nothing, or less than their rule asks for, and about too little data.
+    """Warn about layers that protect less than their rule asks for, and about too little data.
 
     With too little data, directions describe the calibration batches and not the inputs of the layer in general.
     """
     lowered = {t.path: about[t.path].energy for t in targets if about[t.path].energy < t.protect}
-    few = [path for path, one in about.items() if one.directions < FEWEST * one.inputs and path not in lowered]
     unsure = [
         path
         for path, one in about.items()
         if (one.positions < one.inputs if one.held_out is None else one.held_out < LEAST_HELD_OUT * one.energy)
     ]
-    for path in few[:1]:
-        one = about[path]
-        warnings.warn(
-            f"{len(few):,} of {len(about):,} layers protect almost nothing: {path} protects {one.directions} "
-            f"of {one.inputs} input directions, which hold {one.energy:.1%} of its activation energy. A few "
-            "directions dominate there; raise protect for these layers.",
-            stacklevel=4,
-        )
     for path in unsure[:1]:
         one = about[path]
         seen = "nothing was held out" if one.held_out is None else f"{one.held_out:.1%} on held-out data"

@@ -15,9 +15,8 @@ several processes each one decomposes a share of the weights, and all of them ge
 from __future__ import annotations
 
 import time
-import warnings
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,7 +81,7 @@ def initialize(
     distributed run each process decomposes a share of the layers; ZeRO-3 gathers one layer at a time.
 
     Raises WeightError, in every process and with the module, for NaN and infinite values, for empty and missing weights
-    and for ranks that are too large. Warns about singular values at zero, where A and B have no gradient.
+    and for ranks that are too large.
 
     >>> from milora_vl.core.policy import Policy
     >>> model = nn.Sequential(nn.Linear(4, 4, bias=False))
@@ -97,9 +96,8 @@ def initialize(
     wanted = [t for t in targets if t.has_anchor]
     cache = None if cache_dir is None else Path(cache_dir)
     rank, processes = rank_and_world_size()
-    order = wanted
-    if processes > 1:  # processes go in step, so pieces of similar cost belong together
-        order = sorted(wanted, key=lambda t: -t.shape[0] * t.shape[1] * min(t.shape))
+    # Processes go in step, so pieces of similar cost belong together.
+    order = sorted(wanted, key=lambda t: -t.shape[0] * t.shape[1] * min(t.shape))
     shares = [order[first::processes] for first in range(processes)]
     by_path = {target.path: target for target in wanted}
     with progress_bar(FACTORS, len(shares[rank]), "matrices", is_shown=bool(progress and wanted) and rank == 0) as bar:
@@ -120,7 +118,6 @@ def initialize(
         A0 = broadcast(None if own is None else own.A0, (report.rank, inn), dtype, device, owner)
         B0 = broadcast(None if own is None else own.B0, (out, report.rank), dtype, device, owner)
         initial[t.path] = Initial(A0, B0, of_base, report)
-    _warn_of_zeros(initial, wanted)
     return initial
 
 
@@ -159,23 +156,3 @@ def _report(factors: Factors, target: Target, seconds: float) -> LayerReport:
         svd=factors.method,
         seconds=seconds,
     )
-
-
-def _warn_of_zeros(initial: Mapping[str, Initial], targets: Sequence[Target]) -> None:
-    """Warn about singular values that are zero within float32.
-
-    A row of A0 and a column of B0 are then zero, and each has a gradient proportional to the other: a saddle point.
-    """
-    dead = []
-    for target in targets:
-        A0, report = initial[target.path].A0, initial[target.path].report
-        # Row i of A0 and column i of B0 both have the norm sqrt(S_i / s).
-        rows = torch.linalg.vector_norm(A0, dim=1, dtype=torch.float64)
-        if float(rows.min()) ** 2 * target.scaling <= 1e-7 * report.sigma_top:
-            dead.append(target.path)
-    if dead:
-        warnings.warn(
-            f"{len(dead):,} of {len(targets):,} adapters hold singular values at zero (first: {dead[0]}): A and B "
-            "start at 0 there and learn slowly or not at all. Remove  protect: 0,  or set  method: lora  for them.",
-            stacklevel=3,
-        )

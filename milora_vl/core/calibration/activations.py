@@ -367,7 +367,9 @@ def _basis(one: _Input) -> InputBasis:
     fit, held = one.fit.total, one.held.total
     assert fit is not None
     if not all(bool(torch.isfinite(total).all()) for total in (fit, held) if total is not None):
-        raise _not_finite(one)
+        message = "the inputs of this layer contain NaN or infinite values on the calibration text"
+        hint = "load the base model in bfloat16 or float32, and check its weights and the calibration batches"
+        raise CalibrationError(message, where=one.paths[0], hint=hint)
     V, share = first_directions(mirror(fit), one.protect, one.most)
     basis = InputBasis(V, share, one.fit.num_positions)
     one.fit.total = one.held.total = None
@@ -376,9 +378,3 @@ def _basis(one: _Input) -> InputBasis:
     with full_precision(V.device):
         inside = float(((mirror(held) @ V) * V).sum(dtype=torch.float64))
     return replace(basis, held_out=inside / total)
-
-
-def _not_finite(one: _Input) -> CalibrationError:
-    message = "the inputs of this layer contain NaN or infinite values on the calibration text"
-    hint = "load the base model in bfloat16 or float32, and check its weights and the calibration batches"
-    return CalibrationError(message, where=one.paths[0], hint=hint)

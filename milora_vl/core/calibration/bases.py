@@ -56,10 +56,6 @@ class InputBasis:
     held_out: float | None = None
 
     @property
-    def size(self) -> int:
-        return len(self.V)
-
-    @property
     def num_directions(self) -> int:
         return self.V.shape[-1]
 

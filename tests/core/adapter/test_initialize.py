@@ -85,15 +85,6 @@ def test_broken_weights_are_refused_with_their_module(value: float, message: str
         initial(linear(broken), one_rule())
 
 
-def test_singular_values_at_zero_are_warned_of_once_with_the_count() -> None:
-    model = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5), nn.Linear(5, 5))
-    for layer in model[:2]:
-        layer.weight.data[0] = layer.weight.data[1]
-    with pytest.warns(UserWarning, match=r"2 of 3 adapters hold singular values at zero \(first: 0\)") as caught:
-        initial(model, one_rule())
-    assert len(caught) == 1
-
-
 def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.warns(UserWarning, match="is not cached in"):

@@ -88,7 +88,6 @@ def test_what_is_no_list_of_batches_is_refused(tiny_llama: Any, batches: Any) ->
         calibrated(tiny_llama()[0], batches)
 
 
-@pytest.mark.filterwarnings("ignore:.*protect almost nothing")
 def test_too_little_data_gets_a_warning() -> None:
     x = torch.randn(18, 512, generator=NOISE)
     model, rule = lambda: nn.Sequential(nn.Linear(512, 8)), one_rule(protect=0.9)
