@@ -64,14 +64,14 @@ def test_the_answers_and_measures_are_those_of_the_cpu(
         answer = capsys.readouterr().out
         out = ["--output_dir", str(where)]
         assert evaluate(["run", *flags, "--suite", "emoji", "--data", str(data), "--forgetting_tokens", "0", *out]) == 0
-        assert forgetting([*flags, "--num_tokens", "400", "--on", "samples", *out]) == 0
+        assert forgetting([*flags, "--num_tokens", "400", "--on", "text", *out]) == 0
         forgotten = json.loads((where / "forgetting.json").read_text())
         result = json.loads((where / "eval" / "emoji" / "final" / "results.json").read_text())
         assert (
             analyze([str(adapter), "--base", model, "--format", "json", "--output_dir", str(where / "analysis")]) == 0
         )
         capsys.readouterr()
-        return answer, result["predictions"], forgotten["samples"]["kl"]
+        return answer, result["predictions"], forgotten["text"]["kl"]
 
     *there, kl_there = measured(tmp_path / "cpu")
     with simulated_device():
