@@ -84,7 +84,7 @@ class ForgettingCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.global_step % self.every == 0 or state.global_step >= state.max_steps:
             trainer, due = self.trainer, control.should_log
-            trainer.log(self.probe.measure(trainer.model, trainer.compute_loss_context_manager))
+            trainer.log(self.probe.measure(trainer.model, trainer.accelerator.autocast))
             control.should_log = due  # HF resets should_log at any log line, also before the loss is logged
 
 
@@ -110,7 +110,7 @@ class SuiteCallback(TrainerCallback):
     def scores(self) -> dict[str, float]:
         trainer = self.trainer
         if self._step != trainer.state.global_step:
-            with trainer.compute_loss_context_manager():
+            with trainer.accelerator.autocast():
                 self._scores = self.questions.measure(trainer.model, self.processor)
             self._step = trainer.state.global_step
         return dict(self._scores)

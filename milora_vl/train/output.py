@@ -354,7 +354,7 @@ def _shown(
         lines.append({"id": record.id, "images": list(map(str, placed.images)), "question": question, "answer": answer})
     size = min(trainer.args.per_device_train_batch_size, 8)  # a step held them
     for start in range(0, len(prompts), size):
-        with suppress(DataError), trainer.compute_loss_context_manager():  # of a picture that is gone
+        with suppress(DataError), trainer.accelerator.autocast():  # of a picture that is gone
             replies = generate(
                 trainer.trained(), processor, prompts[start : start + size], template=run.recipe.template,
                 max_new_tokens=MAX_NEW_TOKENS, image_aspect_ratio=data.image_aspect_ratio,

@@ -190,8 +190,9 @@ def test_records_are_shown_in_the_template_of_the_run(tiny_data: Path, capsys: p
         assert ("the model's own prompt format" in said.err) == (template == "chat_template")
 
 
-def test_a_run_in_full_has_no_losses_of_a_base(data: Path, tmp_path: Path) -> None:
-    assert main(run_on(data, tmp_path / "run", "--method", "full")) == 0
+def test_a_projector_in_full_on_a_bfloat16_base_answers_and_has_no_losses_of_a_base(data: Path, tmp_path: Path) -> None:
+    assert main(run_on(data, tmp_path / "run", "--method", "projector", "--dtype", "bfloat16", "--bf16")) == 0
+    assert all("reply" in line for line in held_out(tmp_path / "run"))
     assert {line["base_loss"] for line in held_out(tmp_path / "run")} == {None}
     assert "its losses are missing" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
 
