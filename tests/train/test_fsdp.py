@@ -43,8 +43,10 @@ def shorten(run: Path) -> None:
 
 
 @pytest.mark.slow
-def test_checkpoints_continue_with_and_without_fsdp(tiny_data: Path, tiny_folder: Path, tmp_path: Path) -> None:
-    """A run of two processes goes on in one, and the other way round; stock PEFT loads the result."""
+def test_checkpoints_continue_with_and_without_fsdp(
+    tiny_data: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run of two processes goes on in one, in another folder and with an empty cache, and the other way round."""
     extra = ["--model", str(tiny_folder), "--rank", "4", "--dropout", "0", "--gradient_checkpointing"]
     extra += ["--base_kl_weight", "0"]  # each process reads other texts
     two = [*extra, "--per_device_train_batch_size", "2"]
@@ -59,15 +61,18 @@ def test_checkpoints_continue_with_and_without_fsdp(tiny_data: Path, tiny_folder
         ],
         tmp_path,
     )
-    shorten(tmp_path / "from_two")
-    assert main(training(tiny_data, tmp_path / "from_two", *extra, *RESUME)) == 0
+    monkeypatch.setenv("MILORA_CACHE", str(tmp_path / "empty"))
+    checkpoint = str(tmp_path / "from_two" / "checkpoint-4")
+    assert main(training(tiny_data, tmp_path / "elsewhere", *extra, "--resume_from_checkpoint", checkpoint)) == 0
+    last, expected = (dict(losses(tmp_path / run)[-2:]) for run in ("elsewhere", "one"))
+    assert last == pytest.approx(expected, abs=1e-5)
     for run in ("from_one", "from_two", "gradients"):
         assert difference(tmp_path / "one", tmp_path / run) <= 1e-5, run
     ids = torch.arange(5, 25).reshape(2, 10)
     with torch.no_grad():
         outputs = [
             PeftModel.from_pretrained(tiny_llava()[0], tmp_path / run)(input_ids=ids).logits
-            for run in ("one", "from_one", "from_two", "gradients")
+            for run in ("one", "from_one", "elsewhere", "gradients")
         ]
         base = tiny_llava()[0](input_ids=ids).logits
     for output in outputs[1:]:

@@ -145,8 +145,13 @@ def test_half_precision_of_deepspeed_rounds_and_no_more(tiny_data: Path, tiny_fo
         assert {p.dtype for name, p in model.named_buffers() if ".lora_A." in name} == {torch.float32}, kind
 
 
-def test_texts_are_written_once_and_shared_with_no_probe(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_texts_are_written_once_and_an_entry_that_does_not_fit_again(
+    tiny_data: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = recipe(tiny_data, samples=3, pictures=0)
+    calibrated(settings)
+    (entry,) = cache.iterdir()
+    entry.write_text("[[1, 5, 2]]")
     first = calibrated(settings)
     assert [batch["input_ids"].shape[0] for batch in first] == [8, 3]  # eight texts more than the recipe names
     monkeypatch.setattr(start, "sampled_rows", None)

@@ -177,6 +177,17 @@ def test_the_first_directions_are_the_fewest_that_hold_the_share(size: int, rows
     assert float((V.T @ C @ V).trace() / C.trace()) == pytest.approx(held, abs=1e-5)
 
 
+def test_a_solver_that_fails_in_float32_gets_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(C: torch.Tensor, eigh: Any = torch.linalg.eigh) -> Any:
+        if C.dtype == torch.float32:
+            raise torch.linalg.LinAlgError("the algorithm failed to converge")
+        return eigh(C)
+
+    monkeypatch.setattr(torch.linalg, "eigh", fails)
+    V, _ = first_directions(torch.diag(torch.tensor([1.0, 6.0, 3.0])), 0.6, 3)
+    assert V.abs().tolist() == [[0], [1], [0]]
+
+
 def test_a_small_source_counts_as_much_as_a_large_one() -> None:
     model, few = nn.Sequential(nn.Linear(32, 8)), torch.eye(32)[30:31].repeat(4, 1)
     many = torch.randn(4000, 32, generator=torch.Generator().manual_seed(0)) * (torch.arange(32) < 20) / 20**0.5
