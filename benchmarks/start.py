@@ -36,7 +36,7 @@ from milora_vl import Policy, apply_milora
 from milora_vl.common.cli.screen import Screen
 from milora_vl.core.adapter.fixed_a import make_A
 from milora_vl.core.calibration import CAPTIONS, FACTORS, INPUTS, TEXTS
-from milora_vl.core.calibration.activations import energy_limits, find_inputs, input_rows
+from milora_vl.core.calibration.activations import energy_limits, for_each_input, input_rows
 from milora_vl.core.calibration.bases import InputBasis
 from milora_vl.core.calibration.texts import LENGTH
 from milora_vl.core.policy.rules import DEFAULT_RULES, without_projector
@@ -103,7 +103,7 @@ def start(name: str, data: Path) -> dict[str, Any]:
         with part(CAPTIONS):
             texts = make_texts(recipe, base, model, processor, records, Screen())
         with part(INPUTS):
-            inputs = find_inputs(model, targets, texts.batches())
+            inputs = for_each_input(model, targets, texts.batches(), lambda _, __, inputs: inputs)
         with part(FACTORS):
             for target in targets:
                 make_A(target, read_matrix(model.get_submodule(target.path)), inputs[target.path])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from milora_vl.core.adapter.lora import lora_layer
-from milora_vl.core.calibration.activations import find_inputs
+from milora_vl.core.calibration.activations import for_each_input
 from milora_vl.core.policy import Policy
 from milora_vl.core.weights.matrices import is_linear
 from support.adapter_cases import llava_batch, one_rule, picture_batch, token_batch
@@ -35,7 +35,7 @@ def picture_batches() -> list[dict[str, Tensor]]:
 
 def directions(base: nn.Module, rules: list[dict[str, Any]], batches: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
     """Return the protected directions V (in, k) of each layer of a base model, by path."""
-    inputs = find_inputs(base, Policy.parse(rules).resolve(base), batches)
+    inputs = for_each_input(base, Policy.parse(rules).resolve(base), batches, lambda _, __, inputs: inputs)
     return {path: basis.V for path, basis in inputs.items()}
 
 

@@ -165,11 +165,6 @@ def for_each_input(
     return made
 
 
-def find_inputs(model: nn.Module, targets: Sequence[Target], calibration: Calibration) -> dict[str, InputBasis]:
-    """Return the protected inputs of the targets of this process; layers that read one input share an object."""
-    return for_each_input(model, targets, calibration, lambda _, __, basis: basis)
-
-
 def _add(model: nn.Module, batches: Source, sums: Mapping[_Input, _Sum], on_batch: Callable[[], object]) -> None:
     """Add one source of batches to the sums. Under ZeRO-3 all processes run the same forwards, and to their ends."""
     ends = not (is_deepspeed_zero3_enabled() or any(one.is_repeated for one in sums))

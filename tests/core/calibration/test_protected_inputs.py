@@ -15,7 +15,7 @@ from torch import nn
 
 from milora_vl import apply_milora
 from milora_vl.core.adapter.fixed_a import calibration_key
-from milora_vl.core.calibration.activations import find_inputs
+from milora_vl.core.calibration.activations import for_each_input
 from milora_vl.core.calibration.bases import InputBasis, first_directions, positions_of
 from milora_vl.core.calibration.texts import _Draw
 from milora_vl.core.policy import Policy
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:too little calibration data")  #
 
 
 def found(base: nn.Module, batches: Any = TEXT, **fields: Any) -> dict[str, InputBasis]:
-    return find_inputs(base, Policy.parse(protecting(**fields)).resolve(base), batches)
+    return for_each_input(base, Policy.parse(protecting(**fields)).resolve(base), batches, lambda _, __, inputs: inputs)
 
 
 def starts(model: Any) -> dict[str, torch.Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import T5Config, T5ForConditionalGeneration
 
 from milora_vl import apply_milora
-from milora_vl.core.calibration.activations import find_inputs
+from milora_vl.core.calibration.activations import for_each_input
 from milora_vl.core.calibration.bases import InputBasis
 from milora_vl.core.policy import Policy
 from support.adapter_cases import one_rule
@@ -32,7 +32,7 @@ def calibrated(
     model: nn.Module, batches: Any, protect: float = 0.9, modules: str = "language"
 ) -> dict[str, InputBasis]:
     targets = Policy.parse(one_rule(modules=modules, protect=protect)).resolve(model)
-    return find_inputs(model, targets, batches)
+    return for_each_input(model, targets, batches, lambda _, __, inputs: inputs)
 
 
 class Twice(nn.Module):
