@@ -136,8 +136,7 @@ def test_the_sums_of_a_7b_fit_on_one_card_and_on_eight_as_the_plan_says(monkeypa
     ids = torch.ones(1, 8, dtype=torch.long, device="meta")
     with torch.no_grad(), without_caches(base):
         inputs = _inputs_in_order(base, {t.path: t for t in targets}, [{"input_ids": ids, "attention_mask": ids}])
-    planned = distinct_inputs(targets)
-    assert sorted(one.size for one in inputs) == sorted(target.shape[1] for target in planned)
+    assert sorted(one.size for one in inputs) == sorted(target.shape[1] for target in distinct_inputs(targets))
     room = ROOM * (A100_MEMORY - 2 * num_parameters(base)) / 2
     for processes in (1, 8):
         monkeypatch.setattr("milora_vl.core.calibration.activations.rank_and_world_size", lambda n=processes: (0, n))

@@ -67,20 +67,6 @@ def test_convolutions_embeddings_and_conv1d(made: Callable[[], nn.Module], sim: 
     assert torch.allclose(output(merge(tuned), sim).cpu(), expected, atol=1e-4)
 
 
-def test_calibration_on_the_device_protects_inputs(sim: torch.device) -> None:
-    rules = [*one_rule(protect=0.5), {"modules": "language.mlp", "method": "lora"}]
-    here, there = on(sim, batch("llama")), batch("llama")
-    tuned, on_cpu = (
-        apply_milora(build("llama").to(device), rules, calibration=[inputs] * 2)
-        for device, inputs in ((sim, here), ("cpu", there))
-    )
-    assert len(tuned.milora_protection) == 14
-    assert torch.allclose(logits(tuned, here), logits(build("llama"), there), atol=1e-5)
-    losses = train_steps(on_cpu.train(), there)
-    assert losses[-1] < losses[0]
-    assert train_steps(tuned.train(), here) == pytest.approx(losses, rel=1e-3)
-
-
 @pytest.mark.parametrize(("shape", "method"), [((300, 280), "fast"), ((96, 40), "exact")])
 @pytest.mark.parametrize("part", get_args(Part))
 def test_decompose_gives_the_factors_of_the_cpu(

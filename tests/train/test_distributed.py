@@ -79,20 +79,21 @@ def test_all_are_the_same(method: str, tmp_path: Path, tiny_data: Path, tiny_fol
     run_all(list(KINDS), method, tiny_folder, tiny_data, tmp_path)
 
 
-CONFIG = resources.files("llava_recipes") / "accelerate" / "zero2.yaml"
+CONFIGS = resources.files("llava_recipes") / "accelerate"
 LAUNCHERS = {
-    "deepspeed": "deepspeed --num_gpus 2 --module",
-    "accelerate": f"accelerate launch --config_file {CONFIG} --num_processes 2 -m",
+    "zero2": "deepspeed --num_gpus 2 --module",
+    "zero3": f"accelerate launch --config_file {CONFIGS / 'zero3.yaml'} --num_processes 2 -m",
+    "fsdp": f"accelerate launch --config_file {CONFIGS / 'fsdp2.yaml'} --num_processes 2 -m",
 }
 
 
 @needs_deepspeed
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_launchers_take_the_same_command_line(launcher: str, tmp_path: Path, tiny_data: Path) -> None:
-    program, *options = LAUNCHERS[launcher].split()
+@pytest.mark.parametrize("kind", LAUNCHERS)
+def test_launchers_take_the_same_command_line(kind: str, tmp_path: Path, tiny_data: Path) -> None:
+    program, *options = LAUNCHERS[kind].split()
     run = tmp_path / "run"
-    line = training(tiny_data, run, "--rank", "4", "--deepspeed", "zero2", "--per_device_train_batch_size", "2")
+    line = training(tiny_data, run, "--rank", "4", *KINDS[kind], "--per_device_train_batch_size", "2")
     done = subprocess.run(
         [str(Path(sys.executable).parent / program), *options, "milora_vl.train", *line],
         env={**ENVIRONMENT, "DS_ACCELERATOR": "cpu"},

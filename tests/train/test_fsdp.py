@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -18,12 +15,11 @@ from milora_vl.models.tiny import tiny_llava, tiny_tokenizer
 from milora_vl.train import launch
 from milora_vl.train.command import main
 from milora_vl.train.launch import gathered_optimizer
-from support.launched import ENVIRONMENT, FSDP, needs_bf16_shards, train_in_two
+from support.launched import FSDP, needs_bf16_shards, train_in_two
 from support.problems import raises_code
 from support.train_runs import losses, training
 
 RESUME = ["--resume_from_checkpoint", "true"]
-CONFIG = resources.files("llava_recipes") / "accelerate" / "fsdp2.yaml"
 
 
 def difference(first: Path, second: Path) -> float:
@@ -129,22 +125,6 @@ def test_float32_adapters_train_on_a_bfloat16_base_under_autocast(
     adapters = [load_file(tmp_path / run / "adapter_model.safetensors") for run in ("one", "two")]
     assert adapters[0].keys() == adapters[1].keys()
     assert {tensor.dtype for tensor in adapters[1].values()} == {torch.float32}
-
-
-@pytest.mark.slow
-def test_accelerate_starts_the_processes(tiny_data: Path, tmp_path: Path) -> None:
-    line = training(tiny_data, tmp_path / "run", "--rank", "4", "--fsdp", "--per_device_train_batch_size", "2")
-    program = str(Path(sys.executable).parent / "accelerate")
-    done = subprocess.run(
-        [program, "launch", "--config_file", str(CONFIG), "--num_processes", "2", "-m", "milora_vl.train", *line],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "2 devices = 4" in done.stderr + done.stdout
-    assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
 
 
 def test_another_strategy_is_refused(tiny_data: Path, tmp_path: Path) -> None:

@@ -118,21 +118,6 @@ def test_a_run_calibrates_protects_resumes_and_shows_it(
     assert not (tmp_path / "empty" / "calibration").exists()
 
 
-def test_a_resumed_run_without_base_kl_needs_no_cache_either(
-    tiny_data: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A and its protection come from the checkpoint."""
-    words = [*PROTECT, "--base_kl_weight", "0", "--save_steps", "3"]
-    assert main(training(tiny_data, tmp_path / "whole", *words)) == 0
-    monkeypatch.setenv("MILORA_CACHE", str(tmp_path / "empty"))
-    checkpoint = str(tmp_path / "whole" / "checkpoint-3")
-    assert main([*training(tiny_data, tmp_path / "again", *words), "--resume_from_checkpoint", checkpoint]) == 0
-    assert losses(tmp_path / "again")[-3:] == losses(tmp_path / "whole")[-3:]
-    protections = [read_json(tmp_path / run, "milora.json")["modules"] for run in ("whole", "again")]
-    assert protections[0] == protections[1]
-    assert not (tmp_path / "empty" / "calibration").exists()
-
-
 @pytest.mark.slow
 @needs_deepspeed
 def test_half_precision_of_deepspeed_rounds_and_no_more(tiny_data: Path, tiny_folder: Path, tmp_path: Path) -> None:

@@ -118,33 +118,23 @@ SHARED = """
 import hashlib, json, os, sys
 import torch
 import torch.distributed as dist
-from contextlib import nullcontext
 from torch import nn
 
-zero3 = sys.argv[1] == "zero3"
-broken, method = sys.argv[2] == "broken", sys.argv[3]
-if zero3:
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    import deepspeed
-    from transformers.integrations import HfDeepSpeedConfig
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiling it can leave a stale lock
-    deepspeed.init_distributed("gloo")
-    config = {"train_batch_size": 2, "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
-    kept = HfDeepSpeedConfig(config)
-    place = deepspeed.zero.Init(config_dict_or_path=config)
-else:
-    dist.init_process_group("gloo")
-    place = nullcontext()
+broken, method = sys.argv[1] == "broken", sys.argv[2]
+os.environ["DS_ACCELERATOR"] = "cpu"
+import deepspeed
+from transformers.integrations import HfDeepSpeedConfig
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiling it can leave a stale lock
+deepspeed.init_distributed("gloo")
+config = {"train_batch_size": 2, "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
+kept = HfDeepSpeedConfig(config)
 torch.manual_seed(0)
-with place:
+with deepspeed.zero.Init(config_dict_or_path=config):
     model = nn.Sequential(nn.Linear(40, 30), nn.Tanh(), nn.Linear(30, 70), nn.Tanh(), nn.Linear(70, 20))
 if broken:
-    if zero3:
-        with deepspeed.zero.GatheredParameters([model[2].weight], modifier_rank=0):
-            if dist.get_rank() == 0:
-                model[2].weight.data[0, 0] = float("nan")
-    else:
-        model[2].weight.data[0, 0] = float("nan")
+    with deepspeed.zero.GatheredParameters([model[2].weight], modifier_rank=0):
+        if dist.get_rank() == 0:
+            model[2].weight.data[0, 0] = float("nan")
 
 import milora_vl.core.adapter.initialize as module
 import milora_vl.core.weights.tensor_files as cache
@@ -167,15 +157,10 @@ dist.barrier()
 """
 
 
-weights = pytest.mark.parametrize("weights", ["whole", pytest.param("zero3", marks=needs_deepspeed)])
-
-
+@needs_deepspeed
 @pytest.mark.parametrize("method", ["milora", "pissa"])
-@weights
-def test_each_layer_is_decomposed_once_and_all_processes_hold_the_same_bits(
-    tmp_path: Path, weights: str, method: str
-) -> None:
-    first, second = results_of_two(SHARED, tmp_path, weights, "sound", method)
+def test_each_layer_is_decomposed_once_and_all_processes_hold_the_same_bits(tmp_path: Path, method: str) -> None:
+    first, second = results_of_two(SHARED, tmp_path, "sound", method)
     assert first["bits"] == second["bits"]
     assert len(set(first["bits"])) == 3
     assert first["paths"] == second["paths"] == ["0", "2", "4"]
@@ -188,9 +173,9 @@ def test_each_layer_is_decomposed_once_and_all_processes_hold_the_same_bits(
     assert first["digest"] == second["digest"] == weights_digest(whole)
 
 
-@weights
-def test_a_broken_weight_is_an_error_in_every_process(tmp_path: Path, weights: str) -> None:
-    first, second = results_of_two(SHARED, tmp_path, weights, "broken", "milora")
+@needs_deepspeed
+def test_a_broken_weight_is_an_error_in_every_process(tmp_path: Path) -> None:
+    first, second = results_of_two(SHARED, tmp_path, "broken", "milora")
     assert first == second
     assert first["error"].startswith("2: the weight contains 1 NaN or infinite values")
 

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 from transformers import T5Config, T5ForConditionalGeneration
 
-from milora_vl import apply_milora
+from milora_vl import apply_milora, calibration_texts
 from milora_vl.core.calibration.activations import for_each_input
 from milora_vl.core.calibration.bases import InputBasis
 from milora_vl.core.policy import Policy
 from support.adapter_cases import one_rule
+from support.family_configs import build
 from support.problems import raises_problem
 
 NOISE = torch.Generator().manual_seed(0)
@@ -99,6 +100,14 @@ def test_too_little_data_gets_a_warning() -> None:
     assert basis.held_out < 0.2 < 0.9 < basis.share
     with pytest.warns(UserWarning, match="0 has 512 inputs and 1 positions; .* nothing was held out"):
         apply_milora(model(), rule, calibration=[{"input": x[:1]}])
+
+
+def test_a_model_that_has_written_texts_reads_embeddings_of_another_batch() -> None:
+    model = build("qwen2_5_vl")  # it keeps the places of pictures of its last batch
+    model.generation_config.bos_token_id, model.generation_config.eos_token_id = 1, 2
+    calibration_texts(model, count=2, length=4)
+    embeds = model.get_input_embeddings()(IDS.expand(3, 3))
+    assert model(inputs_embeds=embeds).logits.shape[:2] == (3, 3)
 
 
 def test_every_position_of_an_encoder_and_a_decoder_counts() -> None:
