@@ -119,7 +119,7 @@ def start(name: str, data: Path) -> dict[str, Any]:
         "seconds": {**seconds, "all": round(sum(seconds.values()), 1)},
         **took,
         "held_out": {kind: round(value, 4) for kind, value in held.items()},
-        "directions": round(mean(b.num_directions / len(b.V) for b in inputs.values()), 4),
+        "directions": round(mean(b.V.shape[1] / len(b.V) for b in inputs.values()), 4),
     }
 
 

@@ -150,7 +150,7 @@ def make_A(target: Target, W: Tensor, inputs: InputBasis) -> tuple[Tensor, Prote
         message = f"A has {inside:.1e} of its length along protected inputs; rounding alone leaves less than 1e-5"
         raise CalibrationError(message, where=target.path, hint="the eigenvectors of this device are not orthonormal")
     return A, Protection(
-        directions=inputs.num_directions, inputs=len(inputs.V), energy=inputs.share, held_out=inputs.held_out,
+        directions=inputs.V.shape[1], inputs=len(inputs.V), energy=inputs.share, held_out=inputs.held_out,
         positions=inputs.num_positions, kept=kept, overlap=inside,
     )  # fmt: skip
 

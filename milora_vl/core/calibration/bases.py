@@ -55,10 +55,6 @@ class InputBasis:
     num_positions: int
     held_out: float | None = None
 
-    @property
-    def num_directions(self) -> int:
-        return self.V.shape[-1]
-
 
 def first_directions(C: Tensor, share: float, most: int) -> tuple[Tensor, float]:
     """Return V (in, k), the fewest eigenvectors of C (in, in) that hold `share` of its trace, and the share they hold.

@@ -56,7 +56,7 @@ def test_directions_are_those_of_all_positions_of_the_base(tiny_llama) -> None:
     fit = torch.cat([batch["input_ids"] for batch in TEXT[:-1]])
     x = base.model.layers[0].input_layernorm(base.model.embed_tokens(fit)).reshape(-1, 64).double()
     values, vectors = torch.linalg.eigh(x.T @ x / len(x))
-    count = basis.num_directions
+    count = basis.V.shape[1]
     assert float(values[-count:].sum() / values.sum()) == pytest.approx(basis.share, rel=1e-5)
     assert float(values[-count + 1 :].sum() / values.sum()) < 0.6 <= basis.share
     expected = vectors[:, -count:].float()
@@ -80,7 +80,7 @@ def test_the_protection_of_a_model_says_what_the_calibration_found(tiny_llama) -
     assert list(model.milora_protection) == [target.path for target in model.milora_targets]
     for path, protection in model.milora_protection.items():
         basis = inputs[path]
-        assert (protection.directions, protection.inputs) == (basis.num_directions, len(basis.V))
+        assert (protection.directions, protection.inputs) == (basis.V.shape[1], len(basis.V))
         assert (protection.energy, protection.held_out) == (basis.share, basis.held_out)
         assert 0 < protection.kept < 1
         assert protection.overlap < 1e-6
@@ -187,7 +187,7 @@ def test_a_small_source_counts_as_much_as_a_large_one() -> None:
     apart = found(model, {"many": [{"input": many}], "few": [{"input": few}]})["0"]
     assert float((few[0] @ apart.V).norm()) == pytest.approx(1)
     values = torch.linalg.eigvalsh(many.T @ many / 4000 + few.T @ few / 4).flip(0)
-    assert apart.share == pytest.approx(float(values[: apart.num_directions].sum() / values.sum()), rel=1e-4)
+    assert apart.share == pytest.approx(float(values[: apart.V.shape[1]].sum() / values.sum()), rel=1e-4)
 
 
 def test_ids_of_texts_are_drawn_from_the_softmax() -> None:
