@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from milora_data.__main__ import main as milora_data
 from milora_data.batches.lengths import lengths_of
@@ -170,6 +171,23 @@ def test_wrong_labels_of_the_training_file_are_shown_first(tmp_path: Path, capsy
     assert set(sources) == {f"{data}:record 10", f"{data}:record 28"}
     with raises_code("output-exists"):
         milora_eval(["losses", data, "--model", str(run), "--output", out])
+
+
+def test_losses_leave_out_and_count_what_no_training_can_use(tmp_path: Path, capsys: Any, caplog: Any) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    Image.new("RGB", (8, 8)).save(images / "good.png")
+    (images / "broken.png").write_bytes(b"no picture")
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "Red."}]
+    rows: list[Any] = [{"image": f"{name}.png", "conversations": turns} for name in ("broken", "good", "missing")]
+    rows += [{"conversations": "no list"}, {"conversations": turns[:1]}]
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    words = [str(tmp_path / "data.json"), "--model", "tiny", "--batch_size", "1", "--format", "json"]
+    assert milora_eval(["losses", *words, "--output", str(tmp_path / "losses.jsonl")]) == 0
+    assert json.loads(capsys.readouterr().out) | {"file": ""} == {"file": "", "records": 1, "left_out": 4}
+    assert [line["source"] for line in json_lines(tmp_path / "losses.jsonl")] == [f"{tmp_path / 'data.json'}:record 2"]
+    assert all(f"record {number}" in caplog.text for number in (4, 5))
+    assert all(f"{name}.png" in caplog.text for name in ("broken", "missing"))
 
 
 def sorted_like(data: Path, printed: list[dict[str, Any]]) -> list[dict[str, Any]]:
