@@ -110,7 +110,9 @@ OURS, RANDOM, WITH_KL = "protected MiLoRA", "protected, random rows of A", "LoRA
 TASKS = (
     TaskFiles(
         "SmolLM2: topics", 40, 16, ("equal.smollm2",),
-        {"protected": OURS, "lora": "LoRA", "inside": "A = C R", "inside-128": "A = C R, 128 directions"},
+        {"protected": OURS, "lora": "LoRA", "lora-kl": WITH_KL, "lora-off-target-0.25": "LoRA, KL off the target",
+         "lora-off-target": "LoRA, KL off the target, 4 times the weight", "inside": "A = C R",
+         "inside-128": "A = C R, 128 directions"},
         held_out=(96, 240),
     ),
     TaskFiles(
