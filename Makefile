@@ -25,7 +25,7 @@ setup: $(INSTALLED)  ## Create the virtual environment and install everything
 	@echo "ready:  source $(BIN)/activate      (or type $(BIN)/python for python)"
 	@echo "next:   make demo, or  milora --help"
 
-demo: $(INSTALLED)  ## Fine-tune a small LLaVA, evaluate it before and after, write a report, in about five minutes
+demo: $(INSTALLED)  ## Fine-tune a small LLaVA, evaluate it before and after, write a report, in about five minutes on two quiet cores
 	$(BIN)/python -m milora_vl.demo --output_dir $(RUN)
 	@echo "again:  make demo RUN=runs/another     (or remove $(RUN) first)"
 

@@ -1,6 +1,6 @@
 """The planned memory of a run against the memory of real runs.
 
-python benchmarks/plan.py                            small LLaVAs of several shapes, and the plans of 7B and 13B
+python benchmarks/plan.py                            small LLaVAs of several shapes
 python benchmarks/plan.py --full_size [--layers 32]  a LLaVA-1.5-7B with random weights in bf16: load, factors, a step
 
 Small LLaVAs: the resident memory at the peak of the second step, each in its own process. Full size: MiLoRA of rank 16
@@ -18,7 +18,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +27,13 @@ from torch import nn
 from benchmarks.timing import FREED, apart, clocked, memory, reset_peak
 from milora_vl.core.adapter.apply import apply_milora
 from milora_vl.core.policy import Policy
-from milora_vl.models.base import Base, find_base
+from milora_vl.models.base import Base
 from milora_vl.models.loading import config_of, load_weights, meta_model
 from milora_vl.models.losses import add_chunked_loss, summed_loss
 from milora_vl.train.counts import (
-    MIX665K,
     Batching,
     Counts,
     Workload,
-    needed,
     workload_of,
 )
 from milora_vl.train.counts import (
@@ -71,7 +68,7 @@ def main() -> None:
         print(json.dumps(measure(*RUNS[chosen.one])))
     elif not chosen.full_size:
         runs = [apart(__file__, "--one", number, **FREED) for number in range(len(RUNS))]
-        print(json.dumps({"runs": runs, "needs": needs()}))
+        print(json.dumps({"runs": runs}))
     elif not FREED.keys() <= os.environ.keys():
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | FREED)
     else:
@@ -173,25 +170,6 @@ def prepared(
         return float(loss.detach()) / count
 
     return step
-
-
-def needs() -> list[dict[str, Any]]:
-    """Return GiB per device of 7B and 13B: rank 128, batch 1 and 16, checkpointing, on one device and on eight."""
-    rows = []
-    for name in ("llava-1.5-7b", "llava-1.5-13b"):
-        base = find_base(name)
-        targets = Policy.parse([RULES[0] | {"rank": 128}, RULES[1]]).resolve(base.meta)
-        train = {"bf16": True, "activation_checkpointing": True}
-        plans = [
-            workload_of(train, Launch(), base, targets, MIX665K, Batching(num_records=1, per_device=records))
-            for records in (1, 16)
-        ]
-        for devices, stage in ((1, 0), (8, 2), (8, 3)):
-            for chosen in plans:
-                size = needed(replace(chosen, devices=devices, stage=stage))
-                row = {"model": name, "devices": devices, "stage": stage, "batch": chosen.records}
-                rows.append(row | {"gib": round(size, 1)})
-    return rows
 
 
 def full_size(layers: int, folder: Path) -> dict[str, Any]:
