@@ -149,7 +149,7 @@ def make_texts(
     found: list[tuple[RecordCollator[Any], Sequence[Record]]] = []
     captions: list[str] = []
     if settings.num_pictures and base.reads_pictures:
-        pictured = with_pictures(records, part_of(settings.num_pictures, steps))
+        pictured = with_pictures(records, part_of(settings.num_pictures, steps), collate.image_folder)
         if settings.pictures and not pictured:
             screen.warn("calibration.pictures has no effect: no training record has a picture")
         readable = [record for record in pictured if _is_readable(collate.image_folder, record)]
@@ -215,14 +215,20 @@ def _written_rows(sources: _Sources, count: int) -> list[tuple[str, list[int]]]:
     return [(f"sample {number}", row) for number, row in enumerate(kept)]
 
 
-def with_pictures(records: Sequence[Record], count: int) -> list[Record]:
+def with_pictures(records: Sequence[Record], count: int, folder: Path) -> list[Record]:
     """Return `count` records with a picture each, evenly spread over the training set; fewer if it has fewer.
 
-    Of a record with several pictures the first one counts.
+    Of a record with several pictures the first one counts, of records with equal pictures one.
     """
-    unique = list({record.images[:1]: record for record in records if record.images}.values())
-    chosen = unique[:: max(1, len(unique) // count)][:count]
-    return [replace(record, images=record.images[:1]) for record in chosen]
+    found, key_of = dict[str, Record](), FileKeys(folder)
+    places = [place for place, record in enumerate(records) if record.images]
+    step = max(1, len(places) // count)
+    for place in chain.from_iterable(places[begin::step] for begin in range(step)):
+        record = replace(records[place], images=records[place].images[:1])
+        found.setdefault(key_of(record.images[0]), record)
+        if len(found) == count:
+            break
+    return list(found.values())
 
 
 def _is_usable(collate: RecordCollator[Any], record: Record) -> bool:

@@ -70,7 +70,7 @@ class PictureQuestions(AnswerTask):
     @cached_property
     def _described(self) -> list[Mapping[str, Tensor]]:
         """Pictures of the training set with captions that the base model writes."""
-        chosen = with_pictures(self.train, CALIBRATION_PICTURES)
+        chosen = with_pictures(self.train, CALIBRATION_PICTURES, self.folder / "images")
         asks = Turn("user", f"{IMAGE}\n{QUESTION}")
         prompts = [Prompt((asks,), record.within(self.folder / "images").images) for record in chosen]
         captions = generate(self.base, self.processor, prompts, max_new_tokens=CAPTION_TOKENS)

@@ -144,20 +144,22 @@ def test_texts_are_written_once_and_an_entry_that_does_not_fit_again(
 
 
 def test_captions_are_cached_by_the_content_of_the_pictures(tiny_data: Path, tmp_path: Path, monkeypatch) -> None:
-    """Two projects with data/images/0.png: the second one must not get the captions of the first."""
+    """Two projects with data/images/0.png: the second must not get the captions of the first. A copy gets none."""
     written = []
     monkeypatch.setattr(start, "sampled_rows", lambda *_, count, **__: [[1, 9, 9]] * count)
-    monkeypatch.setattr(start, "generate", lambda *_, **__: written.append(1) or ["a caption"] * len(records))
+    monkeypatch.setattr(start, "generate", lambda *of, **__: written.append(len(of[2])) or ["a caption"])
     names = sorted(path.name for path in (tiny_data / "images").iterdir())[:2]
     for project, name, is_new in (("a", names[0], True), ("b", names[1], True), ("c", names[0], False)):
         (tmp_path / project / "images").mkdir(parents=True)
-        shutil.copy(tiny_data / "images" / name, tmp_path / project / "images" / "0.png")
+        for copy in ("0.png", "1.png"):
+            shutil.copy(tiny_data / "images" / name, tmp_path / project / "images" / copy)
         monkeypatch.chdir(tmp_path / project)
-        records = [Record("0", (Picture("0.png"),), (Turn("user", f"{IMAGE}\nWhat?"), Turn("assistant", "It.")))]
+        turns = (Turn("user", f"{IMAGE}\nWhat?"), Turn("assistant", "It."))
+        records = [Record(copy, (Picture(copy),), turns) for copy in ("0.png", "1.png")]
         data = {"path": str(tiny_data / "train.json"), "image_folder": "images"}
-        settings = Recipe.parse({"model": "tiny", "data": data, "policy": RULES, "calibration": {"pictures": 1}})
+        settings = Recipe.parse({"model": "tiny", "data": data, "policy": RULES, "calibration": {"pictures": 2}})
         calibrated(settings, records)
-        assert bool(written) == is_new, project
+        assert written == [1] * is_new, project
         written.clear()
     other = settings.model_copy(update={"data": settings.data.model_copy(update={"image_aspect_ratio": "plain"})})
     calibrated(other, records)
