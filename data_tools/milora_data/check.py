@@ -58,7 +58,9 @@ KINDS: Mapping[str, FindingKind] = {
     "embedded_picture": FindingKind("warning", "picture embedded as base64, which a training keeps in memory"),
     "tiny_picture": FindingKind("warning", "picture of less than 8 pixels on a side"),
     "duplicate": FindingKind("warning", "record that repeats an earlier one"),
-    "contradiction": FindingKind("warning", "another answer to the question of an earlier record"),
+    "contradiction": FindingKind(
+        "warning", "another answer to the question of an earlier record; captions may have several"
+    ),
     "repeated_id": FindingKind("warning", "different records with one id"),
     "empty_answer": FindingKind("warning", "empty answer: the model learns to answer nothing"),
     "empty_question": FindingKind("warning", "empty question"),

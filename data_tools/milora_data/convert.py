@@ -54,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = "add:  --hold_out N"
         raise UserError("needs --hold_out", code="flag-needs-another", where="--hold_out_by", hint=hint)
     folder = chosen.output_dir
-    images, out = PictureFolder(folder / "images"), folder / "data.json"
+    key_of = OwnPictures(chosen.image_folder, folder / "images")
+    images, out = PictureFolder(folder / "images", key_of), folder / "data.json"
     held = folder / f"{folder.resolve().name}-eval.json"  # a benchmark is named after its file
     new = [out, held] if chosen.hold_out else [out]
     if there := [path for path in new if path.exists()]:
@@ -64,7 +65,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     unused = {name for (name,) in named.values()} | ({"--prompt"} if chosen.prompt else set())
     options = TableOptions(chosen.prompt, field, COLUMNS | named, unused, chosen.split)
     more: dict[str, Any] = {}
-    key_of = OwnPictures(chosen.image_folder, images.path)
     try:
         is_named = chosen.hold_out or len(chosen.sources) > 1
         read = _read(chosen.sources, options, key_of if is_named else None)
@@ -217,7 +217,7 @@ class OwnPictures:
 
     def __init__(self, folder: Path | None, written: Path) -> None:
         self._folder = folder
-        self._written = FileKeys(written)
+        self._images, self._written = written, FileKeys(written)
         self._keys: dict[Path, FileKeys] = {}  # by the folder of a source
         self._named: dict[str, tuple[str, FileKeys]] = {}  # by the name of a picture: a source, and its folder's keys
 
@@ -231,6 +231,8 @@ class OwnPictures:
         keys = self._keys.setdefault(folder, FileKeys(folder, folder / "images"))
         for picture in (picture for picture in record.files if picture.content is None):
             name = os.path.normpath(picture.name)
+            if name not in self and (self._images / name).is_file():
+                self._named[name] = f"a table, which wrote it to {self._images}", self._written
             other, earlier = self._named.setdefault(name, (source, keys))
             if earlier is keys:
                 continue
@@ -242,14 +244,17 @@ class OwnPictures:
                 hint = "convert each into its own --output_dir, or rename the pictures of one; nothing was written"
                 raise UserError(message, code="convert-picture-names", where=source, hint=hint)
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._named
+
     def __call__(self, picture: Picture) -> str:
         _, keys = self._named.get(os.path.normpath(picture.name), ("", self._written))
         return keys(picture)
 
 
 class PictureFolder:
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, named: OwnPictures) -> None:
+        self.path, self._named = path, named
         self.is_mine = False  # created by this conversion
         self._used: Counter[str] = Counter()
         self._names: dict[str | None, str] = {}  # by the key of the picture
@@ -284,7 +289,7 @@ class PictureFolder:
         original = Path(picture.name.replace("\0", ""))  # file systems allow no NUL and at most 255 bytes
         stem, suffix = original.stem[:60] or "picture", original.suffix[:12] or picture_suffix(picture.content)
         name = wanted = f"{stem}{suffix}"
-        while name in self._used:
+        while name in self._used or name in self._named:
             self._used[wanted] += 1
             name = f"{stem}-{self._used[wanted]}{suffix}"
         self._used[name] = 1

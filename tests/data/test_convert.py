@@ -364,6 +364,18 @@ def test_a_picture_is_looked_for_beside_its_own_source(tmp_path: Path, capsys: p
     assert "not found" not in capsys.readouterr().err
 
 
+def test_a_stored_picture_takes_no_name_of_another_source(parquet: Path, tmp_path: Path) -> None:
+    (made(tmp_path / "a") / "t.json").write_text(json.dumps([{"image": "same.png", "question": "1?", "answer": "2"}]))
+    Image.new("RGB", (9, 9)).save(tmp_path / "a" / "same.png")
+    sources, out = [str(tmp_path / "a" / "t.json"), str(parquet)], tmp_path / "out"
+    with raises_code("convert-picture-names", where="a/t.json"):
+        main(["convert", *sources[::-1], "--output_dir", str(out)])
+    assert main(["convert", *sources, "--output_dir", str(out)]) == 0
+    assert [record.images[0].name for record in load_records(out / "data.json")] == [
+        "same.png", "same-1.png", "same-2.png"
+    ]  # fmt: skip
+
+
 def test_records_of_the_hub_keep_their_other_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import datasets
 

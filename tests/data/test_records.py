@@ -85,6 +85,10 @@ def test_what_a_message_says_about_its_training_is_never_dropped(keys: dict[str,
         parse_record({"conversations": [{"from": "human", "value": "Hi?"}, {"from": "gpt", "value": "Yes."} | keys]})
     others: dict[str, Any] = {"name": "Ann", "weight": None, "loss": None, "reasoning_content": "", "tool_calls": []}
     assert parse_record({"messages": [said[0] | others, said[1]]}).unread == ("name",)
+    part = {"type": "text", "text": "Yes.", "citation": "a book", "note": None}
+    assert parse_record({"messages": [said[0], said[1] | {"content": [part]}]}).unread == ("content.citation",)
+    with raises_code("record-weight", kind=DataError):
+        parse_record({"messages": [said[0], said[1] | {"content": [part | {"weight": 0}]}]})
 
 
 @pytest.mark.parametrize("indent", [None, 2])

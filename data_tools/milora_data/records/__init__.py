@@ -33,6 +33,7 @@ ROLES: dict[str, Role] = {
 }
 SPEAKERS = {"user": "human", "assistant": "gpt", "system": "system", "tool": "tool"}
 KEYS_OF_TURN = ("from", "value", "weight", "loss", "tool_calls")
+KEYS_OF_PART = ("type", "text", "image", "image_url", "path", "url", "video", "video_url", "fps", "num_frames")
 CALLS = ("function_call", "tool_call")  # turns whose text is a call, as JSON
 KEYS_OF_RESULT = ("name", "tool_call_id")
 EMPTY: tuple[object, ...] = (None, "", [], {})
@@ -325,6 +326,11 @@ def _message_turn(message: object, place: int, named: list[str | Picture], video
     if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
         raise DataError(f'message {place}: "content" must be a text or a list of parts, which are objects')
     others = {key: value for key, value in message.items() if key not in ("role", "content")}
+    of_parts = {key for part in parts for key, item in part.items() if item not in EMPTY and key not in KEYS_OF_PART}
+    if of_parts & {"weight", "loss"}:
+        hint = 'write "weight" beside "role": an answer is trained as a whole, or not'
+        raise DataError(f"message {place}: a part of the content has a weight", code="record-weight", hint=hint)
+    others |= {f"content.{key}": True for key in of_parts}  # counted as not read
     value = "".join(_part(part, place, named, videos) for part in parts)
     return {"from": role if role in CALLS else SPEAKERS[ROLES[role]], "value": value, **others}
 
