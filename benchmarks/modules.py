@@ -16,7 +16,7 @@ WORDS = ["--model", "tiny-text", "--rank", "2", "--device", "cpu", "--max_steps"
 KINDS = {"dry_run": ["--dry-run"], "train": []}
 CODE = """
 import sys
-from milora_vl.train.command import main
+from milora_vl.train.__main__ import main
 assert main(sys.argv[1:]) == 0
 ours = [name for name in sys.modules if name.split(".")[0] in ("milora_vl", "milora_data", "milora_eval")]
 sys.stdout.write("\\n" + " ".join(ours))

@@ -30,15 +30,9 @@ from milora_vl.core.policy import Policy
 from milora_vl.models.base import Base
 from milora_vl.models.loading import config_of, load_weights, meta_model
 from milora_vl.models.losses import add_chunked_loss, summed_loss
-from milora_vl.train.counts import (
-    Batching,
-    Counts,
-    Workload,
-    workload_of,
-)
-from milora_vl.train.counts import (
-    memory as planned_memory,
-)
+from milora_vl.models.memory import Workload
+from milora_vl.models.memory import memory as planned_memory
+from milora_vl.train.counts import Batching, Counts, workload_of
 from milora_vl.train.launch import Launch
 
 RULES: list[dict[str, Any]] = [

@@ -134,7 +134,7 @@ def conversations() -> list[dict[str, Any]]:
 
 def ours(records: list[dict[str, Any]], data: str, emoji: Path, folder: Path, steps: int, *, grouped: bool) -> None:
     """Run `python -m milora_vl.train` in this process, with the recipe of the demo but for the peers' settings."""
-    from milora_vl.train.command import main as train_command
+    from milora_vl.train.__main__ import main as train_command
 
     (folder / "train.json").write_text(json.dumps(records))
     rule = f"{{modules: language, method: milora, rank: {RANK}, alpha: {RANK}}}"

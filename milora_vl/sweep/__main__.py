@@ -162,7 +162,7 @@ def _checked_cells(options: argparse.Namespace, sweep: Sweep) -> list[Cell]:
 
 def _require_runnable(sweep: Sweep, cells: Sequence[Cell]) -> None:
     """Make a dry run of one cell of each arm, and show its warnings. Raises UserError if it cannot run."""
-    from milora_vl.train.command import main as train
+    from milora_vl.train.__main__ import main as train
 
     for cell in {cell.arm: cell for cell in reversed(cells)}.values():
         with tempfile.TemporaryDirectory() as folder:

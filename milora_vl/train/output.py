@@ -50,8 +50,9 @@ from milora_vl.report.page import try_write_report
 from milora_vl.report.repeat import of_earlier
 from milora_vl.train.counts import protected_directions
 from milora_vl.train.data import Task
-from milora_vl.train.plan import CARD, ENVIRONMENT, Run, RunFolder, refuse_to_overwrite, suites_of
+from milora_vl.train.plan import Run, suites_of
 from milora_vl.train.recipe import Recipe
+from milora_vl.train.resume import CARD, ENVIRONMENT, RunFolder, refuse_to_overwrite
 from milora_vl.train.trainer import MiloraTrainer
 
 

@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import re
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from functools import partial
-from itertools import chain, groupby
-from math import prod
+from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -31,12 +28,10 @@ from transformers.integrations import get_reporting_integration_callbacks
 import llava_recipes
 from milora_data.batches.pack import require_packable
 from milora_data.batches.record_collator import RecordCollator
-from milora_data.check import KEY_BYTES, files_of
 from milora_data.encode.templates import OWN, no_videos
 from milora_data.encode.tokens import share_template
 from milora_data.records.record import IMAGE, Record
-from milora_vl.common import atomic_write
-from milora_vl.common.cli.console import amount, beside, command_line, require_folder
+from milora_vl.common.cli.console import amount, beside, require_folder
 from milora_vl.common.cli.screen import Screen
 from milora_vl.common.cli.table import drawn
 from milora_vl.common.errors import Key, Problem, UserError, at_flag, collected, first_line
@@ -44,12 +39,7 @@ from milora_vl.common.evaluator_protocol import QuestionSet, evaluator, is_file
 from milora_vl.common.yaml_text import read_file
 from milora_vl.core.adapter import checkpoints
 from milora_vl.core.adapter.checkpoints import (
-    HELD_OUT,
-    is_sharded,
-    num_processes,
     read_environment,
-    step_of,
-    zero_stage,
 )
 from milora_vl.core.adapter.folders import (
     module_path,
@@ -86,7 +76,7 @@ from milora_vl.train.counts import (
     num_parameters,
     trained_sizes,
 )
-from milora_vl.train.data import RunData, Task, read_earlier_records, task_entry
+from milora_vl.train.data import Task, read_earlier_records, task_entry
 from milora_vl.train.launch import (
     RESHARDS,
     Launch,
@@ -101,16 +91,14 @@ from milora_vl.train.recipe import (
     PROG,
     BaseKLConfig,
     CalibrationConfig,
-    Changes,
     DataConfig,
     PartsConfig,
     Recipe,
     Request,
     default_rate,
-    differences,
-    load_recipe,
     value_of,
 )
+from milora_vl.train.resume import ResumedRun, RunFolder, choose_folder, default_folder, read_resumed
 from milora_vl.train.settings import Settings, default_rules, to_merge
 
 SMALL, SMALL_RATE = 1e9, 1e-3  # parameters of a small model, and the rate that it wants: docs/choose.md
@@ -466,98 +454,6 @@ def require_evaluation(recipe: Recipe) -> None:
         evaluator().require_questions(questions, at=Key.of("eval.suites"), data_at=Key.of("eval.data"))
 
 
-ENVIRONMENT, CARD = "environment.json", "README.md"  # shared with others, so secrets in them are hidden
-OWN_FILES = ("recipe.yaml", CARD, "policy.json", "report.html", HELD_OUT)
-
-
-@dataclass(frozen=True, slots=True)
-class RunFolder:
-    path: Path
-    checkpoint: Path | None = None
-    incomplete: tuple[tuple[Path, str], ...] = ()  # skipped checkpoints, with the reason
-    is_new: bool = True  # it holds no run, and must hold none when the first step begins
-
-    @property
-    def writes_policy(self) -> bool:
-        """Return whether the run writes policy.json; a resumed run has it already."""
-        return self.checkpoint is None or not (self.path / "policy.json").is_file()
-
-    def write_json(self, name: str, content: Any) -> None:
-        atomic_write.write_json(self.path / name, content, hides_secrets=name == ENVIRONMENT)
-
-    def write_text(self, name: str, text: str) -> None:
-        atomic_write.write_text(self.path / name, text, hides_secrets=name == CARD)
-
-
-def default_folder(recipe: Recipe, now: datetime) -> Path:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        message = "a run on several devices needs --output_dir"
-        raise UserError(message, code="flag-required", where="--output_dir", hint="add:  --output_dir FOLDER")
-    first = (recipe.policy or [{}])[0]
-    rank = first.get("rank")
-    method = str(first.get("method", "milora")) + (f"-r{rank}" if isinstance(rank, int) else "")
-    return Path("runs") / Path(recipe.model).name / method / now.strftime("%Y-%m-%d_%H%M%S")
-
-
-def choose_folder(path: Path, resume: str | None) -> RunFolder:
-    """Return the folder of the run, for `--resume_from_checkpoint` (None, true, auto, or a folder)."""
-    require_folder(path)
-    wanted = checkpoints.asked_for(resume)
-    if wanted is None:
-        refuse_to_overwrite(path)
-        return RunFolder(path)
-    if not checkpoints.is_word(wanted):
-        chosen = _require_complete(Path(wanted))
-        is_new = chosen.resolve().parent != path.resolve()
-        if is_new:
-            refuse_to_overwrite(path)
-        return RunFolder(path, chosen, is_new=is_new)
-    checkpoint, skipped = checkpoints.latest(path)
-    if checkpoint is None and wanted.lower() != "auto":
-        reasons = [f"{folder.name}: {reason}" for folder, reason in skipped] or ["the folder has no checkpoint"]
-        message = "nothing to resume from\n" + "\n".join(reasons)
-        hint = "remove --resume_from_checkpoint to start, or use auto to resume only if there is a checkpoint"
-        raise UserError(message, code="resume-no-checkpoint", where=str(path), hint=hint)
-    # Weights of a run that was killed before its first complete checkpoint are overwritten.
-    restarts = bool(skipped) or (checkpoints.holds_weights(path) and bool(checkpoints.read_environment(path)))
-    is_new = checkpoint is None and not restarts
-    if is_new:
-        refuse_to_overwrite(path)
-    return RunFolder(path, checkpoint, tuple(skipped), is_new)
-
-
-def refuse_to_overwrite(path: Path) -> None:
-    """Raise UserError for a folder that holds a run, or files of somebody else under the names of a run's files."""
-    weights = [name for name in checkpoints.WEIGHTS if (path / name).is_file()]
-    steps = [folder.name for folder in checkpoints.checkpoints(path)]
-    foreign = [name for name in OWN_FILES if (path / name).exists()]
-    if weights:
-        kind = "a finished run" if checkpoints.is_finished(path) else "trained weights"
-        message, code = f"the folder holds {kind} ({weights[0]}); nothing is overwritten", "run-exists"
-        hint = f"use another --output_dir, or remove the folder\nsee it: python -m milora_vl.report {path}"
-    elif steps:
-        message = f"the folder holds {amount(len(steps), 'checkpoint')} ({steps[-1]}) of an unfinished run"
-        code, hint = "run-unfinished", "to continue it:       --resume_from_checkpoint true\n"
-        hint += "to start a new run:   another --output_dir, or remove the folder"
-    elif foreign and not checkpoints.read_environment(path):
-        message, code = f"the folder holds {', '.join(foreign)}, but not from a milora_vl run", "run-foreign-files"
-        hint = "use another --output_dir"
-    else:
-        return
-    raise UserError(message, code=code, where=str(path), hint=hint)
-
-
-def _require_complete(folder: Path) -> Path:
-    where = "--resume_from_checkpoint"
-    if not folder.is_dir():
-        hint = "expected true, auto or a checkpoint folder"
-        raise UserError(f"no such folder: {folder}", code="path-missing", where=where, hint=hint)
-    if reason := checkpoints.why_incomplete(folder):
-        hint = "use another checkpoint, or  --resume_from_checkpoint auto  for the newest complete one"
-        raise UserError(f"cannot resume from {folder}: {reason}", where=where, hint=hint)
-    return folder
-
-
 COLUMNS = ("modules", "number", "method", "rank", "alpha", "parameters", "rate", "energy", "trains")
 
 
@@ -733,240 +629,6 @@ def check_arguments(recipe: Recipe, derived: Derived, launch: Launch) -> None:
     ):
         if is_wrong:
             raise UserError(message, code="train-arguments", where=Key.of(key), hint=hint)
-
-
-# Paths, logging, saving, speed, and what is compared elsewhere: the records, the steps, and the batch in total.
-MAY_CHANGE = re.compile(
-    r"factor_cache|attn_implementation|calibration\.image_folder|data\.(path|image_folder)"
-    r"|(sweep|eval)\..+"
-    r"|train\.(learning_rate|weight_decay|max_steps|num_train_epochs|gradient_accumulation_steps|disable_tqdm|run_name"
-    r"|(activation_checkpointing|logging_|log_|save_total|save_on|save_only|hub_|push_|report_|dataloader_[npm]"
-    r"|dataloader_persistent|ddp_|deepspeed|fsdp|torch_|use_|liger_|per_device_|project|trackio|do_|include_|debug"
-    r"|enable_jit|restore_callback|skip_memory|batch_eval|eval_accumulation|eval_do|eval_use|length_column).*)"
-)
-# Free unless evaluations choose the best checkpoint or set the learning rate.
-OF_EVALUATION = re.compile(r"data\.eval_path|eval\.suite_.*|train\.(eval_.*|save_.*|metric_.*|greater_.*|.*_full_eval)")
-# Not free for a stream, whose records have no fingerprint, and which is divided among processes.
-OF_STREAM = re.compile(r"data\.path|train\.(per_device_train_batch_size|dataloader_num_workers)")
-# Schedules whose rates do not depend on the last step, unless the warm-up is a share of all steps.
-SCHEDULES_WITHOUT_END = ("constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau", "greedy")
-SCHEDULES_BY_EVALUATION = ("reduce_lr_on_plateau", "greedy")
-NEW_RUN = "to start a new run:  another --output_dir, without --resume_from_checkpoint"
-
-
-@dataclass(frozen=True, slots=True)
-class ResumedRun:
-    """The run that a command resumes, as its folder holds it, and the free keys that have changed since."""
-
-    folder: Path
-    checkpoint: Path | None  # None: the run is finished and has none
-    is_finished: bool  # --resume_from_checkpoint auto finds it at its end
-    recipe: Recipe
-    environment: Mapping[str, Any]
-    changes: Changes
-
-    @property
-    def gets_steps(self) -> bool:
-        return not self.is_finished or bool({"train.max_steps", "train.num_train_epochs"} & self.changes.keys())
-
-
-def read_resumed(
-    run: RunFolder, resume: str | None, recipe_on: Callable[[str], Recipe], dtype: str, processes: int
-) -> ResumedRun | None:
-    """Return the run that `--resume_from_checkpoint` continues in this folder, None if a new run starts.
-
-    `recipe_on` is the new recipe on the base model of the earlier run. Raises UserError without a recipe to compare
-    with, and for a recipe that differs in more than free keys.
-    """
-    is_finished = (resume or "").lower() == "auto" and checkpoints.is_finished(run.path)
-    if run.checkpoint is None and not is_finished:
-        return None
-    folder = run.path if run.checkpoint is None else run.checkpoint.parent
-    name = str(run.checkpoint or folder)
-    if not (folder / "recipe.yaml").is_file():
-        message = "there is no recipe.yaml beside it, so its learning rates, data and template are unknown"
-        hint = f"copy the run's recipe.yaml into {folder}"
-        raise UserError(message, code="resume-no-recipe", where=name, hint=hint)
-    before, environment = load_recipe(folder / "recipe.yaml"), checkpoints.read_environment(folder)
-    recipe = recipe_on(before.model)
-    # `warnings` compares the processes of a sharded checkpoint.
-    checkpoint = run.checkpoint
-    wrote = processes if checkpoint is None or is_sharded(checkpoint) else num_processes(checkpoint)
-    changes = differences(before, recipe)
-    if (old := environment.get("dtype", dtype)) != dtype:
-        changes["dtype"] = (old, dtype)
-    batches = [_batch(side, count) for side, count in ((before, wrote), (recipe, processes))]
-    if prod(batches[0]) != prod(batches[1]) or (recipe.data.streaming and wrote != processes):
-        old, new = (f"{prod(batch)} ({' x '.join(map(str, batch))})" for batch in batches)
-        changes["batch in total"] = old, new
-    refused = {key: values for key, values in changes.items() if not may_change(key, recipe)}
-    if refused:
-        lines = "\n".join(
-            f"  {key}: trained with {shown_value(old)}, now {shown_value(new)}" for key, (old, new) in refused.items()
-        )
-        command = command_line(
-            "milora_vl.train", "--recipe", folder, "--output_dir", folder, "--resume_from_checkpoint", "true"
-        )
-        if wrote > 1:
-            command = command.replace("python", f"torchrun --nproc_per_node {wrote}", 1)
-        raise UserError(
-            f"{name} was trained with other settings and cannot continue with these:\n{lines}",
-            hint=f"to resume:           repeat the old values; {folder / 'recipe.yaml'} holds all of them:\n"
-            f"                     {command}\n{NEW_RUN}",
-        )
-    earlier = ResumedRun(folder, run.checkpoint, is_finished, before, environment, changes)
-    if earlier.gets_steps and run.checkpoint is None:
-        message = "the run is finished, and it has no checkpoint to continue from"
-        raise UserError(message, code="resume-no-checkpoint", where=str(folder), hint=NEW_RUN)
-    return earlier
-
-
-def may_change(key: str, recipe: Recipe) -> bool:
-    by_evaluation = recipe.train.get("lr_scheduler_type") in SCHEDULES_BY_EVALUATION
-    if OF_EVALUATION.fullmatch(key):
-        return not (by_evaluation or recipe.train.get("load_best_model_at_end"))
-    return MAY_CHANGE.fullmatch(key) is not None and not (recipe.data.streaming and OF_STREAM.fullmatch(key))
-
-
-def schedule_has_end(recipe: Recipe) -> bool:
-    """Return whether the learning rate of a step depends on the total number of steps."""
-    schedule, warmup = (value_of(recipe.train, name) for name in ("lr_scheduler_type", "warmup_steps"))
-    is_share = 0 < warmup < 1 and schedule in ("constant_with_warmup", "inverse_sqrt")
-    return is_share or schedule not in SCHEDULES_WITHOUT_END
-
-
-def shown_value(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)
-
-
-def _batch(recipe: Recipe, processes: int) -> tuple[int, int, int]:
-    names = ("per_device_train_batch_size", "gradient_accumulation_steps")
-    per_device, accumulation = (value_of(recipe.train, name) for name in names)
-    return per_device, accumulation, processes
-
-
-def environment_resumed(earlier: ResumedRun, run: RunFolder, environment: dict[str, Any]) -> dict[str, Any]:
-    """Return environment.json of a resumed run: it keeps command and start time, adds times, and lists every resume."""
-    assert earlier.checkpoint is not None
-    known, legs = earlier.environment, earlier.environment.get("resumed", [])
-    began = legs[-1]["at"] if legs else known.get("started", environment["started"])
-    saved = (earlier.checkpoint / "trainer_state.json").stat().st_mtime
-    # A run that was killed has written no time: what it took up to the checkpoint counts.
-    killed = known.get("seconds_of_earlier", 0.0) + max(saved - datetime.fromisoformat(began).timestamp(), 0.0)
-    is_same_run = earlier.folder.resolve() == run.path.resolve()
-    source = earlier.checkpoint.name if is_same_run else str(earlier.checkpoint)
-    entry: dict[str, Any] = {"from": source, "at": environment["started"], "command": environment["command"]}
-    if earlier.changes:
-        entry["changed"] = {key: list(values) for key, values in earlier.changes.items()}
-    before = known.get("seconds_before_training", 0.0) + environment["seconds_before_training"]
-    kept = {name: known.get(name, environment[name]) for name in ("started", "command")}
-    times = {"seconds_before_training": before, "seconds_of_earlier": round(known.get("seconds") or killed, 1)}
-    return {**environment, **kept, **times, "resumed": [*legs, entry]}
-
-
-# What a resumed run needs beside its checkpoint, which holds A and its protection. These files describe private data
-# and pictures, so they stay here: HF's Trainer pushes no name with an underscore.
-TEXTS, RECORDS = "_start/texts.json", "_start/records.json"
-
-
-def read_start(folder: Path, name: str) -> dict[str, Any]:
-    """Return what the start of the run in `folder` has written. Raises UserError if it is missing or damaged."""
-    try:
-        return dict(json.loads((folder / name).read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        hint = f"copy it from the folder of the run\n{NEW_RUN}"
-        raise UserError("a file of the run is missing or damaged", where=str(folder / name), hint=hint) from None
-
-
-def records_content(data: RunData) -> dict[str, str]:
-    """Return the content of the file RECORDS."""
-    return {"records": data.keys.hex(), "pictures": data.picture_keys.hex(), "held_out": data.held_out_keys.hex()}
-
-
-def require_same_records(folder: Path, data: RunData, recipe: Recipe) -> list[str]:
-    """Return warnings about other held-out records that change no step, and about what a stream leaves unchecked.
-
-    Raises UserError with the first record or picture that differs from those that the run in `folder` had.
-    """
-    before = read_start(folder, RECORDS)
-    require_same("records", before["records"], data.keys, lambda number: data.train[number].source)
-    require_same("pictures", before["pictures"], data.picture_keys, lambda number: _files(data.train)[number])
-    held_out, warnings = data.evaluation or (), list[str]()
-    names = lambda: [*(record.source for record in held_out), *_files(held_out)]  # noqa: E731
-    try:
-        if before["held_out"] and data.held_out_keys:
-            require_same("held-out data", before["held_out"], data.held_out_keys, lambda number: names()[number])
-    except UserError as error:
-        if not may_change("data.eval_path", recipe):
-            raise
-        warnings = [f"{error.first.where}: {error.first.message}; held-out losses before and after are not comparable"]
-    unread = f"of the stream, only the first {len(data.train):,} records and pictures were compared with the run's"
-    return [*warnings, *([unread] if data.streamed else [])]
-
-
-def _files(records: Iterable[Record]) -> list[str]:
-    return list(map(str, dict.fromkeys(chain.from_iterable(map(files_of, records)))))
-
-
-def require_same(what: str, before: str, now: bytes, name: Callable[[int], str]) -> None:
-    """Raise UserError if keys differ from those of the run, in hex; `name` returns the name of a key's owner."""
-    old = bytes.fromhex(before)
-    had, have = len(old) // KEY_BYTES, len(now) // KEY_BYTES
-    for number in range(max(had, have)):
-        of_key = slice(KEY_BYTES * number, KEY_BYTES * (number + 1))
-        if old[of_key] != now[of_key]:
-            message = f"this is the first of the {what} that differ from those of the run"
-            message += f"; it had {had:,}, now there are {have:,}" if had != have else ""
-            where, hint = name(number) if number < have else "the end", f"to resume:           restore it\n{NEW_RUN}"
-            raise UserError(message, code="resume-other-data", where=where, hint=hint)
-
-
-def require_same_steps(checkpoint: Path, recipe: Recipe, steps: int) -> None:
-    """Raise UserError if the run ends before its checkpoint, or if its schedule depends on a changed last step."""
-    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))  # `choose` has read it
-    planned = state.get("max_steps", steps)
-    if planned != steps and schedule_has_end(recipe):
-        raise UserError(
-            f"the checkpoint belongs to a run of {planned:,} steps, this run has {steps:,}; the learning rates of the "
-            f"{value_of(recipe.train, 'lr_scheduler_type')} schedule depend on the last step",
-            where=str(checkpoint),
-            hint=f"to resume:           --max_steps {planned}\n{NEW_RUN}",
-        )
-    if step_of(checkpoint) > steps:
-        message = f"the checkpoint is beyond the end of this run, step {steps:,}"
-        hint = "increase --max_steps or --num_train_epochs to continue from it"
-        raise UserError(message, code="resume-beyond-end", where=str(checkpoint), hint=hint)
-
-
-def require_same_checkpoint(run: Path, names: Sequence[str | None]) -> None:
-    """Raise UserError if processes would resume from different checkpoints; `names` has one for each rank.
-
-    A machine that does not see the output folder of the first one would start again while the others resume.
-    """
-    if len(set(names)) > 1:
-        found = ", ".join(f"rank {rank}: {name or 'none'}" for rank, name in enumerate(names[:8]))
-        message, hint = f"the processes find different checkpoints ({found})", "all machines must see the same folder"
-        raise UserError(message, code="resume-other-checkpoints", where=str(run), hint=hint)
-
-
-def resume_warnings(checkpoint: Path, *, processes: int, stage: int) -> list[str]:
-    stage = 2 if stage == 1 else stage
-    wrote, before = num_processes(checkpoint), zero_stage(checkpoint)
-    old, new = (f"with ZeRO-{one}" if one else "without DeepSpeed" for one in (before, stage))
-    if before != stage:
-        message = f"the checkpoint was written {old}; this run is {new} and cannot restore the optimizer"
-        hint = f"to resume:  {f'--deepspeed zero{before}' if before else 'remove --deepspeed'}"
-        raise UserError(message, where=str(checkpoint), hint=hint)
-    if wrote == processes:
-        return []
-    if stage:
-        message = f"the optimizer state has one part for each of {wrote} processes, and this run has {processes}"
-        hint = f"to resume:  torchrun --nproc_per_node {wrote} ..."
-        raise UserError(message, where=str(checkpoint), hint=hint)
-    return [
-        f"{checkpoint.name} was written with {wrote} processes, now there are {processes}: the random states are "
-        "initialized again, so dropout differs from an uninterrupted run"
-    ]
 
 
 def tasks_before(

@@ -32,10 +32,11 @@ from milora_vl.core.adapter.earlier import joined_rank, read_earlier
 from milora_vl.core.weights.distributed import free_memory, gather_objects, raised_in_all, rank_and_world_size
 from milora_vl.models import loading
 from milora_vl.models.base import Base
+from milora_vl.models.memory import size_text
 from milora_vl.train import data
 from milora_vl.train.base_kl import BaseKL
 from milora_vl.train.callbacks import ForgettingCallback, Probe, SuiteCallback, calls_on_sigterm, training_questions
-from milora_vl.train.counts import Batching, num_parameters, size_text
+from milora_vl.train.counts import Batching, num_parameters
 from milora_vl.train.data import EarlierRecords, RunData, has_other_records, read_earlier_records, task_entry
 from milora_vl.train.launch import base_dtype, dtype_name, load_base_model, refused_arguments, stage_of, trained_dtype
 from milora_vl.train.output import (
@@ -52,24 +53,26 @@ from milora_vl.train.output import (
     write_results,
 )
 from milora_vl.train.plan import (
+    Run,
+    make_run,
+    policy_rows,
+    require_evaluation,
+    require_usable,
+    show_policy,
+    trainable_line,
+)
+from milora_vl.train.resume import (
     ENVIRONMENT,
     RECORDS,
     TEXTS,
-    Run,
     environment_resumed,
-    make_run,
-    policy_rows,
     read_start,
     records_content,
-    require_evaluation,
     require_same_checkpoint,
     require_same_records,
     require_same_steps,
-    require_usable,
     resume_warnings,
-    show_policy,
     shown_value,
-    trainable_line,
 )
 from milora_vl.train.settings import Settings
 from milora_vl.train.start import Built, build_model, compile_blocks, make_texts, show_start

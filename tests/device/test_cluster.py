@@ -22,18 +22,10 @@ from milora_vl.core.evaluation_mode import without_caches
 from milora_vl.core.policy import Policy
 from milora_vl.models.base import Base, find_base
 from milora_vl.models.loading import config_of, meta_model
+from milora_vl.models.memory import _Ledger, memory
 from milora_vl.models.tiny import tiny_llama
-from milora_vl.train.command import main
-from milora_vl.train.counts import (
-    A100_MEMORY,
-    Batching,
-    Counts,
-    _Ledger,
-    distinct_inputs,
-    memory,
-    num_parameters,
-    workload_of,
-)
+from milora_vl.train.__main__ import main
+from milora_vl.train.counts import A100_MEMORY, Batching, Counts, distinct_inputs, num_parameters, workload_of
 from milora_vl.train.launch import read_launch
 from milora_vl.train.run import require_one_device
 from support.adapter_cases import one_rule

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from milora_vl.train.command import main
+from milora_vl.train.__main__ import main
 from support.simulated_device import NAME, counted_waits, simulated_device
 from support.train_runs import METHODS, lengthen_data, losses, read_json, training
 from support.vlm_runs import write_model, write_pictures, write_records

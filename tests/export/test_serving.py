@@ -15,7 +15,7 @@ from milora_vl import load_model
 from milora_vl.chat.__main__ import main as chat
 from milora_vl.export import export
 from milora_vl.models.tiny import tiny_llava
-from milora_vl.train.command import main as train
+from milora_vl.train.__main__ import main as train
 from support import official_data
 from support.drawn import write_tiny_data
 from support.eval_questions import write_questions

@@ -19,7 +19,7 @@ from milora_vl.chat.__main__ import main as chat
 from milora_vl.export import export
 from milora_vl.export.base_model import save_model
 from milora_vl.models.tiny import tiny_llama, tiny_llava
-from milora_vl.train.command import main as train
+from milora_vl.train.__main__ import main as train
 from milora_vl.train.run import set_chat_template
 from support.served import ask, serving
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from milora_vl.train.command import main
+from milora_vl.train.__main__ import main
 
 
 def trained(data: Path, run: Path, *more: str) -> list[dict[str, Any]]:

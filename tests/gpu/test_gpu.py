@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.plan import RUNS, measure
 from milora_vl import apply_milora, decompose, load_model
-from milora_vl.train.command import main
+from milora_vl.train.__main__ import main
 from support.adapter_cases import LLAVA_POLICY, llava_batch, train_steps
 from support.drawn import write_tiny_data
 from support.train_runs import losses, training

@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from milora_vl import train
 from milora_vl.chat import __main__ as chat
 from milora_vl.compose import __main__ as compose
 from milora_vl.models.parts import tower_config
 from milora_vl.models.tiny import tiny_tokenizer
+from milora_vl.train import __main__ as train
 from support.problems import raises_code, raises_problem
 
 WIDTHS: dict[str, int] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}

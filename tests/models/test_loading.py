@@ -23,7 +23,7 @@ from milora_vl.models.loading import config_of
 from milora_vl.models.projector import load_projector, projector_of, read_projector, save_projector
 from milora_vl.models.smol_llava import folder_of
 from milora_vl.models.timm_tower import TimmTower, TimmTowerConfig
-from milora_vl.train.command import parse
+from milora_vl.train.__main__ import parse
 from milora_vl.train.plan import make_run, with_dtype
 from support.fake_hub import FakeHub, running
 from support.machine import fastest

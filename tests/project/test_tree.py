@@ -49,7 +49,7 @@ INNER_IMPORTS = {
     "milora_vl/interop/replace.py": QUICK_HELP,
     "milora_vl/core/policy/policy.py": "reading rules needs no PEFT",
     "milora_vl/sweep/__main__.py": QUICK_HELP,
-    "milora_vl/train/command.py": QUICK_HELP,
+    "milora_vl/train/__main__.py": QUICK_HELP,
 }
 
 

@@ -16,7 +16,7 @@ from milora_eval.answers import served
 from milora_eval.answers.served import ChatServer
 from milora_vl.common.errors import DataError, UserError, with_context
 from milora_vl.common.secrets import HIDDEN, without_secrets
-from milora_vl.train.command import main
+from milora_vl.train.__main__ import main
 from support.train_runs import training
 
 NAMES = ("HF_TOKEN", "OPENAI_API_KEY", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "MY_PASSWORD",

@@ -28,7 +28,7 @@ import json, os, sys
 from pathlib import Path
 import torch.distributed as dist
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-from milora_vl.train import main
+from milora_vl.train.__main__ import main
 from milora_vl.models import losses
 from milora_vl.train import run
 

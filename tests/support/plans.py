@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from milora_vl.core.policy import Target
 from milora_vl.models.base import Base
-from milora_vl.train.command import parse
+from milora_vl.train.__main__ import parse
 from milora_vl.train.launch import read_launch
 from milora_vl.train.plan import Derived, Run, derived_arguments, fit, make_run
 from milora_vl.train.recipe import Recipe

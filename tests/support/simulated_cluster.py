@@ -271,7 +271,8 @@ def _main() -> None:
     with cluster(seen):
         from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-        from milora_vl.train import main, run
+        from milora_vl.train import run
+        from milora_vl.train.__main__ import main
 
         run.close_processes = lambda: None  # the next line trains in the same processes
         for line in json.loads(Path(sys.argv[1]).read_text()):

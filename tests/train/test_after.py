@@ -19,7 +19,7 @@ from milora_vl.core.adapter.sidecar import read_sidecar
 from milora_vl.models.tiny import tiny_llava
 from milora_vl.report.read_run import read_run
 from milora_vl.report.tables import tasks_table
-from milora_vl.train.command import main
+from milora_vl.train.__main__ import main
 from support.adapter_cases import llava_batch
 from support.drawn import write_tiny_data
 from support.launched import KINDS, needs_deepspeed, train_in_two

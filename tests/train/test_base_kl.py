@@ -16,8 +16,8 @@ from transformers import LlavaForConditionalGeneration
 from milora_vl import apply_milora
 from milora_vl.core.adapter.lora import base_model_of
 from milora_vl.models.tiny import tiny_llava
+from milora_vl.train.__main__ import main
 from milora_vl.train.base_kl import BaseKL, add_base_kl, with_positions
-from milora_vl.train.command import main
 from support.calibrated import llava_batches
 from support.launched import KINDS, needs_deepspeed, train_in_two
 from support.problems import raises_code

@@ -18,7 +18,7 @@ from milora_vl.export.__main__ import main as export
 from milora_vl.forgetting.__main__ import main as forgetting
 from milora_vl.models import loading
 from milora_vl.train import data as run_data
-from milora_vl.train.command import main
+from milora_vl.train.__main__ import main
 from support.chat_models import TINY, record, write_text_model
 from support.plans import fitted
 from support.problems import raises_code

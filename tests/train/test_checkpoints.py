@@ -14,7 +14,7 @@ from milora_vl.core.adapter.checkpoints import (
     why_incomplete,
     zero_stage,
 )
-from milora_vl.train.plan import resume_warnings
+from milora_vl.train.resume import resume_warnings
 from support.checkpoint_files import write_checkpoint
 from support.problems import raises_code
 

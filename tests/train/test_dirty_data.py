@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from milora_data.check import scan
-from milora_vl.train.command import main
+from milora_vl.train.__main__ import main
 from support import dirty_data
 from support.train_runs import training
 

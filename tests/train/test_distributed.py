@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from milora_vl.models.tiny import tiny_llava
-from milora_vl.train.command import main
+from milora_vl.train.__main__ import main
 from support.launched import ENVIRONMENT, KINDS, needs_deepspeed, train_in_two
 from support.train_runs import METHODS, WEIGHTS, lengthen_data, losses, training
 

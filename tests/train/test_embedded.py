@@ -12,7 +12,7 @@ from milora_data.__main__ import main
 from milora_data.pictures.load import load_image
 from milora_data.stream import load_records
 from milora_vl.common.errors import UserError
-from milora_vl.train.command import main as train
+from milora_vl.train.__main__ import main as train
 from support.drawn import dump, dump_lines, encoded
 from support.train_runs import losses, training
 

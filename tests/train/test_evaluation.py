@@ -11,7 +11,7 @@ import torch
 
 from milora_eval.run_suite import TrainingSuites
 from milora_vl import load_model
-from milora_vl.train.command import main
+from milora_vl.train.__main__ import main
 from milora_vl.train.output import evaluation_commands
 from milora_vl.train.plan import require_evaluation
 from milora_vl.train.recipe import Recipe

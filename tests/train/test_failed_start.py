@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from milora_vl.common.errors import UserError
-from milora_vl.train.command import main
+from milora_vl.train.__main__ import main
 from support.launched import results_of_two
 from support.train_runs import file_contents, training
 
@@ -58,7 +58,8 @@ from contextlib import nullcontext
 from unittest.mock import patch
 import torch.distributed as dist
 from milora_vl.common.errors import UserError
-from milora_vl.train import main, start
+from milora_vl.train import start
+from milora_vl.train.__main__ import main
 
 def fails(*_, **__):
     raise RuntimeError("no memory left")

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from milora_vl.models.tiny import tiny_llava, tiny_tokenizer
 from milora_vl.train import launch
-from milora_vl.train.command import main
+from milora_vl.train.__main__ import main
 from milora_vl.train.launch import gathered_optimizer
 from support.launched import FSDP, needs_bf16_shards, train_in_two
 from support.problems import raises_code

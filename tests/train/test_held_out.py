@@ -21,7 +21,7 @@ from milora_eval.__main__ import main as milora_eval
 from milora_vl import collator_for, load_adapter, load_model
 from milora_vl.common.atomic_write import json_lines
 from milora_vl.models.losses import summed_loss
-from milora_vl.train.command import main
+from milora_vl.train.__main__ import main
 from support.launched import KINDS, needs_deepspeed, train_in_two
 from support.problems import raises_code
 from support.train_runs import losses, read_json, training

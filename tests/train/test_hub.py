@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub import constants
 
 from milora_vl.common.errors import UserError
-from milora_vl.train.command import main
+from milora_vl.train.__main__ import main
 from support.fake_hub import FakeHub, running
 from support.programs import run as run_program
 from support.train_runs import read_json, training

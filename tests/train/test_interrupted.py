@@ -19,7 +19,7 @@ from transformers import TrainingArguments
 from milora_vl.core.adapter import checkpoints
 from milora_vl.core.adapter.checkpoints import why_incomplete
 from milora_vl.train import data, trainer
-from milora_vl.train.command import main
+from milora_vl.train.__main__ import main
 from support.problems import raises_code
 from support.programs import Program
 from support.train_runs import METHODS, WEIGHTS, lengthen_data, losses, training

@@ -26,10 +26,10 @@ from milora_vl.models.tiny import tiny_llava
 from milora_vl.report.read_run import read_run
 from milora_vl.report.tables import protection_table
 from milora_vl.train import start
-from milora_vl.train.command import main
+from milora_vl.train.__main__ import main
 from milora_vl.train.counts import distinct_inputs
-from milora_vl.train.plan import TEXTS
 from milora_vl.train.recipe import Recipe
+from milora_vl.train.resume import TEXTS
 from milora_vl.train.start import QUESTION, make_texts, shares_probe_text
 from support.calibrated import directions, leaks
 from support.launched import KINDS, needs_deepspeed, train_in_two

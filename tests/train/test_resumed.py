@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file
 
 from milora_vl.common.errors import UserError
-from milora_vl.train.command import main
+from milora_vl.train.__main__ import main
 from support.drawn import write_tiny_data
 from support.problems import raises_code
 from support.train_runs import file_contents, losses, read_json, training

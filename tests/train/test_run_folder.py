@@ -23,9 +23,9 @@ from milora_vl.forgetting import job
 from milora_vl.forgetting.__main__ import main as forget
 from milora_vl.models.projector import projector_file, save_projector
 from milora_vl.train import output
-from milora_vl.train.command import main
-from milora_vl.train.plan import choose_folder, default_folder
+from milora_vl.train.__main__ import main
 from milora_vl.train.recipe import Recipe
+from milora_vl.train.resume import choose_folder, default_folder
 from support.adapter_cases import move
 from support.checkpoint_files import write_checkpoint
 from support.problems import raises_code

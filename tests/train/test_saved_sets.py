@@ -11,7 +11,7 @@ import pytest
 from milora_data.__main__ import main as data_main
 from milora_data.stream import load_records
 from milora_vl.common.errors import DataError
-from milora_vl.train.command import main
+from milora_vl.train.__main__ import main
 from support.drawn import encoded
 from support.problems import raises_code
 from support.train_runs import training

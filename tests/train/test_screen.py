@@ -14,8 +14,8 @@ from milora_vl.common.cli.screen import Screen
 from milora_vl.core.adapter.apply import apply_milora
 from milora_vl.core.policy import Policy
 from milora_vl.core.policy.rules import METHODS
+from milora_vl.train.__main__ import main
 from milora_vl.train.callbacks import log_line
-from milora_vl.train.command import main
 from milora_vl.train.counts import trained_sizes
 from milora_vl.train.plan import policy_rows, show_policy, trainable_line, with_rates
 from support.problems import raises_code

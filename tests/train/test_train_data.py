@@ -14,7 +14,7 @@ from milora_data.batches.image_text_collator import ImageTextCollator
 from milora_data.check import MissingImages
 from milora_data.records.record import Record
 from milora_vl.common.errors import UserError
-from milora_vl.train.command import main
+from milora_vl.train.__main__ import main
 from support.problems import raises_code
 from support.train_runs import lengthen_data, losses, training
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from milora_vl.common.errors import DataError, UserError
-from milora_vl.train.command import main
+from milora_vl.train.__main__ import main
 from support import dirty_data
 from support.launched import launched
 from support.problems import raises_code

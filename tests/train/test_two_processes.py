@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from milora_vl.train.command import main
+from milora_vl.train.__main__ import main
 from support.launched import KINDS, needs_bf16_shards, needs_deepspeed, train_in_two
 from support.train_runs import losses, training
 

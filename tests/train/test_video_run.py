@@ -18,7 +18,7 @@ from milora_vl.chat.__main__ import main as chat
 from milora_vl.interop.load_model import load_model
 from milora_vl.models.generate import Prompt, generate
 from milora_vl.models.prompts import prompts_of
-from milora_vl.train.command import main
+from milora_vl.train.__main__ import main
 from support.launched import KINDS, needs_deepspeed, train_in_two
 from support.problems import raises_code
 from support.train_runs import losses

@@ -15,7 +15,7 @@ import pytest
 from milora_eval.__main__ import main as evaluate
 from milora_vl.chat.__main__ import main as chat
 from milora_vl.common.errors import UserError
-from milora_vl.train.command import main as train
+from milora_vl.train.__main__ import main as train
 from support.problems import raises_code
 from support.versions import needs_places
 from support.vlm_families import model_of, processor_of

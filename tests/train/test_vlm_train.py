@@ -21,7 +21,7 @@ from milora_vl.export.__main__ import main as export
 from milora_vl.forgetting.__main__ import main as forgetting
 from milora_vl.interop.load_model import load_model
 from milora_vl.train import trainer
-from milora_vl.train.command import main
+from milora_vl.train.__main__ import main
 from support import official_data
 from support.launched import KINDS, needs_deepspeed, train_in_two
 from support.train_runs import losses

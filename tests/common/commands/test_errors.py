@@ -22,7 +22,7 @@ from milora_vl.common.errors import DataError, Problem, UserError, render, with_
 from milora_vl.compose.__main__ import main as compose
 from milora_vl.forgetting.__main__ import main as forgetting
 from milora_vl.report.__main__ import main as report
-from milora_vl.train import main as train
+from milora_vl.train.__main__ import main as train
 from support.problems import raises_code
 
 RULES = "[{modules: langauge, method: milora, protect: 0, rank: 4}, {modules: projector, method: full, rank: 3}]"

@@ -11,7 +11,7 @@ from torch import nn
 
 from milora_vl import apply_milora, calibration_texts, load_adapter, load_model, save_adapter
 from milora_vl.models.base import find_base
-from milora_vl.train.command import main
+from milora_vl.train.__main__ import main
 from milora_vl.train.launch import load_base_model
 from milora_vl.train.recipe import Recipe
 from support.adapter_cases import LLAVA_POLICY, llava_batch, train_steps

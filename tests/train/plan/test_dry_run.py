@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from milora_vl.common.errors import UserError
-from milora_vl.train.command import main
+from milora_vl.train.__main__ import main
 from support.problems import raises_code
 
 

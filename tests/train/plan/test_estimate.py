@@ -11,13 +11,11 @@ from milora_vl.core.policy import Policy
 from milora_vl.models.base import Base
 from milora_vl.models.devices import bytes_per_number
 from milora_vl.models.loading import meta_model
-from milora_vl.models.tiny import tiny_llama
-from milora_vl.train.counts import (
+from milora_vl.models.memory import (
     GIB,
     OVERHEAD,
     Workload,
     activations,
-    duration_text,
     flops_per_step,
     host_memory,
     memory,
@@ -26,6 +24,8 @@ from milora_vl.train.counts import (
     simulate,
     verdict,
 )
+from milora_vl.models.tiny import tiny_llama
+from milora_vl.train.counts import duration_text
 
 PLAN = Workload(
     total=7_063_427_072, adapters=319_815_680, anchors=319_815_680, full=20_979_712, stage=0, devices=8,

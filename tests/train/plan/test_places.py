@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from milora_vl.train import data, main
+from milora_vl.train import data
+from milora_vl.train.__main__ import main
 from support.problems import raises_code
 
 WORDS = ["--model", "tiny", "--rank", "4", "--device", "cpu"]

@@ -11,7 +11,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from milora_vl.core.policy import Target
-from milora_vl.train.command import main
+from milora_vl.train.__main__ import main
 from milora_vl.train.counts import Batching
 from milora_vl.train.plan import with_rates
 from support.plans import fitted, plan

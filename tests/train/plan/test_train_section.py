@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from milora_vl.train.command import main
+from milora_vl.train.__main__ import main
 from support.problems import raises_code
 
 

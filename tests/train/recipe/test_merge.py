@@ -8,7 +8,7 @@ import pytest
 
 from milora_vl.common.errors import UserError
 from milora_vl.core.policy.rules import DEFAULT_RULES
-from milora_vl.train.command import main as train
+from milora_vl.train.__main__ import main as train
 from support.plans import fitted, section, settings
 from support.problems import raises_code
 

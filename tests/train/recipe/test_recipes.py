@@ -12,8 +12,8 @@ import pytest
 import llava_recipes
 from milora_vl.common.errors import UserError
 from milora_vl.models import loading, names
-from milora_vl.train.command import main as train
-from milora_vl.train.command import parse
+from milora_vl.train.__main__ import main as train
+from milora_vl.train.__main__ import parse
 from milora_vl.train.counts import adapter_size, num_parameters
 from milora_vl.train.recipe import Recipe
 from support.plans import fitted, settings

@@ -16,7 +16,7 @@ import llava_recipes
 from milora_vl.common.cli.parser import Command, parser, positive, shared
 from milora_vl.common.errors import UserError
 from milora_vl.common.yaml_text import read_mapping
-from milora_vl.train.command import main, parse
+from milora_vl.train.__main__ import main, parse
 from milora_vl.train.launch import _keywords
 from milora_vl.train.recipe import RENAMED, Recipe, coerced, known_arguments
 from support.plans import settings
@@ -122,7 +122,7 @@ def test_hugging_faces_arguments_are_those_of_its_class() -> None:
 
 
 def test_a_misspelt_flag_is_refused_before_torch_is_imported() -> None:
-    code = "import sys; from milora_vl.train.command import parse; parse(['--modell', 'x', '--resume'])"
+    code = "import sys; from milora_vl.train.__main__ import parse; parse(['--modell', 'x', '--resume'])"
     done = subprocess.run([sys.executable, "-X", "importtime", "-c", code], capture_output=True, text=True)
     assert "--modell: unknown argument" in done.stderr
     assert not re.search(r"\| +(torch|transformers)$", done.stderr, re.MULTILINE)

@@ -13,11 +13,11 @@ from milora_data import load_records
 from milora_data.__main__ import main as data
 from milora_data.pictures.load import ImageError, load_image
 from milora_eval.__main__ import main as evaluate
-from milora_vl import train
 from milora_vl.chat import __main__ as chat
 from milora_vl.common.cli.web import url_problem
 from milora_vl.export import __main__ as export
 from milora_vl.forgetting.__main__ import main as forget
+from milora_vl.train import __main__ as train
 from support.problems import raises_code
 
 PICTURE, DATA, FOLDER = (f"https://example.org/a/{name}" for name in ("cat.png", "data.json", "pictures"))
