@@ -18,12 +18,10 @@ import signal
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from importlib.util import find_spec
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -35,18 +33,16 @@ from transformers.trainer_utils import RemoveColumnsCollator
 from milora_data.batches.lengths import lengths_of
 from milora_data.batches.pack import PackedRecords, fill, pack
 from milora_data.batches.record_collator import RecordCollator
-from milora_data.check import KINDS, Finding, Report, TrainingCheck, errors_of, readable
 from milora_data.encode.labels import NoSupervisedTokens
 from milora_data.encode.templates import OWN, TEMPLATES
 from milora_data.encode.tokens import own_template
-from milora_data.keys import FileKeys, digest, record_key
+from milora_data.keys import FileKeys, record_key
 from milora_data.pictures.load import ImagePolicy
-from milora_data.records.record import IMAGE, CompactRecords, Record
-from milora_data.stream import Source, load_records, mixed_records
+from milora_data.records.record import IMAGE, Record
 from milora_data.stream.dataset import RecordStream, record_stream
-from milora_vl.common.cli.console import amount, command_line
+from milora_data.training_records import RunData, read_training_records, source_text, sources_of
 from milora_vl.common.cli.screen import Screen
-from milora_vl.common.errors import DataError, Key, Problem, UserError, no_records, with_context, with_problems
+from milora_vl.common.errors import DataError, Key, UserError, with_context, with_problems
 from milora_vl.core.adapter.checkpoints import read_environment
 from milora_vl.core.adapter.fixed_a import Protection
 from milora_vl.core.calibration.texts import SEED
@@ -59,7 +55,6 @@ from milora_vl.models.losses import supervised_positions
 from milora_vl.train.counts import protected_directions
 from milora_vl.train.recipe import DataConfig, Recipe, value_of
 
-INSPECTED = 100  # records of a stream that are checked before training
 FIRST = 100  # records that are rendered before the model loads
 TIMEOUT = 1800.0
 """Seconds after which loader processes without a batch count as hung. A slow file system needs seconds, not this."""
@@ -72,172 +67,22 @@ WHAT_HAPPENED = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class RunData:
-    train: Sequence[Record]
-    evaluation: Sequence[Record] | None
-    skipped: int = 0  # an image is missing, with --bad_images skip
-    unlearnable: int = 0  # they have no answers
-    broken: tuple[Finding, ...] = ()  # invalid records, if --bad_images is not raise
-    streamed: bool = False  # `train` holds the first records of a stream
-    keys: bytes = b""  # of each record of `train`: of its texts and its stored pictures (`TrainingCheck.keys`)
-    picture_keys: bytes = b""  # of each picture file of `train` (`TrainingCheck.picture_keys`)
-    held_out_keys: bytes = b""  # of each record of `evaluation`, then of each of its picture files
-    with_images: bytes = b""  # 1 for each record of `train` with an image, 0 for each other
-    num_with_videos: int = 0  # of `train`
-    unread: Mapping[str, int] = field(default_factory=dict)  # keys of turns that are not read
-
-    @property
-    def fingerprint(self) -> str:
-        """Return the key of the records in their order."""
-        return digest(self.keys.hex())
-
-    @property
-    def pictures(self) -> str:
-        """Return the key of the picture files in their order, "" without any."""
-        return digest(self.picture_keys.hex()) if self.picture_keys else ""
-
-    def describe(self) -> str:
-        if self.streamed:
-            return f"a stream; the first {len(self.train):,} records were checked"
-        kinds = (("images", sum(self.with_images)), ("videos", self.num_with_videos))
-        shown = ", ".join(f"{number:,} with {what}" for what, number in kinds if number)
-        return f"{amount(len(self.train), 'record')}, {shown or 'text only'}"
-
-    def warnings(self) -> list[str]:
-        messages = []
-        if self.skipped:
-            messages.append(f"{amount(self.skipped, 'record')} skipped: images missing or empty (--bad_images skip)")
-        messages += [f"{finding.where}: {finding.sentence}" for finding in self.broken[:5]]
-        if self.broken:
-            messages.append(f"{amount(len(self.broken), 'broken record')} skipped (python -m milora_data check)")
-        if self.unlearnable:
-            messages.append(f"{amount(self.unlearnable, 'record')} without an answer skipped")
-        messages += [f'"{key}" of {amount(count, "turn")} is not read' for key, count in self.unread.items()]
-        return messages
-
-    def counts(self) -> dict[str, int]:
-        """Return the counts for environment.json; the length of a stream is unknown."""
-        known = {} if self.streamed else {"train": len(self.train)}
-        skipped = self.skipped + self.unlearnable + len(self.broken)
-        return {**known, "eval": len(self.evaluation or ()), "skipped": skipped}
-
-
 def read_records(config: DataConfig) -> RunData:
     require_named(config)
     assert config.path is not None
-    held_out = None if config.eval_path is None else _load_checked(config.eval_path, config)  # it is small: first
-    train = _inspect_stream(config, config.path) if config.streaming else _load_checked(config.path, config)
-    if held_out is None:
-        return train
-    return replace(
-        train,
-        evaluation=held_out.train,
-        held_out_keys=held_out.keys + held_out.picture_keys,
-        skipped=train.skipped + held_out.skipped,
-        unlearnable=train.unlearnable + held_out.unlearnable,
-        broken=train.broken + held_out.broken,
+    return read_training_records(
+        config.path,
+        eval_path=config.eval_path,
+        image_folder=config.image_folder,
+        bad_images=config.bad_images,
+        limit=config.limit,
+        streaming=config.streaming,
     )
 
 
 def require_named(config: DataConfig) -> None:
     if config.path is None:
         raise UserError("no training data", code="data-no-path", hint="set --data_path, or data.path in the recipe")
-
-
-def source_text(config: DataConfig) -> str:
-    if not isinstance(config.path, list):
-        return str(config.path)
-    return ", ".join(f"{source.weight:g} x {source.path}" for source in config.path)
-
-
-def _inspect_stream(config: DataConfig, path: str | list[Source]) -> RunData:
-    """Return the first records of a stream, checked: systematic errors appear before the model loads."""
-    if find_spec("torchdata") is None:
-        hint, where = "pip install -e '.[data]'", Key.of("data.streaming")
-        raise UserError("the package torchdata is not installed", code="package-missing", where=where, hint=hint)
-    items = list(islice(record_stream(_sources_of(path), shuffle_buffer=0), INSPECTED))
-    errors = [item for item in items if isinstance(item, DataError)]
-    if errors and config.bad_images == "raise":
-        raise errors[0]
-    # A stream of few records repeats them.
-    records = list({record.source: record for record in items if isinstance(record, Record)}.values())
-    report = Report(source_text(config), str(config.image_folder))
-    if config.bad_images != "raise":
-        records = list(_usable(records, report))
-    if not records:
-        raise errors[0] if errors else UserError(problems=[_none_left(source_text(config), report)])
-    check = TrainingCheck()
-    kept = CompactRecords(check.passing(records))
-    check.finish(config.image_folder, config.bad_images)
-    found = RunData(kept, None, broken=tuple(report.findings), streamed=True)
-    return _described(found, check, config)
-
-
-def _sources_of(path: str | list[Source]) -> list[Source]:
-    return [Source(path=path)] if isinstance(path, str) else path
-
-
-def _load_checked(path: str | list[Source], config: DataConfig) -> RunData:
-    report = Report(str(path), str(config.image_folder))
-    reader = load_records if config.bad_images == "raise" else partial(readable, report=report)
-    name, stream = path if isinstance(path, str) else source_text(config), mixed_records(_sources_of(path), reader)
-    if config.bad_images != "raise":
-        stream = _usable(stream, report)
-    check = TrainingCheck()
-    try:
-        records = CompactRecords(check.passing(islice(stream, config.limit)))
-    except DataError as error:
-        if error.first.hint or not Path(name).is_file():
-            raise
-        hint = f"see: python -m milora_data check {name}; --fix OUT writes a file without such records"
-        raise with_context(error, hint=hint) from None
-    if not records:
-        raise UserError(problems=[_none_left(name, report)])
-    missing = check.finish(config.image_folder, config.bad_images)
-    missing = missing if config.bad_images == "skip" else set()
-    kept, skipped = records, 0
-    if missing or check.unlearnable:
-        complete = [place for place, record in enumerate(records) if missing.isdisjoint(record.files)]
-        skipped = len(records) - len(complete)
-        unlearnable = set(check.unlearnable)
-        kept = records.only(place for place in complete if place not in unlearnable)
-        check = check.without(kept)
-    if not kept:
-        raise UserError(problems=[_none_left(name, report, missing_picture=skipped, no_answer=len(records) - skipped)])
-    found = RunData(kept, None, skipped, len(records) - skipped - len(kept), tuple(report.findings))
-    return _described(found, check, config)
-
-
-def _described(data: RunData, check: TrainingCheck, config: DataConfig) -> RunData:
-    return replace(
-        data,
-        keys=bytes(check.keys),
-        picture_keys=check.picture_keys(config.image_folder),
-        with_images=bytes(check.with_images),
-        num_with_videos=check.num_with_videos,
-        unread=check.unread,
-    )
-
-
-def _none_left(path: str, report: Report, **others: int) -> Problem:
-    """Return the problem of data without usable records; `others` counts those that the report does not have."""
-    reasons = Counter(finding.kind for finding in report.findings) + Counter(others)
-    if not reasons:
-        return no_records(path)
-    counts = "; ".join(f"{amount(number, 'record')}: {KINDS[kind].title}" for kind, number in reasons.items())
-    hint = f"see: {command_line('milora_data', 'check', path)}"
-    return Problem(f"every record is left out: {counts}", "data-all-records-left-out", path, hint)
-
-
-def _usable(records: Iterable[Record], report: Report) -> Iterator[Record]:
-    """Yield the records that can be encoded; add the problem of every other record to `report`."""
-    for record in records:
-        errors = errors_of(record)
-        if all(finding.kind == "no_answer" for finding in errors):
-            yield record
-        else:
-            report.findings.append(errors[0])
 
 
 def collator(
@@ -442,7 +287,7 @@ def _end_with_the_main_process() -> None:
 def stream_of(recipe: Recipe, args: TrainingArguments) -> RecordStream:
     assert recipe.data.path is not None
     return record_stream(
-        _sources_of(recipe.data.path),
+        sources_of(recipe.data.path),
         seed=args.seed if args.data_seed is None else args.data_seed,
         shuffle_buffer=recipe.data.shuffle_buffer,
         rank=args.process_index,
@@ -517,7 +362,7 @@ def _records_of(task: Task, recipe: Recipe, screen: Screen) -> tuple[DataConfig,
     data = DataConfig.model_validate({**task["data"], "eval_path": None})
     if recipe.data.bad_images != "raise":
         data = data.model_copy(update={"bad_images": recipe.data.bad_images})
-    name = source_text(data)
+    name = source_text(data.path)
     try:
         with screen.step(f"reading the records of {task['run']} in {name}"):
             read = read_records(data)

@@ -18,7 +18,7 @@ import accelerate
 import torch
 import torch.distributed as dist
 from accelerate.utils import get_mixed_precision_context_manager
-from torch import Tensor, nn
+from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments, get_scheduler
 from transformers.training_args import trainer_log_levels
 from transformers.utils import is_accelerate_available
@@ -347,67 +347,3 @@ def prepare_fsdp(accelerator: Accelerator, model: nn.Module) -> None:
     if accelerator.native_amp:  # accelerate adds autocast to the forward of other wrappers, and not of this one
         autocast = get_mixed_precision_context_manager(accelerator.native_amp, accelerator.autocast_handler)
         model.forward = autocast(model.forward)  # type: ignore[method-assign]
-
-
-def gathered_state(model: nn.Module, *, only_trained: bool, keep: bool) -> dict[str, Tensor]:
-    """Return the complete tensors of a sharded model on the CPU: its trained parameters, or its whole state dict.
-
-    All processes must call it. The result is empty on processes that do not `keep` it.
-    """
-    reshard(model)
-    named = model.named_parameters() if only_trained else model.state_dict(keep_vars=True).items()
-    state = {}
-    for name, tensor in named:
-        if tensor.requires_grad or not only_trained:
-            whole = _whole(tensor.detach())
-            if keep:
-                state[name] = whole.cpu()
-    return state
-
-
-def gathered_optimizer(optimizer: torch.optim.Optimizer, *, keep: bool) -> dict[str, Any]:
-    """Return the state dict of an optimizer with complete tensors on the CPU.
-
-    All processes must call it. The result has no state on processes that do not `keep` it.
-    """
-    content: dict[str, Any] = optimizer.state_dict()
-    states: dict[Any, dict[str, Any]] = {}
-    for number, state in content["state"].items():
-        for key, value in state.items():
-            whole = _whole(value) if isinstance(value, Tensor) else value
-            if keep:
-                states.setdefault(number, {})[key] = whole.cpu() if isinstance(whole, Tensor) else whole
-    return {**content, "state": states}
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, content: Mapping[str, Any]) -> None:
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-    def shard(number: int, value: Any) -> Any:
-        parameter = parameters[number]
-        if not (isinstance(parameter, DTensor) and isinstance(value, Tensor) and value.shape == parameter.shape):
-            return value  # such as the number of steps
-        return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
-
-    states = {
-        number: {key: shard(int(number), value) for key, value in state.items()}
-        for number, state in content["state"].items()
-    }
-    optimizer.load_state_dict({**content, "state": states})
-
-
-def reshard(model: nn.Module) -> None:
-    """Free the gathered weights that a forward without backward leaves, so that all parameters are shards again."""
-    from torch.distributed.fsdp import FSDPModule
-
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    from torch.distributed.tensor import DTensor
-
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

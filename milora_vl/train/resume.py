@@ -18,12 +18,12 @@ from typing import Any
 
 from milora_data.check import KEY_BYTES, files_of
 from milora_data.records.record import Record
+from milora_data.training_records import RunData
 from milora_vl.common import atomic_write
 from milora_vl.common.cli.console import amount, command_line, require_folder
 from milora_vl.common.errors import UserError
 from milora_vl.core.adapter import checkpoints
 from milora_vl.core.adapter.checkpoints import HELD_OUT, is_sharded, num_processes, step_of, zero_stage
-from milora_vl.train.data import RunData
 from milora_vl.train.recipe import Changes, Recipe, differences, load_recipe, value_of
 
 ENVIRONMENT, CARD = "environment.json", "README.md"  # shared with others, so secrets in them are hidden

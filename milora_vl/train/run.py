@@ -23,6 +23,7 @@ from transformers.trainer_pt_utils import get_model_param_count
 
 from milora_data.encode.templates import OWN, render_chat_template
 from milora_data.encode.tokens import remember_legacy
+from milora_data.training_records import RunData, source_text
 from milora_vl.common.cli.console import versions
 from milora_vl.common.cli.screen import Screen
 from milora_vl.common.errors import UserError
@@ -37,7 +38,7 @@ from milora_vl.train import data
 from milora_vl.train.base_kl import BaseKL
 from milora_vl.train.callbacks import ForgettingCallback, Probe, SuiteCallback, calls_on_sigterm, training_questions
 from milora_vl.train.counts import Batching, num_parameters
-from milora_vl.train.data import EarlierRecords, RunData, has_other_records, read_earlier_records, task_entry
+from milora_vl.train.data import EarlierRecords, has_other_records, read_earlier_records, task_entry
 from milora_vl.train.launch import base_dtype, dtype_name, load_base_model, refused_arguments, stage_of, trained_dtype
 from milora_vl.train.output import (
     FirstFiles,
@@ -144,7 +145,7 @@ def show_notes(run: Run, screen: Screen) -> None:
 def read_records(run: Run, screen: Screen) -> RunData:
     """Read and check the records. Raises UserError for others than another process or the resumed run has."""
     recipe, folder = run.recipe, run.folder
-    with screen.step(f"reading {data.source_text(recipe.data)}"):
+    with screen.step(f"reading {source_text(recipe.data.path)}"):
         records = data.read_records(recipe.data)
     checkpoint = None if folder.checkpoint is None else folder.checkpoint.name
     told = gather_objects((checkpoint, records.fingerprint, records.pictures))

@@ -32,6 +32,7 @@ from milora_vl.core.adapter.lora import base_model_of
 from milora_vl.core.adapter.sidecar import FILE_NAME
 from milora_vl.core.policy import Target
 from milora_vl.core.policy.towers import image_token_of
+from milora_vl.core.weights.distributed import gathered_optimizer, gathered_state, load_optimizer
 from milora_vl.interop.trainer import RatesOfRules
 from milora_vl.models.losses import add_chunked_loss, row_losses, summed_loss, supervised_positions
 from milora_vl.models.projector import save_projector
@@ -48,7 +49,7 @@ from milora_vl.train.callbacks import (
     StopOnSignal,
     SuiteCallback,
 )
-from milora_vl.train.launch import RequireShards, gathered_optimizer, gathered_state, load_optimizer, prepare_fsdp
+from milora_vl.train.launch import RequireShards, prepare_fsdp
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -11,10 +11,10 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from milora_vl.core.weights.distributed import gathered_optimizer
 from milora_vl.models.tiny import tiny_llava, tiny_tokenizer
 from milora_vl.train import launch
 from milora_vl.train.__main__ import main
-from milora_vl.train.launch import gathered_optimizer
 from support.launched import FSDP, needs_bf16_shards, train_in_two
 from support.problems import raises_code
 from support.train_runs import losses, training
