@@ -98,17 +98,6 @@ def test_compare_shows_both_answers(adapter: Path, picture: Path, capsys: Captur
     assert capsys.readouterr().out == f"base   {base}\ntuned  {tuned}\n"
 
 
-def test_a_scaled_update_answers_like_the_scaled_export(
-    adapter: Path, picture: Path, tmp_path: Path, capsys: Captured
-) -> None:
-    from milora_vl.export import Options, export
-
-    ask("--adapter", adapter, "--image", picture, "--scale", "0.1", "What is it?")
-    export(adapter, "adapter", tmp_path / "small", Options(scale=0.1))
-    small = answer("What is it?", picture, folder=tmp_path / "small")
-    assert capsys.readouterr().out == f"{small}\n"
-
-
 def test_a_conversation_remembers_until_it_is_reset(
     picture: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -201,23 +190,3 @@ def test_an_adapter_that_cannot_be_switched_off_is_not_compared(tmp_path: Path) 
     get_peft_model(load_model("tiny")[0], config).save_pretrained(str(tmp_path))
     with raises_code("", where="--compare", message="cannot be switched off"):
         ask("--adapter", tmp_path, "--compare", "What?")
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["--image", "{images}/00.png", "What?"], "0.png"),
-        (["--adapter", "{images}", "What?"], "no adapter in this folder"),
-        (["--adapter", "nowhere", "What?"], "no such adapter folder"),
-        (["--compare", "What?"], "needs an adapter"),
-        (["--template", "vicuna", "What?"], "vicuna_v1"),
-        (["--imgae", "x.png", "What?"], "--image"),
-        (["--model", "tinny", "What?"], "did you mean: tiny"),
-    ],
-)
-def test_mistakes_are_a_few_clear_lines(words: list[str], said: str, picture: Path, capsys: Captured) -> None:
-    with pytest.raises(UserError) as caught:
-        ask(*(word.format(images=picture.parent) for word in words))
-    assert said in str(caught.value)
-    assert len(str(caught.value).splitlines()) <= 5
-    assert capsys.readouterr().out == ""

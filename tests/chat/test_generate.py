@@ -14,7 +14,6 @@ from milora_data.encode.labels import encode_prompt
 from milora_data.records.record import Turn
 from milora_vl.models.generate import Prompt, Reply, generate
 from milora_vl.models.image_tokens import image_token_id, image_tokens
-from support.problems import raises_code
 
 Made = tuple[Any, Any]
 
@@ -85,28 +84,6 @@ def test_answers_equal_a_greedy_loop_without_cache(llava: Made, one_by_one: list
     assert one_by_one[0].text == processor.tokenizer.decode(answer, skip_special_tokens=True).strip()
 
 
-def test_pictures_go_to_their_own_questions(llava: Made) -> None:
-    model, processor = llava
-    turns = (Turn("user", "<image>\nWhat is it?"),)
-    pictures = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue", "white")]
-    prompts = [Prompt(turns, (pictures[i],)) for i in (0, 1, 2, 0, 1, 2)]
-    got = generate(model, processor, prompts, batch_size=6, max_new_tokens=12)
-    assert got[:3] == got[3:]
-    assert len(set(got)) == 3
-
-
-def test_each_batch_is_reported_with_the_places_of_its_prompts(llava: Made) -> None:
-    seen: dict[int, Reply] = {}
-    got = generate(
-        *llava,
-        questions(9, True),
-        batch_size=4,
-        max_new_tokens=3,
-        on_batch=lambda places, replies: seen.update(zip(places, replies, strict=True)),
-    )
-    assert [seen[i] for i in range(9)] == got
-
-
 def test_generation_stops_at_the_end_of_sequence(tiny_llava: Callable[..., Made], one_by_one: list[Reply]) -> None:
     model, processor = tiny_llava()
     lively(model)
@@ -144,25 +121,3 @@ def test_text_only_models(tiny_llama: Callable[..., Made], make: Callable[[], An
     alone = generate(model, tokenizer, prompts, batch_size=1, max_new_tokens=8)
     assert generate(model, tokenizer, prompts, batch_size=4, max_new_tokens=8) == alone
     assert len(set(alone)) > 5
-
-
-def test_through_an_adapter_and_around_it(tiny_llava: Callable[..., Made]) -> None:
-    from peft import LoraConfig, get_peft_model
-
-    model, processor = tiny_llava()
-    lively(model)
-    prompts = questions(9, True)
-    base = generate(model, processor, prompts, batch_size=4, max_new_tokens=8)
-    torch.manual_seed(0)
-    config = LoraConfig(r=4, target_modules=r".*language_model.*q_proj", init_lora_weights=False)
-    peft_model = get_peft_model(model, config)
-    tuned = generate(peft_model, processor, prompts, batch_size=4, max_new_tokens=8)
-    assert tuned == generate(peft_model, processor, prompts, batch_size=1, max_new_tokens=8)
-    assert tuned != base
-    with peft_model.disable_adapter():
-        assert generate(peft_model, processor, prompts, batch_size=4, max_new_tokens=8) == base
-
-
-def test_a_picture_for_a_text_model_is_refused(tiny_llama: Callable[..., Made]) -> None:
-    with raises_code("model-reads-only-text"):
-        generate(*tiny_llama(), questions(1, True))

@@ -97,11 +97,6 @@ def bad(tiny_data: Path) -> list[dict[str, Any]]:
     return [question("<image>\na", image="0.png"), question("<image>\nb", image="cut.png")]
 
 
-def test_a_bad_picture_stops_with_its_file_by_default(make: Callable[..., Any], bad: list[dict[str, Any]]) -> None:
-    with raises_code("image-unreadable", says=r"cut.png: cannot read(.|\n)*--bad_images skip", kind=ImageError):
-        make()(bad)
-
-
 def test_the_record_of_a_bad_picture_can_be_skipped(
     make: Callable[..., Any], bad: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -264,16 +264,6 @@ def test_parquet_is_read_with_its_pictures_and_can_be_written_out(parquet: Path,
     assert main(["check", str(tmp_path / "out" / "data.json")]) == 0
 
 
-@pytest.mark.parametrize("kind", ["table", "messages"])
-def test_parquet_is_read_as_a_table_or_as_messages_too(kind: str, parquet: Path, tmp_path: Path) -> None:
-    import datasets
-
-    if kind == "messages":
-        said = [{"role": "user", "content": "Colour?"}, {"role": "assistant", "content": "red"}]
-        datasets.Dataset.from_list([{"messages": said}]).to_parquet(parquet)
-    assert convert_file(parquet, tmp_path / "out")[0].turns[1].text == "red"
-
-
 def test_a_configuration_of_a_set_is_named_and_its_classes_have_names(tmp_path: Path) -> None:
     import datasets
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from importlib.util import find_spec
 from io import BytesIO
@@ -255,15 +254,6 @@ def test_max_length_cuts_no_picture_in_two(name: str, make: Any) -> None:
         model(**batch)  # raises unless there are as many pictures as the ids show
         lengths.append(len(kept))
     assert len(set(lengths)) > 4
-
-
-def test_a_record_without_answers_within_max_length_is_left_out(make: Any, caplog: pytest.LogCaptureFixture) -> None:
-    collator = make(max_length=70)
-    with caplog.at_level(logging.WARNING):
-        batch = collator([QUESTION, record([("human", "long " * 30), ("gpt", "never reached")], [])])
-    assert len(batch["input_ids"]) == 1
-    assert collator.counts()["unlearnable"] == 1
-    assert "max_length 70 cuts off all of them" in caplog.text
 
 
 @pytest.fixture

@@ -81,15 +81,6 @@ def test_any_well_formed_conversation_equals_llavas_llama_2(kind: str, value: di
         assert labels == their_labels
 
 
-@functools.cache
-def marked_tokenizer(kind: str) -> Any:
-    tokenizer = copy.deepcopy(llama_tokenizer(kind))
-    tokenizer.add_tokens(
-        [AddedToken(mark, special=True, normalized=False) for mark in MARKS[1:-1]], special_tokens=True
-    )
-    return tokenizer
-
-
 def test_rendered_texts_of_the_formats() -> None:
     def text(template: str, *turns: str, system: str | None = None) -> str:
         value = record(*turns)["conversations"]
@@ -120,8 +111,9 @@ SAVED.remove(("llama_3", "byte BPE"))
 
 @functools.cache
 def tokenizer_with_picture(kind: str) -> Any:
-    tokenizer = copy.deepcopy(marked_tokenizer(kind))
-    tokenizer.add_tokens([AddedToken("<image>", special=True, normalized=False)], special_tokens=True)
+    tokenizer = copy.deepcopy(llama_tokenizer(kind))
+    tokens = [AddedToken(mark, special=True, normalized=False) for mark in MARKS[1:]]
+    tokenizer.add_tokens(tokens, special_tokens=True)
     return tokenizer
 
 

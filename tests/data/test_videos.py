@@ -192,14 +192,6 @@ def test_what_is_no_video_is_named(value: dict[str, Any], code: str, pictures: P
     assert "token=x" not in str(error.value)
 
 
-def test_the_record_of_a_missing_frame_is_skipped(pictures: Path) -> None:
-    value = asked({"type": "video", "video": ["f0.png", "none.png"]}, "What?")
-    with pytest.raises(ImageError):
-        collator("qwen2_5_vl", pictures)([value])
-    skipping = collator("qwen2_5_vl", pictures, bad_images="skip")
-    assert len(skipping([value, asked("Hi")])["input_ids"]) == 1
-
-
 SETTINGS = [{"fps": 2.0}, {"fps": 5.0}, {"num_frames": 5}]
 
 

@@ -70,7 +70,7 @@ def test_a_recipe_is_the_papers_table(name: str) -> None:
     devices, flags = next((devices, flags) for devices, flags in TRAININGS if value(flags, "--recipe", "") == name)
     train = recipe(flags).train
     language = language_targets(flags)
-    assert {(t.rank, t.alpha, t.dropout, t.part) for t in language} == {(rank, alpha, dropout, "minor")}
+    assert {(t.rank, t.alpha, t.dropout, t.part, t.protect) for t in language} == {(rank, alpha, dropout, "minor", 0)}
     assert len({target.path.split(".")[-1] for target in language}) == layers
     assert train["learning_rate"] == rate
     assert (train["lr_scheduler_type"], train["warmup_steps"], train["num_train_epochs"]) == (schedule, warmup, epochs)

@@ -110,18 +110,6 @@ def test_scoring_again_needs_no_model_and_repairs_the_numbers(both: tuple[Path, 
     assert results(tmp_path, "final") == before
 
 
-def test_two_evaluations_are_compared(both: tuple[Path, str, str], capsys: pytest.CaptureFixture[str]) -> None:
-    folder = both[0] / "eval" / "emoji"
-    assert main(["compare", str(folder / "base"), str(folder / "final"), "--format", "json"]) == 0
-    pairs = json.loads(capsys.readouterr().out)
-    assert pairs[0]["a"]["name"] == "mean over types"
-    assert {"value", "stderr", "low", "high", "only_a", "only_b", "p_value", "n", "p_bootstrap", "note"} == set(
-        pairs[0]["difference"]
-    )
-    assert main(["compare", str(both[0]), str(both[0]), "--format", "json"]) == 0  # of a run folder, base and final
-    assert json.loads(capsys.readouterr().out) == pairs
-
-
 def test_the_template_is_the_one_of_the_training(adapter: Path, data: Path, tmp_path: Path) -> None:
     (adapter / "recipe.yaml").write_text("template: nonesuch\n")
     try:
@@ -134,45 +122,6 @@ def test_the_template_is_the_one_of_the_training(adapter: Path, data: Path, tmp_
         assert error.value.problems[0].code == "yaml-syntax"
     finally:
         (adapter / "recipe.yaml").unlink()
-
-
-def test_a_fully_trained_model_is_compared_with_a_named_base(data: Path, tmp_path: Path) -> None:
-    from milora_vl.interop.load_model import load_model
-
-    model, processor = load_model("tiny")
-    with torch.no_grad():
-        model.model.language_model.layers[0].mlp.up_proj.weight.add_(0.1)
-    model.save_pretrained(tmp_path / "run")
-    processor.save_pretrained(tmp_path / "run")
-    flags = ["--model", str(tmp_path / "run"), "--base", "tiny", "--with_base", "--forgetting_tokens", "500"]
-    assert main(["run", *flags, "--suite", "emoji", "--data", str(data), "--output_dir", str(tmp_path)]) == 0
-    assert results(tmp_path, "final")["forgetting"]["kl"] > 0
-    assert results(tmp_path, "base")["model"] == "tiny"
-
-
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (["--suite", "emoij"], ['no suite or benchmark "emoij"', "emoji", "milora_eval ls"]),
-        (["--benchmarks", "emoji,emojy"], ['unknown benchmark "emojy"', "did you mean emoji"]),
-        (["--suite", "refcoco"], ["lmms-eval with --model milora"]),
-        (["--suite", "emoji", "--data", "nowhere"], ["nowhere", "python -m milora_data emoji --output_dir nowhere"]),
-        (["--suite", "emoji", "--adapter", "nowhere"], ["--adapter: no such adapter folder", "adapter_config"]),
-        (["--suite", "emoji", "--shard", "3/2"], ["--shard: ", "3/2", "1/4"]),
-        (["--benchmarks", "emoji,gqa"], ["benchmark gqa: no testdev_balanced"]),
-    ],
-)
-def test_a_mistake_is_a_few_lines_with_the_way_out(
-    flags: list[str], words: list[str], data: Path, tmp_path: Path
-) -> None:
-    command = ["run", "--model", "tiny", "--output_dir", str(tmp_path / "out"), "--data", str(data), *flags]
-    with pytest.raises(UserError) as caught:
-        main(command)
-    message = str(caught.value)
-    assert all(word in message for word in words), message
-    assert len(message.splitlines()) <= 7
-    assert caught.value.exit_code == 2
-    assert not (tmp_path / "out").exists()
 
 
 def test_files_of_a_common_name_are_not_taken_for_a_benchmarks(

@@ -72,25 +72,6 @@ def test_the_key_covers_prompt_picture_and_every_setting(tiny_llava: Callable[..
     assert len({key, *others}) == len(made) + 3
 
 
-def test_a_picture_is_known_by_its_content(tiny_llava: Callable[..., Made], tmp_path: Path) -> None:
-    """Two folders with pictures of equal names and sizes are asked separately, and a redrawn picture again."""
-    rows = [{"image": f"{case}/scan.bmp", "question": "Color?", "answer": "x"} for case in ("case1", "case2", "same")]
-    (tmp_path / "own.json").write_text(json.dumps(rows))
-    for case, color in (("case1", "red"), ("case2", "blue"), ("same", "red")):
-        draw(tmp_path / case / "scan.bmp", color)
-
-    def asked() -> int:
-        model = tiny_llava()
-        return int(run(*model, [str(tmp_path / "own.json")], data_dir=tmp_path, output_dir=tmp_path / "out")["asked"])
-
-    assert asked() == 2
-    assert asked() == 0
-    one, two = tmp_path / "case1" / "scan.bmp", tmp_path / "case2" / "scan.bmp"
-    assert one.stat().st_size == two.stat().st_size
-    draw(one, "green")
-    assert asked() == 1
-
-
 @pytest.mark.parametrize("change", ["template", "dtype", "aspect", "mean"])
 def test_settings_tell_apart_what_changes_answers(tiny_llava: Callable[..., Made], change: str) -> None:
     def made(change: str) -> dict[str, Any]:

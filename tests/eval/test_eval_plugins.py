@@ -276,13 +276,3 @@ def test_vlmevalkit_builds_a_registered_model_with_its_own_keyword(monkeypatch: 
     assert build() and build(use_vllm=False)  # noqa: PT018 - run.py calls it with or without the keyword, by the name
     with raises_code("flag-conflict", where="--use-vllm"):
         build(use_vllm=True)
-
-
-def test_vlmevalkits_model_answers_a_message(tmp_path: Path) -> None:
-    class BaseModel:
-        """A substitute for VLMEvalKit's class; our model adds its one method."""
-
-    (tmp_path / "a.png").write_bytes(encoded("red"))
-    model = milora_vlm(BaseModel, "tiny", None)
-    message = [{"type": "image", "value": str(tmp_path / "a.png")}, {"type": "text", "value": "What?"}]
-    assert isinstance(model.generate_inner(message), str)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import textwrap
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,6 @@ from milora_eval.answers.store import read_lines
 from milora_eval.benchmarks.emoji import Emoji
 from milora_eval.scores.results import read_results, write_results
 from support.eval_questions import write_questions
-from support.programs import Program
 
 Made = tuple[Any, Any]
 
@@ -70,16 +67,6 @@ def test_the_files_hold_every_answer_and_number(whole: Path, data: Path) -> None
     assert (results["suite"], results["which"], results["model"]) == ("emoji", "final", "tiny")
 
 
-def test_a_second_run_asks_nothing_and_says_so(
-    model: Made, data: Path, done: Path, whole: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    results = evaluate(model, data, done, batch_size=7)
-    assert results is not None
-    assert results["asked"] == 0
-    assert "nothing was asked: all 22 answers are stored already" in capsys.readouterr().err
-    assert answers(done) == answers(whole)
-
-
 def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(
     model: Made, data: Path, done: Path, whole: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -90,43 +77,6 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(
     assert results["asked"] == 22 - 9
     assert "9 of 22 answers are stored already" in capsys.readouterr().err
     assert answers(done) == answers(whole)
-
-
-def test_a_killed_process_loses_at_most_a_batch(model: Made, data: Path, whole: Path, tmp_path: Path) -> None:
-    script = tmp_path / "slow.py"
-    script.write_text(
-        textwrap.dedent("""
-        import sys, time
-        from milora_eval import run
-        from milora_eval.answers.store import Store
-        from milora_eval.benchmarks.emoji import Emoji
-        from milora_vl.models.tiny import tiny_llava
-
-        class Slow(Store):
-            batches = 0
-            def append(self, lines):
-                Slow.batches += 1
-                if Slow.batches > 3:
-                    print("asked", flush=True)
-                    time.sleep(600)
-                super().append(lines)
-
-        import milora_eval.answers.runner
-        milora_eval.answers.runner.Store = Slow
-        run(*tiny_llava(), [Emoji()], data_dir=sys.argv[1], output_dir=sys.argv[2], batch_size=4)
-        """)
-    )
-    with (tmp_path / "printed").open("wb") as printed:
-        process = Program([str(script), str(data), str(tmp_path)], stdout=printed)
-    while not (tmp_path / "printed").stat().st_size and process.poll() is None:
-        time.sleep(0.01)
-    process.kill()
-    process.wait(timeout=60)
-    assert len(read_lines(tmp_path / "eval" / "emoji" / "final" / "predictions.jsonl")) == 12
-    results = evaluate(model, data, tmp_path)
-    assert results is not None
-    assert results["asked"] == 10
-    assert answers(tmp_path) == answers(whole)
 
 
 def test_shards_end_with_the_bytes_of_one_run(model: Made, data: Path, whole: Path, tmp_path: Path) -> None:

@@ -68,15 +68,6 @@ def test_a_scaled_export_holds_that_share_of_the_update(made, tmp_path: Path, fo
     assert size > 1e-2
 
 
-def test_a_scaled_adapter_is_still_ours(made, tmp_path: Path) -> None:
-    export(made.root / "a", "adapter", tmp_path / "out", Options(scale=0.5))
-    model = load_adapter(load_model(made.root / "base")[0], tmp_path / "out", is_trainable=True)
-    before = load_adapter(load_model(made.root / "base")[0], made.root / "a", is_trainable=True)
-    assert [t.method for t in model.milora_targets] == [t.method for t in before.milora_targets]
-    scales = [(t.alpha, o.alpha) for t, o in zip(model.milora_targets, before.milora_targets, strict=True) if t.alpha]
-    assert all(new == old / 2 for new, old in scales)
-
-
 @pytest.mark.parametrize("form", ["adapter", "rank-2", "merged"])
 def test_an_update_of_size_zero_is_the_base_model(made, tmp_path: Path, form: str) -> None:
     assert main([str(made.root / "a"), "--to", form, "--scale", "0", "--output_dir", str(tmp_path / form)]) == 0

@@ -108,16 +108,6 @@ def test_vision_modules_that_a_pattern_or_full_paths_choose_stay(tiny_llava, tar
             peft.get_peft_model(tiny_llava()[0], config)
 
 
-def test_each_method_is_printed_with_the_number_of_its_modules(tiny_llava, capsys) -> None:
-    """As LLaMA-Factory's `additional_target` makes it: the projector comes first."""
-    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["multi_modal_projector"])
-    with get_peft_model_replaced(protect=0.5):
-        peft.get_peft_model(tiny_llava()[0], config)
-    said = capsys.readouterr().err
-    assert "milora: protected MiLoRA on 4 modules: new directions only; 50 % of what ordinary text and pictures" in said
-    assert "milora: full on 2 modules: the weight itself" in said
-
-
 SAVES = """
 import sys
 from pathlib import Path

@@ -8,8 +8,6 @@ import pytest
 import torch
 
 from milora_vl.core.adapter.checkpoints import (
-    checkpoints,
-    latest,
     num_processes,
     why_incomplete,
     zero_stage,
@@ -17,17 +15,6 @@ from milora_vl.core.adapter.checkpoints import (
 from milora_vl.train.resume import resume_warnings
 from support.checkpoint_files import write_checkpoint
 from support.problems import raises_code
-
-
-def test_the_last_complete_one_is_found(tmp_path: Path) -> None:
-    for step in (5, 10, 100):
-        write_checkpoint(tmp_path, step)
-    assert [folder.name for folder in checkpoints(tmp_path)] == ["checkpoint-5", "checkpoint-10", "checkpoint-100"]
-    assert latest(tmp_path) == (tmp_path / "checkpoint-100", [])
-    (tmp_path / "checkpoint-100" / "trainer_state.json").unlink()
-    found, skipped = latest(tmp_path)
-    assert found == tmp_path / "checkpoint-10"
-    assert [folder.name for folder, _ in skipped] == ["checkpoint-100"]
 
 
 def test_a_file_that_is_missing_or_cut_off_makes_it_incomplete(tmp_path: Path) -> None:

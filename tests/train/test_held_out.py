@@ -230,27 +230,6 @@ def test_a_record_that_a_batch_leaves_out_has_no_line(data: Path, tmp_path: Path
     assert [found[key] for key in sorted(found)] == pytest.approx(list(tuned.values()), abs=1e-5)
 
 
-def test_wrong_labels_stand_at_the_top(tmp_path: Path) -> None:
-    """A text model learns ten facts by heart; two of the held-out records contradict them."""
-    words = ["red", "blue", "green", "pink", "grey", "black", "white", "brown", "gold", "teal"]
-
-    def record(number: int, answer: str) -> dict[str, Any]:
-        turns = [{"from": "human", "value": f"Colour {number}{number}?"}, {"from": "gpt", "value": answer}]
-        return {"id": f"fact-{number}", "conversations": turns}
-
-    (tmp_path / "train.json").write_text(json.dumps([record(*each) for each in enumerate(words)]))
-    (tmp_path / "images").mkdir()
-    wrong = {3: "teal", 6: "red"}
-    held = [record(number, wrong.get(number, word)) for number, word in enumerate(words)]
-    (tmp_path / "val.json").write_text(json.dumps(held))
-    more = ["--model", "tiny-text", "--method", "full", "--max_steps", "100", "--learning_rate", "0.003"]
-    more += ["--per_device_train_batch_size", "10", "--eval_strategy", "steps", "--eval_steps", "100"]
-    assert main(run_on(tmp_path, tmp_path / "run", *more, "--save_strategy", "no")) == 0
-    lines = held_out(tmp_path / "run")
-    assert {line["id"] for line in lines[:2]} == {"fact-3", "fact-6"}
-    assert lines[0]["images"] == []
-
-
 @pytest.mark.slow
 def test_half_of_the_top_tenth_on_emoji_are_the_wrong_labels(tmp_path: Path) -> None:
     """300 steps of the demo; a tenth of the held-out records get the answer of another record of their type."""

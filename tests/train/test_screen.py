@@ -15,7 +15,6 @@ from milora_vl.core.adapter.apply import apply_milora
 from milora_vl.core.policy import Policy
 from milora_vl.core.policy.rules import METHODS
 from milora_vl.train.__main__ import main
-from milora_vl.train.callbacks import log_line
 from milora_vl.train.counts import trained_sizes
 from milora_vl.train.plan import policy_rows, show_policy, trainable_line, with_rates
 from support.problems import raises_code
@@ -69,25 +68,6 @@ def test_the_line_is_pefts_own(tiny_llava: Callable[..., Any], capsys: Any) -> N
     model.print_trainable_parameters()
     line = trainable_line(get_model_param_count(model, trainable_only=True), get_model_param_count(model))
     assert capsys.readouterr().out.strip() == line
-
-
-def test_a_log_entry_is_one_short_line() -> None:
-    logs = {
-        "loss": 5.248, "grad_norm": 9.5, "learning_rate": 0.0009397, "tokens_per_second": 1175.9,
-        "padding": 0.0351, "supervised_tokens": 164, "skipped_records": 0,
-        "epoch": 0.01196,
-    }  # fmt: skip
-    line = "step 5/2,000  loss 5.2480  rate 0.00094  gradient 9.5  1,176 tokens/s  epoch 0.012"
-    assert log_line(logs, 5, 2000) == line
-    assert "2 records skipped" in log_line(logs | {"skipped_records": 2}, 5, 2000)
-    assert log_line({"loss": 0.0}, 1, 2) == "step 1/2  loss 0.0000"
-    assert log_line({"eval_loss": 0.95, "eval_runtime": 20.1}, 20, 20) == "step 20/20  loss on held-out records 0.9500"
-    assert log_line({"train_runtime": 103.3, "train_loss": 2.447}, 7, 20) == "7 steps in 103 s, loss 2.4470 on average"
-    ended = {"train_runtime": 103.3, "train_loss": 2.447}
-    assert log_line(ended, 7, 20, done=3) == "3 steps in 103 s, loss 2.4470 on average"  # the others: before a resume
-    assert log_line({"loss": 1.0}, 60, 150, done=10, seconds=20).endswith("loss 1.0000  3.0 min left")
-    assert log_line({"loss": 1.0}, 150, 150, done=100, seconds=20) == "step 150/150  loss 1.0000"
-    assert "left" not in log_line({"eval_loss": 1.0}, 60, 150, done=10, seconds=20)
 
 
 def test_a_training_without_data_says_only_that(capsys: pytest.CaptureFixture[str]) -> None:

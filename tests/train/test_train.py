@@ -182,21 +182,6 @@ def test_a_broken_picture_ends_the_run_with_its_name(workers: str, tiny_data: Pa
             shutil.rmtree(run)
 
 
-def test_batches_of_similar_length_come_in_the_same_order_in_a_resumed_run(
-    plain_run: Path, tiny_data: Path, tmp_path: Path
-) -> None:
-    """Batches by length, stopped in the middle of the second epoch (three steps each)."""
-    whole, part = tmp_path / "whole", tmp_path / "part"
-    extra = ["--rank", "4", "--train_sampling_strategy", "group_by_length", "--save_steps", "4"]
-    assert main(training(tiny_data, whole, *extra)) == 0
-    shutil.copytree(whole, part)
-    shutil.rmtree(part / "checkpoint-6")
-    (part / "adapter_model.safetensors").unlink()
-    assert main(training(tiny_data, part, *extra, "--resume_from_checkpoint", "true")) == 0
-    assert losses(part) == losses(whole)
-    assert losses(plain_run) != losses(whole)
-
-
 @pytest.mark.slow  # torch.compile
 @pytest.mark.parametrize("more", [[], ["--gradient_checkpointing"]])
 def test_a_training_may_be_compiled(more: list[str], tiny_data: Path, tmp_path: Path) -> None:

@@ -42,15 +42,6 @@ def test_it_resumes_in_the_middle_of_an_epoch(
         main([*half, "--dataloader_num_workers", "1", "--max_steps", "9", "--resume_from_checkpoint", "true"])
 
 
-def test_a_plan_counts_the_steps_of_a_stream_and_no_epochs(tiny_data: Path, tmp_path: Path, capsys: Any) -> None:
-    extra = ["--rank", "4", "--streaming", "--max_steps", "7", "--dry-run"]
-    assert main(training(tiny_data, tmp_path / "run", *extra)) == 0
-    shown = capsys.readouterr().out
-    assert "a stream; the first" in shown
-    assert "steps  7 (" in shown
-    assert "epochs" not in shown
-
-
 def test_by_default_the_first_broken_record_is_told_before_the_model_loads(tmp_path: Path) -> None:
     path = dirty_data.make(tmp_path / "dirty")
     with pytest.raises(DataError, match=r"train.jsonl:\d+"):

@@ -118,19 +118,6 @@ def test_a_processor_without_a_template_is_refused(name: str, images: Path, tmp_
         chat(["--model", str(model), "What?"])
 
 
-SHOWN = {  # what the templates here write for a video
-    "internvl": "<video>\n",
-    "glm4v": "<|begin_of_video|><|video|><|end_of_video|>",
-}
-
-
-def with_videos(name: str, folder: Path) -> Path:
-    """Write a model without weights whose template writes videos."""
-    written = processor_of(name).chat_template
-    shown = f"{{% elif part.type == 'video' %}}{SHOWN[name]}{{% elif 'text' in part %}}"
-    return without_weights(name, folder, written.replace("{% elif 'text' in part %}", shown))
-
-
 def words_of(model: Path, images: Path, tmp_path: Path, values: list[dict[str, Any]]) -> list[str]:
     """Return the command of a run with these records."""
     file = tmp_path / "train.jsonl"
@@ -139,17 +126,13 @@ def words_of(model: Path, images: Path, tmp_path: Path, values: list[dict[str, A
     return [*map(str, words), "--max_steps", "1", "--output_dir", str(tmp_path / "run")]
 
 
-@pytest.fixture(scope="module")
-def internvl(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return with_videos("internvl", tmp_path_factory.mktemp("internvl"))
-
-
 def test_what_a_template_rejects_is_found_in_every_record(
-    internvl: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    model = without_weights("internvl", tmp_path / "internvl")
     value = record([("human", "What is <IMG_CONTEXT>?"), ("gpt", "A token.")], [])
     with raises_code("record-image-token-in-text", "train.jsonl:151"):
-        train(words_of(internvl, images, tmp_path, [record(ASKED, ["0.png"])] * 150 + [value]))
+        train(words_of(model, images, tmp_path, [record(ASKED, ["0.png"])] * 150 + [value]))
     model = without_weights("paligemma", tmp_path / "model")  # it takes one question and one answer
     more = [*ASKED, ("human", "Sure?"), ("gpt", "Yes.")]
     words = words_of(model, images, tmp_path, [record(ASKED, ["0.png"])] * 150 + [record(more, ["0.png"])])

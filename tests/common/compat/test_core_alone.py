@@ -1,4 +1,4 @@
-"""The core runs where only its own dependencies are installed: torch, peft and theirs, and a few small packages."""
+"""README's commands run where only what README installs is installed."""
 
 from __future__ import annotations
 
@@ -13,43 +13,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
-CORE = ("common", "core")
-ALLOWED = "torch numpy peft safetensors pydantic pyyaml xxhash tqdm filelock".split()
-
-PROGRAM = """
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
-
-from milora_vl.core.adapter.apply import apply_milora, merge
-from milora_vl.core.adapter.load import load_adapter
-from milora_vl.core.adapter.save import save_adapter
-
-
-def base():
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=50, max_position_embeddings=32, **sizes)).eval()
-
-
-ids = torch.randint(0, 50, (4, 12), generator=torch.Generator().manual_seed(0))
-rules = "[{modules: language, method: milora, protect: 0, rank: 4}, {modules: language.mlp, protect: 0.5}]"
-before = base()(ids).logits
-model = apply_milora(base(), rules, calibration=[{"input_ids": ids}, {"input_ids": ids + 0}], cache_dir="cache")
-assert torch.equal(model(ids).logits, before)
-optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-losses = []
-for _ in range(5):
-    loss = model(input_ids=ids, labels=ids).loss
-    loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    losses.append(float(loss))
-assert losses[-1] < losses[0]
-trained = model(ids).logits
-save_adapter(model, "adapter")
-torch.testing.assert_close(load_adapter(base(), "adapter")(ids).logits, trained)
-torch.testing.assert_close(merge(model)(ids).logits, trained, atol=1e-4, rtol=1e-4)
-"""
 
 
 def with_dependencies(names: list[str]) -> list[importlib.metadata.Distribution]:
@@ -93,17 +56,6 @@ def run_alone(python: Path, folder: Path, *words: str) -> str:
     )
     assert done.returncode == 0, f"{words}\n{done.stdout}{done.stderr}"
     return done.stdout
-
-
-@pytest.mark.slow
-def test_the_core_trains_saves_loads_and_merges_with_its_own_dependencies_alone(tmp_path: Path) -> None:
-    python, packages = python_with(ALLOWED, tmp_path)
-    (packages / "milora_vl").mkdir()
-    (packages / "milora_vl" / "__init__.py").touch()
-    for name in CORE:
-        (packages / "milora_vl" / name).symlink_to(ROOT / "milora_vl" / name)
-    assert not {"datasets", "deepspeed", "timm", "matplotlib"} & {path.name for path in packages.iterdir()}
-    run_alone(python, tmp_path, "-c", PROGRAM)
 
 
 @pytest.mark.slow

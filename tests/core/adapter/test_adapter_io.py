@@ -25,7 +25,6 @@ from support.adapter_cases import (
     one_rule,
     picture_batch,
     token_batch,
-    train_steps,
 )
 from support.problems import raises_code, raises_problem
 
@@ -50,15 +49,6 @@ def test_loading_gives_the_same_logits_differences_and_anchors(saved, tiny_llava
     assert trained == ({name for name, p in model.named_parameters() if p.requires_grad} if is_trainable else set())
     assert back.milora_targets == model.milora_targets
     assert back.milora_report == model.milora_report
-
-
-def test_training_goes_on_as_if_it_had_not_stopped(tiny_llama, tmp_path: Path) -> None:
-    batch = {"input_ids": token_batch(200)}
-    model = apply_milora(tiny_llama()[0], one_rule())
-    train_steps(model, batch)
-    save_adapter(model, tmp_path)
-    back = load_adapter(tiny_llama()[0], tmp_path, is_trainable=True)
-    assert train_steps(back.train(), batch) == train_steps(model.train(), batch)
 
 
 def test_dropout_per_module_comes_back(tiny_llama, tmp_path: Path) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from pydantic import BaseModel
 
 from milora_vl.common.errors import UserError
 from milora_vl.common.yaml_text import read_mapping
@@ -109,10 +107,3 @@ def test_broken_yaml_is_named_with_its_line(text: str, message: str) -> None:
     with pytest.raises(UserError) as error:
         read_mapping(text, "my.yaml")
     assert message in str(error.value)
-
-
-def keys_of(model: type[BaseModel]) -> Iterator[tuple[str, ...]]:
-    for name, field in model.model_fields.items():
-        yield (name,)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from ((name, *inner) for inner in keys_of(field.annotation))

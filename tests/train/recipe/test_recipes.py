@@ -84,24 +84,6 @@ def test_vision_language_models_have_their_published_sizes_without_a_network(nam
     assert {target.tower for target in fitted(["--model", name]).targets} == {"language", "projector"}
 
 
-def test_the_papers_recipe_is_that_of_table_11() -> None:
-    chosen = recipe("milora-paper-llava-1.5-7b")
-    assert chosen.policy == [
-        {
-            "modules": "language",
-            "method": "milora",
-            "protect": 0,
-            "rank": 128,
-            "alpha": 128,
-            "dropout": 0.05,
-            "learning_rate": 2e-4,
-        },
-        {"modules": "projector", "method": "full", "learning_rate": 2e-5},
-    ]
-    train = chosen.train
-    assert (train["lr_scheduler_type"], train["warmup_steps"], train["num_train_epochs"]) == ("cosine", 0.03, 1)
-
-
 @pytest.mark.parametrize("name", ["milora-llava-1.5-7b", "milora-llava-1.5-13b", "milora-llava-v1.6-mistral-7b"])
 def test_the_recipes_of_milora_train_what_the_default_trains(name: str) -> None:
     trained = fitted(["--recipe", name]).targets

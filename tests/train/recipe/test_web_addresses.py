@@ -9,9 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from milora_data import load_records
 from milora_data.__main__ import main as data
-from milora_data.pictures.load import ImageError, load_image
 from milora_eval.__main__ import main as evaluate
 from milora_vl.chat import __main__ as chat
 from milora_vl.common.cli.web import url_problem
@@ -47,15 +45,3 @@ def test_commands_refuse_it(command: Command, words: str, tmp_path: Path, monkey
     (address,) = [word for word in shlex.split(words) if word.startswith("https")]
     assert str(url_problem(address)) in str(error.value)
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("end", ["json", "yaml", "parquet", "tar"])
-def test_reading_records_refuses_it(end: str) -> None:
-    with raises_code("", says=f"^https://example.org/a.{end} is a web address"):
-        next(iter(load_records(f"https://example.org/a.{end}")))
-
-
-@pytest.mark.parametrize("kind", [str, Path])
-def test_reading_a_picture_refuses_it(kind: type) -> None:
-    with raises_code("", says=f"curl -L -o cat.png {PICTURE}\n", kind=ImageError):
-        load_image(kind(PICTURE))
