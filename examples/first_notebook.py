@@ -86,7 +86,7 @@ general_before
 
 # %% [markdown]
 # ## Train
-# The base model writes texts, and the pictures of the task are looked at once: they say which inputs the update must
+# The base model writes texts, and the pictures of the task are looked at once: they show which inputs the update must
 # leave alone. The language model and the projector get adapters; `milora train` does the same and adds `base_kl`.
 
 # %%

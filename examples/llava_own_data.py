@@ -36,7 +36,7 @@ def drawn(folder: Path) -> tuple[Path, Path]:
 name, *data = sys.argv[1:] or ["tiny"]
 file, images = map(Path, data) if data else drawn(Path("own-data"))
 is_gpu = torch.cuda.is_available()
-rank = 128 if is_gpu else 1  # the default leaves few inputs of layers as tiny as those of `tiny`
+rank = 128 if is_gpu else 1  # the default leaves few inputs of layers as tiny as the layers of `tiny`
 
 records = list(load_records(str(file)))
 model, processor = load_model(name, dtype=torch.bfloat16 if is_gpu else None, device="cuda" if is_gpu else "cpu")

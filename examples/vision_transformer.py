@@ -1,6 +1,6 @@
 """A vision transformer from timm on your own classes: attention by MiLoRA, the new head in full.
 
-Nothing is protected here: `protect` needs pictures of what the network must not forget, as `calibration`.
+Nothing is protected here: `protect` needs pictures that the network must not forget, as `calibration`.
 
 python examples/vision_transformer.py                                       # random weights, drawn pictures, a CPU
 python examples/vision_transformer.py vit_base_patch16_224 FOLDER           # FOLDER/CLASS/*.jpg, weights from the hub

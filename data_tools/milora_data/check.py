@@ -342,7 +342,7 @@ def _elsewhere(missing: Sequence[Picture], folder: Path, beside: Path | None) ->
 
 
 def files_of(record: Record) -> list[Picture]:
-    """Return the pictures and videos of a record that lie in files of their own."""
+    """Return the pictures and videos of a record that are files."""
     return [file for file in record.files if not file.content]
 
 

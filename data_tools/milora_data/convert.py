@@ -121,7 +121,7 @@ def _hold_out(
 
 
 def _read(sources: Sequence[str], options: TableOptions, pictures: OwnPictures | None) -> Records:
-    """Yield the records. An id of an earlier file gets a number, as ids of joined files stand for other records.
+    """Yield the records. An id of an earlier file gets a number, as ids of joined files name other records.
 
     Raises `DataError` for a file in another format, and what `pictures` raises.
     """
@@ -323,7 +323,7 @@ COMMAND = Command(
     "milora_data convert",
     "Convert another format to LLaVA JSON.",
     """\
-sources, joined into one file; base64 pictures and those of shards are written to images/:
+sources, joined into one file; pictures in base64 and in shards are written to images/:
   .json, .jsonl    records of LLaVA's format, {"messages": [...], "images": [...]} of OpenAI, TRL and others, or rows
   .csv, .tsv       rows with columns for picture, question and answer, picture and caption, or instruction, input and
                    output; --columns names others
@@ -348,7 +348,7 @@ examples:
             metavar="PART=COLUMN,...",
             help=f"names of columns: {', '.join(COLUMNS)} (default: common English names)",
         ),
-        option("--split", metavar="NAME", help="only the rows whose column split says so"),
+        option("--split", metavar="NAME", help="only the rows with this value of the column split"),
         option(
             "--hold_out", type=positive, metavar="N", help="write about N random records to FOLDER/FOLDER-eval.json"
         ),

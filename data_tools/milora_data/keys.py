@@ -74,7 +74,7 @@ def shown_keys(images: Sequence[Picture], videos: Sequence[Video], key_of: KeyOf
 
 
 def record_key(record: Record, key_of: KeyOf) -> str:
-    """Return the key of what a record asks and answers, with its pictures; its id and its place do not count."""
+    """Return the key of the turns of a record, with its pictures; its id and its place do not count."""
     return digest([_texts(record.turns), shown_keys(record.images, record.videos, key_of)])
 
 

@@ -54,7 +54,7 @@ examples:
         ),
         option("--limit", type=positive, help="number of records (default: 1; 100 with --html)"),
     ),
-    settings=(shared("template", about="prompt format (default: that of the run of --worst, else vicuna_v1)"),),
+    settings=(shared("template", about="prompt format (default: the format of the run of --worst, else vicuna_v1)"),),
     outputs=(
         option("--html", type=Path, metavar="OUT", help="write a page with the pictures to this new file"),
         shared("format"),
@@ -120,7 +120,7 @@ def _worst(data: Path, folder: Path, losses: Path) -> list[Record]:
 
 
 def _template(chosen: argparse.Namespace) -> str:
-    """Return the template that the records are shown in: the option, or that of the run, if these pages have it."""
+    """Return the template that the records are shown in: the option, or the run's, if these pages have it."""
     if chosen.template is not None or chosen.worst is None:
         return chosen.template or DEFAULT_TEMPLATE
     recipe = (chosen.worst if chosen.worst.is_dir() else chosen.worst.parent) / "recipe.yaml"
@@ -178,7 +178,7 @@ def _print(record: Record, pieces: Sequence[Piece], folder: Path, *, separate: b
 
 
 def _pictures(record: Record, folder: Path) -> list[tuple[str, bytes | None]]:
-    """Return name and size of each picture of a record, and a small JPEG; of an unreadable one the reason, and None."""
+    """Return each picture's name and size and a small JPEG; if it is unreadable, the reason and None."""
     pictures: list[tuple[str, bytes | None]] = []
     boxes = list(boxes_in(turn.text for turn in record.turns))
     for number, picture in enumerate(record.images):

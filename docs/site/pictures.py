@@ -1,6 +1,6 @@
 """Draw the pictures of docs/how-it-works.md into docs/pictures: `python docs/site/pictures.py`.
 
-The spectrum is that of a real weight, in docs/pictures/weight.csv. `--measure` writes that file and layers.csv again,
+The spectrum belongs to a real weight, in docs/pictures/weight.csv. `--measure` writes that file and layers.csv again,
 with the extra `demo`: singular values of the weight, the share of its inputs' energy along each right singular vector,
 and for each layer the share along the last of them over an even share, on 1,024 tokens of each of three books.
 The cloud of inputs is drawn at random; its row goes through the code that training uses.

@@ -198,7 +198,7 @@ class Benchmark:
         return text
 
     def submission(self, answers: Sequence[Answer], folder: Path, data_dir: Path) -> list[Path]:
-        """Write files for the benchmark's server or official script, by default that of `upload`; return them."""
+        """Write files for the benchmark's server or official script, by default `upload`'s; return them."""
         if self.upload is None:
             return []
         file, number, text, source = self.upload

@@ -39,7 +39,7 @@ class EvaluationRequest:
     """An evaluation of a finished model, and of its base if `with_base`. The results go to `output_dir`.
 
     `model` is the base of the `adapter`, or a fully trained model beside its `base`. `dtype` and `device` are names;
-    without a `template` the model gets that of its run.
+    without a `template` the model gets its run's.
     """
 
     model: str | Path

@@ -1,4 +1,4 @@
-"""Run a model as it is evaluated: modules in evaluation mode, no caches, quantized weights that stay readable."""
+"""Run a model for an evaluation: modules in evaluation mode, no caches, quantized weights that stay readable."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ examples:
         shared(
             "dtype", about="data type of all tensors (default: as stored)", choices=("float32", "bfloat16", "float16")
         ),
-        shared("output_dir", about="output folder (default: FOLDER-FORM; for a checkpoint, next to its run)"),
+        shared("output_dir", about="output folder (default: FOLDER-FORM; a checkpoint's is next to its run)"),
         shared("format"),
     ),
 )
@@ -141,7 +141,7 @@ def _print_next(done: Exported) -> None:
         if done.loads_with == "transformers":
             sys.stderr.write(f"serve: transformers serve {folder}   or: vllm serve {folder}\n")
         elif done.form != "merged":
-            sys.stderr.write("serve: docs/export.md says what servers take of a LoRA; --to merged is the safe choice\n")
+            sys.stderr.write("serve: docs/export.md lists what servers take; --to merged is the safe choice\n")
 
 
 def _base_name(folder: Path) -> str:

@@ -122,7 +122,7 @@ _FILES = (
 
 
 def copy_processor(source: Path, target: Path, base: ExportBase) -> None:
-    """Copy the processor of a run; what it has not saved, such as the image processor, is that of the base."""
+    """Copy the processor of a run; files that it has not saved, such as the image processor, are the base's."""
     present = [name for name in _FILES if (source / name).is_file()]
     is_whole = "preprocessor_config.json" in present or "processor_config.json" in present
     processor = None if is_whole else base.processor()

@@ -1,4 +1,4 @@
-"""The size of an update: of an adapter folder (`export --scale`), and of a loaded model (`--scale` of chat and eval).
+"""The size of the update of an adapter folder (`export --scale`) and of a loaded model (`--scale` of chat and eval).
 
 An update scales by its alpha. A module trained in full from W to W' becomes W + scale (W' - W).
 """

@@ -412,7 +412,7 @@ class LlavaReader:
             rendered = [segments_of(turns, self.template, self.tokenizer, prompt=ends)[1] for turns, ends in sides]
             text, whole = ("".join(segment.text for segment in segments) for segments in rendered)
             answered = _up_to_answer(whole, text, answer)
-        # The answer is tokenized behind the text before it: SentencePiece puts a blank in front of a text of its own.
+        # The answer is tokenized behind the text before it: SentencePiece puts a blank in front of a separate text.
         start = text.rfind(IMAGE) + len(IMAGE) if prompt.images else 0
         before, joined = (
             self.tokenizer(each[start:], add_special_tokens=False)["input_ids"] for each in (text, answered)

@@ -104,7 +104,7 @@ def record_losses(
             inputs = collate(batch)
             counts = (inputs["labels"][:, 1:] != IGNORE).sum(1).tolist()
             inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
-            kept = [record for record in batch if record.place not in collate.left_out]  # if none: a row stands in
+            kept = [record for record in batch if record.place not in collate.left_out]  # if none: a row replaces them
             rows = zip(kept, row_losses(model, inputs, chunked=False).tolist(), counts, strict=False)
             found += [(record, loss / count) for record, loss, count in rows if count]
             bar.update()
@@ -163,7 +163,7 @@ def inner_model(model: nn.Module) -> nn.Module | None:
 def _chunked_loss(
     run: Forward, inner: nn.Module, head: Sequence[nn.Parameter], supervised: Tensor, size: int
 ) -> Tensor:
-    """Return the summed loss, without gradients that of each position, in chunks of `size` supervised positions.
+    """Return the summed loss, without gradients each position's, in chunks of `size` supervised positions.
 
     `run` is the model's forward with its arguments bound, `head` the trained weights outside the inner model, and
     `supervised` (2, positions) as in `supervised_positions`.

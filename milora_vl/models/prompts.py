@@ -1,4 +1,4 @@
-"""Which template and picture settings a trained model gets in chat, evaluation and export: those of its run."""
+"""Which template and picture settings a trained model gets in chat, evaluation and export: its run's."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class Prompts:
 
 
 def prompts_of(model: str, adapter: Path | None, template: str | None = None) -> Prompts:
-    """Return the prompts of a model with its adapter: those of its run, with `template` in place of the run's.
+    """Return the prompts of a model with its adapter, as in its run, with `template` in place of the run's.
 
     `model` is a name or folder of a model, or an adapter folder. A folder without a recipe, such as a merged one, has
-    its own chat template: a text model's, or that of a training, but not that of a published LLaVA. A model whose
+    its own chat template: a text model's or a training's, but not a published LLaVA's. A model whose
     processor prepares the pictures has its own chat template; raises UserError for another `template`, and for an
     unknown model.
     """

@@ -53,7 +53,7 @@ def built_in(name: str) -> str | None:
 
 
 def is_to_build(name: str) -> bool:
-    """Return whether a name is that of a model of this module whose folder does not exist yet."""
+    """Return whether a name belongs to a model of this module whose folder does not exist yet."""
     return name in ("smol-llava", "smol-llava-unaligned", "smollm2") and not (folder_of(name) / "config.json").is_file()
 
 

@@ -52,7 +52,7 @@ the measurements per layer.
 def render(path: Path, recipe: Mapping[str, Any]) -> str:
     """Return the card of the run in `path`: summary, how to load it, scores, how to repeat it.
 
-    `recipe` has a value for each key, like that of `Recipe.model_dump()`.
+    `recipe` has a value for each key, like `Recipe.model_dump()`.
     """
     environment = read_environment(path)
     base = str(environment.get("base", recipe["model"]))

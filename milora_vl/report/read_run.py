@@ -73,7 +73,7 @@ class SuiteScores:
         return {entry["benchmark"]: entry for entry in (stored or {}).get("benchmarks", ())}
 
     def scores(self) -> list[Score]:
-        """Return the compared metrics, then those of benchmarks that one model alone has answered."""
+        """Return the compared metrics, then the metrics of benchmarks that one model alone has answered."""
         paired, known = self.paired, set(self.paired)
         pairs = [(name, pair) for name, entry in paired.items() for pair in entry["pairs"] if not pair["b"]["detail"]]
         order = {name: number for number, name in enumerate(paired)}
@@ -102,7 +102,7 @@ class RunFiles:
     held_out: tuple[Json, ...] = ()  # the records with the highest loss, highest first
 
     def headline(self) -> tuple[SuiteScores, Score] | None:
-        """Return the score to show first: of what no earlier run was asked, or else of what has gained most since."""
+        """Return the score to show first: of questions new to this run, else the one with the largest gain."""
         gains = {
             score.benchmark: score.after["value"] - score.before["value"] if score.before and score.after else 0.0
             for _, score in reversed(self.earlier)
@@ -112,7 +112,7 @@ class RunFiles:
 
     @property
     def gain(self) -> Json | None:
-        """The gain of the headline's benchmark over its base or the most frequent answer, as it is stored."""
+        """The gain of the headline's benchmark over its base or the most frequent answer, as stored."""
         found = self.headline()
         return found[0].paired.get(found[1].benchmark, {}).get("gain") if found else None
 
@@ -199,7 +199,7 @@ def _earlier(folder: Path, comparisons: Sequence[SuiteScores]) -> Iterator[tuple
 
 
 def _since(benchmark: Json, before: Sequence[Json], now: Sequence[Json]) -> Score:
-    """Return the headline of a benchmark then and now, over the questions of both; without one, as it was then."""
+    """Return the headline of a benchmark then and now, over the questions of both; without one, the old headline."""
     try:
         [entry] = evaluator().compare(before, now)
         return Score(benchmark["name"], entry["pairs"][0]["a"], entry["pairs"][0]["b"])

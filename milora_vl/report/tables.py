@@ -50,7 +50,7 @@ def change(score: Score) -> str:
 
 
 def lowered_shares(policy: Json) -> str:
-    """Return a sentence about layers that protect less than their rule asks for; empty if there are none.
+    """Return a sentence about layers that protect less than their rule asks for; empty without such layers.
 
     >>> targets = [{"path": "q", "protect": 0.95}, {"path": "k", "protect": 0.95}]
     >>> lowered_shares({"targets": targets, "protection": {"q": {"energy": 0.91}, "k": {"energy": 0.96}}})

@@ -188,7 +188,7 @@ def _jobs(cells: int) -> int:
 def _require_same_sweep(sweep: Sweep) -> dict[str, Any]:
     """Return the content of sweep.json. More methods, rates, seeds or variants are allowed.
 
-    Raises UserError if the folder holds cells of another recipe, of other records or questions (whatever the names of
+    Raises UserError if the folder holds cells of another recipe, of other records or questions (under any names of
     their files), or of a variant that has changed.
     """
     known, recipe = read_json(sweep.folder / "sweep.json") or {}, sweep.recipe

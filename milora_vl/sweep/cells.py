@@ -24,7 +24,7 @@ NAMES = {
 }
 CellNumbers = Mapping[str, Any]
 """What a finished cell has measured, and which cell it is: the columns of cells.csv."""
-PICTURES = "forgetting_pictures"  # the column of what a cell has forgotten about pictures
+PICTURES = "forgetting_pictures"  # the column with a cell's forgetting about pictures
 _EDITS = ("method", "protect", "rank", "alpha", "dropout")
 
 

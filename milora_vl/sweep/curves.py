@@ -2,7 +2,7 @@
 
 A comparison at "the best learning rate of each method" is unfair: the loss is flat near its minimum while forgetting
 grows with the rate, so the choice among nearly equal rates decides how much a method forgets. Here every seed of a
-method gives a curve of forgetting over validation loss. A curve and that of the reference are read at the lowest loss
+method gives a curve of forgetting over validation loss. A curve and the reference's are read at the lowest loss
 that both reach with the same seed, so the ratios are paired by seed. Vision-language tasks are read twice: for text and
 for pictures.
 """

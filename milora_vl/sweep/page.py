@@ -151,7 +151,7 @@ def pairs_table(compared: Compared, tests: Sequence[ArmDifference]) -> Table:
 def score_figure(panels: Mapping[str, Sequence[Arm]], metric: str, title: str) -> Figure:
     """Draw score over forgetting: one line per method through its learning rates.
 
-    `panels` maps the name of what is forgotten (the x axis) to the arms with it: text and pictures.
+    `panels` maps the kind of forgetting (the x axis) to the arms with it: text and pictures.
     """
     labels = [arm.label for arm in next(iter(panels.values()))]
     colours, marks = colours_of(labels), marks_of(labels)

@@ -61,7 +61,7 @@ class CellFolder(ABC):
         return [cell for cell in cells if not self.result(cell) and (retry or not self.failure(cell))]
 
     def time_left(self, cells: Sequence[Cell], left: int, jobs: int) -> str:
-        """Return the expected time, from that of the finished cells; empty before the first."""
+        """Return the expected time, from the finished cells; empty before the first."""
         seconds = [result["seconds"] for cell in cells if (result := self.result(cell))]
         if not seconds or not left:
             return ""
@@ -220,7 +220,7 @@ def _exit_reason(code: int) -> str:
 
 
 def _wait_for_killed_sweep(run: Path) -> None:
-    """Wait while a training of a killed sweep still runs in this folder, and say so."""
+    """Wait while a training of a killed sweep still runs in this folder, and print a line."""
     said = False
     while run.exists():
         try:

@@ -47,7 +47,7 @@ class BaseKL:
         The step alone decides, so that all processes agree, and a resumed run continues with the next batch.
         All read pictures at the same time: they gather the weights of a sharded vision tower together.
         """
-        # Not the first step: a new adapter leaves the base as it is. Further forwards of a step accumulate gradients.
+        # Not the first step: a new adapter leaves the base unchanged. Further forwards of a step accumulate gradients.
         if (step + 1) % self.every or step == self.last:
             return None
         self.last = step

@@ -244,7 +244,7 @@ class KeepDigits(TrainerCallback):
 class FrozenTowers(TrainerCallback):
     """Keep a frozen vision tower out of the backward pass.
 
-    With checkpointing, transformers makes the outputs of all embeddings require gradients, those of pictures too.
+    With checkpointing, transformers makes the outputs of all embeddings require gradients, also of pictures.
     """
 
     def on_train_begin(

@@ -114,7 +114,7 @@ def frozen_towers(base: nn.Module, targets: Sequence[Target]) -> list[str]:
 
 
 def trained_sizes(targets: Sequence[Target], base: nn.Module) -> dict[str, int]:
-    """Return the number of trained parameters of each target by path: those of its adapter, else all.
+    """Return the number of trained parameters of each target by path: its adapter's, else all.
 
     A tied head counts 0: it shares the weight of the embeddings.
     """
@@ -319,8 +319,8 @@ def part_of(count: int, steps: int) -> int:
 def start_seconds(run: Run, steps: int, flops: float | None, row: float) -> float:
     """Return about the seconds before the first step of a run of `steps` steps: on an A100, or at `flops` on a CPU.
 
-    The base writes texts, describes pictures (`row` tokens; 0: there are none) and runs on both, and the inputs of the
-    protected layers are decomposed. A caption has 112 tokens beside its picture, of which the base writes 32. An A100
+    The base writes texts, describes pictures (`row` tokens; 0: no pictures) and runs on both, and the inputs of the
+    protected layers are decomposed. A caption has 112 tokens beside its picture; the base writes 32 of them. An A100
     reads the weights in half precision once for each step of 16 texts. A CPU needs twice as long for a token that it
     writes as for one that it reads, and LAYER seconds for each layer of a forward, however small it is.
 

@@ -1,4 +1,4 @@
-"""The records of a run, and those of the runs that it comes after: read, checked, collated, packed; the loaders.
+"""The records of a run and of the runs that it comes after: read, checked, collated, packed; the loaders.
 
 Everything in the files that would fail later is an error before the weights load. There may be millions of records:
 each is read once, and few are rendered or processed. milora.json of a run lists all tasks in order, the run's own last.
@@ -155,7 +155,7 @@ def check(collate: RecordCollator[Any], recipe: Recipe, data: RunData) -> None:
             for record in first:
                 with suppress(NoSupervisedTokens):  # the collator skips it
                     collate.require_usable(record)
-        # A processor reads the images of these records, so some stand for all: one in `step`.
+        # A processor reads the images of these records, so it reads a sample: one in `step`.
         step = -(-len(checked) // FIRST) or 1
         _require_some(collate.require_usable, checked[::step])
 

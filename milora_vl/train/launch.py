@@ -79,7 +79,7 @@ def read_launch(train: Mapping[str, Any]) -> Launch:
         is_on = os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("1", "true", "yes")
         if is_on and not train.get("deepspeed"):
             raise UserError(
-                f"accelerate has settings of {name}, which differ from those of this command",
+                f"accelerate has settings of {name}, which differ from this command's",
                 code=f"launch-accelerate-{flag}",
                 hint=f"pass --{flag} to this command\n"
                 "and let accelerate only start the processes: distributed_type: MULTI_GPU",
@@ -178,7 +178,7 @@ def hf_arguments(train: Mapping[str, Any], output_dir: Path, *, is_started: bool
         _ = trainer_log_levels[args.log_level], trainer_log_levels[args.log_level_replica]
         if is_started:
             _start_deepspeed(train)
-        with nullcontext() if is_started else suppress(ImportError):  # a plan says which package is missing
+        with nullcontext() if is_started else suppress(ImportError):  # a plan names the missing package
             Trainer.get_optimizer_cls_and_kwargs(args)
         weight = torch.zeros(1, requires_grad=True)
         get_scheduler(

@@ -288,9 +288,9 @@ def next_command(path: Path, recipe: Recipe) -> str:
 def write_held_out(
     run: Run, trainer: MiloraTrainer, records: Sequence[Record] | None, processor: Any, screen: Screen
 ) -> None:
-    """Write the losses of the held-out records, highest first: wrong labels stand at the top. All processes take part.
+    """Write the losses of the held-out records, highest first: wrong labels come first. All processes take part.
 
-    Beside those of the last evaluation are the losses with the adapter off.
+    Beside the losses of the last evaluation are the losses with the adapter off.
     """
     is_over = trainer.is_deepspeed_enabled and trainer.deepspeed is None  # resumed without a step left: no engine
     if records is None or is_over or trainer.args.eval_strategy == "no":

@@ -1,6 +1,6 @@
 """`Run`: all that can be known of a run before data and weights load, for a training and for its dry run.
 
-Each check stands beside the code that it protects; `make_run` calls them in a row. `show` prints the dry run. When a
+Each check is beside the code that it protects; `make_run` calls them in a row. `show` prints the dry run. When a
 run resumes, the optimizer, the schedule and the factors come from the checkpoint: only the keys of MAY_CHANGE differ.
 """
 
@@ -583,7 +583,7 @@ def derived_arguments(recipe: Recipe, targets: Sequence[Target], launch: Launch)
 
 
 def check_arguments(recipe: Recipe, derived: Derived, launch: Launch) -> None:
-    """Raise UserError for arguments that neither Hugging Face nor we support with these rules and data."""
+    """Raise UserError for arguments that Hugging Face or we do not support with these rules and data."""
     train, is_quantized = derived.train, recipe.quantization != "none"
     metric = str(train.get("metric_for_best_model") or "loss").removeprefix("eval_")
     uses_metric = (

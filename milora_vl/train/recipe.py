@@ -1,6 +1,6 @@
 """What a user can ask for: the keys of a recipe with their flags, Hugging Face's arguments, and LLaVA's flags.
 
-A new key is a field of a class below; its flag stands beside it. Nothing here imports torch.
+A new key is a field of a class below; its flag is beside it. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -529,13 +529,13 @@ AUTOCAST = {"bfloat16": "bf16", "float16": "fp16"}
 
 
 def default_rate(train: Mapping[str, Any], method: str | None) -> float:
-    """Return the learning rate of a rule that sets none: the run's, else that of the default policy or of LLaVA."""
+    """Return the learning rate of a rule that sets none: the run's, else the default policy's or LLaVA's."""
     rate = train.get("learning_rate")
     default = LLAVA_FULL_RATE if method == "full" else DEFAULT_RULES[0]["learning_rate"]
     return float(default if rate is None else rate)
 
 
-# Flag of LLaVA's scripts -> (type, help). Those that are other names of ours (--lora_r, --version, ...) stand there.
+# Flag of LLaVA's scripts -> (type, help). Other names of our flags (--lora_r, --version, ...) are with these flags.
 LLAVA_FLAGS: dict[str, tuple[type, str]] = {
     "lora_enable": (bool, "an adapter on the language tower (milora, or --method), the projector in full"),
     "tune_mm_mlp_adapter": (bool, "train the projector alone (stage 1, pretrain.sh)"),

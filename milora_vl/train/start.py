@@ -101,7 +101,7 @@ class _Sources:
 class Texts:
     """What the base knows: rows of ids, each with the name of its text, and records, each list with its collator.
 
-    `tasks` has records of what it has learned, from each run that did.
+    `tasks` has records of its earlier tasks, a list for each run.
     """
 
     rows: list[tuple[str, list[int]]]
@@ -357,7 +357,7 @@ def cache_folder(recipe: Recipe) -> Path:
 
 
 def _read(file: Path, count: int) -> list[Any] | None:
-    """Return the `count` texts of an entry; None for one that is missing or does not fit."""
+    """Return the `count` texts of an entry; None for a text that is missing or does not fit."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):

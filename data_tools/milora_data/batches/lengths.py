@@ -1,4 +1,4 @@
-"""Lengths of records in tokens, including those of images: counted once, cached beside the data; a sampler by length.
+"""Lengths of records in tokens, images included: counted once, cached beside the data; a sampler by length.
 
 LLaVA's group_by_modality_length sorts by the number of words and ignores pictures; here a picture counts as its tokens.
 """

@@ -251,7 +251,7 @@ def with_hidden_picture(
     """Return a batch, padded or packed, with the picture, or the video, of a batch of one row.
 
     Its tokens follow the shortest text, and `beside` tokens of another hidden one; they are hidden from attention and
-    from the loss. In packed rows they have the position of padding, 0, and so each is a record of its own.
+    from the loss. In packed rows they have the position of padding, 0, and so each is a separate record.
     """
     rows, width = batch["input_ids"].shape
     per_token = {name for name in picture if picture[name].shape == picture["input_ids"].shape}

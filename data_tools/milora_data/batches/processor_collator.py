@@ -424,7 +424,7 @@ def labelled_inputs(
 def with_video_marks(turns: Sequence[Turn], num_images: int, num_videos: int) -> list[Turn]:
     """Return the turns with a mark for each `<video>`, if the record has videos.
 
-    Raises `DataError` if the numbers of `<image>` or `<video>` differ from those of pictures and videos, or if a text
+    Raises `DataError` if `<image>` or `<video>` are not as many as pictures or videos, or if a text
     has such a mark already.
     """
     text = "\n".join(turn.text for turn in turns)

@@ -37,7 +37,7 @@ def _video_token(processor: Any) -> str | None:
 
 
 def _image_tokens(processor: Any) -> set[str]:
-    """Return the tokens that a processor or its tokenizer names as that of a picture: in texts, and in ids."""
+    """Return the tokens that a processor or its tokenizer names as a picture's: in texts, and in ids."""
     tokenizer, named = processor.tokenizer, {str(processor.image_token)}
     if "image_token" in tokenizer.SPECIAL_TOKENS_ATTRIBUTES:
         named.add(str(tokenizer.image_token))
@@ -282,7 +282,7 @@ class ProcessorInputs:
         sizes: Sequence[tuple[int, int]],
         videos: Sequence[Frames | Video],
     ) -> int:
-        """Return the number of tokens of a text with its images, of which it needs (height, width), and its videos."""
+        """Return the number of tokens of a text with its images, given as (height, width), and its videos."""
         shown = sum(self._of_image(size) for size in sizes) + sum(map(self._of_video, videos))
         return self.num_text_tokens(rendered) + shown
 
@@ -298,7 +298,7 @@ class ProcessorInputs:
         return self._image_counts[size]
 
     def _of_video(self, video: Frames | Video) -> int:
-        """Return the tokens of a video, counted with grey frames of its size; none of one that cannot be read."""
+        """Return the tokens of a video, counted with grey frames of its size; 0 if it cannot be read."""
         try:
             grey = self._grey_video(video)
         except ImageError:  # the collator raises, or skips the record
@@ -321,7 +321,7 @@ class ProcessorInputs:
         return self._measured([self.blank(*BLANK)], []) - (self._counted(BLANK) or 0)
 
     def _measured(self, images: list[Any], videos: list[Frames]) -> int:
-        """Return the number of tokens of one image or one video: those of a batch without those of the text."""
+        """Return the number of tokens of one image or one video: a batch's without the text's."""
         text = self._alone(self.placeholder if images else str(self.video_placeholder))
         try:
             batch = self([text], [images], [videos], padding_side="right")

@@ -39,7 +39,7 @@ class RecordCollator(ABC, Generic[Sample]):
     """Makes a batch of records; a subclass reads one record as a `Sample` and makes the batch of several.
 
     A list of records in place of a record is packed into one row. Without pixels, a collator also counts the tokens of
-    a record (`num_tokens`, `num_supervised`), shows its text (`segments`), and says which records no batch can use
+    a record (`num_tokens`, `num_supervised`), shows its text (`segments`), and names the records that no batch can use
     (`require_usable`) and which fit into one batch (`kind`, `require_one_batch`).
 
     In a loader process, an error becomes a `FailedBatch`; the loader raises the error in the main process.
@@ -94,7 +94,7 @@ class RecordCollator(ABC, Generic[Sample]):
         return length if self.max_length is None else min(length, self.max_length)
 
     def _size(self, picture: Picture) -> tuple[int, int]:
-        """Return (height, width) of an image; one that cannot be read, whose record a batch skips, is small."""
+        """Return (height, width) of an image; an unreadable one, whose record a batch skips, is small."""
         try:
             return picture_size(picture.within(self.image_folder))
         except ImageError:

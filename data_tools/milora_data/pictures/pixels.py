@@ -49,7 +49,7 @@ class PixelMaker:
         return self.prepare(load_image(path))
 
     def prepare(self, image: Image.Image) -> Any:
-        """Return the pixel values of a picture (3, height, width); a picture that is tiled stays as it is."""
+        """Return the pixel values of a picture (3, height, width); a picture that is tiled stays unchanged."""
         if self.aspect_ratio == "anyres":
             return image
         # The picture is square already, or must not be padded ("plain"): turn off the processor's own padding.

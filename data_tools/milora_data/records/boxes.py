@@ -81,7 +81,7 @@ def marked(texts: Sequence[str], objects: object, num_images: int) -> list[str]:
 
 
 class Boxes:
-    """Writes the boxes of records as a model does, and reads those of its answers.
+    """Writes the boxes of records as a model does, and reads the boxes of its answers.
 
     >>> Boxes("Qwen3VLProcessor").written("It is at <bbox 0: 10 20 50 100>.", [(200, 100)])
     'It is at [100, 100, 500, 500].'
@@ -99,7 +99,7 @@ class Boxes:
         return cls(type(processor).__name__, getattr(processor, "image_processor", None))
 
     def written(self, text: str, sizes: Sequence[Size]) -> str:
-        """Return a text with its boxes as the model writes them; `sizes` are those of the pictures of the record.
+        """Return a text with its boxes as the model writes them; `sizes` are the sizes of the pictures of the record.
 
         Raises `DataError` for a family whose form is not known, and for a box outside of its picture.
         """

@@ -44,7 +44,7 @@ class RecordStream(torch.utils.data.IterableDataset[StreamItem]):
 
     def __iter__(self) -> Iterator[StreamItem]:
         # `set_epoch` writes to shared memory, and loader processes may be in different epochs. The one part of this
-        # split has an epoch of its own. A deep copy would read the hub's cache while other threads write to it.
+        # split has its own epoch. A deep copy would read the hub's cache while other threads write to it.
         self.rows = split_dataset_by_node(self.rows, 0, 1)
         if self._position is not None:
             self.rows.load_state_dict(self._position)

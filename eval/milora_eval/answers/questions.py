@@ -79,7 +79,7 @@ def questions_of(plan: EvaluationPlan, items: Items) -> list[Question]:
 
 
 def questions_key(questions: QuestionSet) -> str:
-    """Return the key of the questions of an evaluation, whatever their order and the names of their files."""
+    """Return the key of the questions of an evaluation; their order and the names of their files do not count."""
     value, read = questions.suite or questions.benchmarks, cache(file_key)
     plan, items = plan_of(choose(value), data_folder(value, questions.data), questions.limit)
     asked = ((benchmark, item) for benchmark in plan.benchmarks for item in items[benchmark.name])

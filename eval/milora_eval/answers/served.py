@@ -136,7 +136,7 @@ def served_settings(server: ChatServer, plan: EvaluationPlan, items: Items) -> d
     """Return what an answer depends on besides the question: the model's name, its probe, and the decoding.
 
     Other weights can be served under a name. The answers to the first questions in the order of `group_order`, which
-    are those of every --limit, stand for the weights.
+    are part of every --limit, identify the weights.
     """
     probes = sorted(questions_of(plan, items), key=lambda each: (group_order(each.item.group), each.key))[:PROBES]
     answers: dict[str, str] = {}

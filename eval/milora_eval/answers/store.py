@@ -105,7 +105,7 @@ def to_line(
 def unscored_line(
     benchmark: Benchmark, item: Item, reply: Reply, key: str, data_dir: Path, content: Sequence[Any]
 ) -> Line:
-    """Return the line of one answer without its score; one that was stopped at `max_new_tokens` is marked."""
+    """Return the line of one answer without its score; an answer that was stopped at `max_new_tokens` is marked."""
     picture, root = next(iter(item.images), None), data_dir.absolute()
     is_inside = picture is not None and Path(picture).is_relative_to(root)
     turns = benchmark.prompt(item)

@@ -40,7 +40,7 @@ from milora_vl.common.errors import DataError, Problem, UserError, collected
 
 
 def yes_or_no(text: str) -> str:
-    """Return the first yes or no of a text, whatever its case; empty without one.
+    """Return the first yes or no of a text in any case; empty without one.
 
     >>> yes_or_no("YES!"), yes_or_no("No, it is not."), yes_or_no("nothing")
     ('yes', 'no', '')
@@ -79,7 +79,7 @@ NAMES = {"vqa": "VQA accuracy", "anls": "ANLS", "relaxed": "relaxed accuracy"}  
 class OwnData(Benchmark):
     """Questions from one file. Stored answers name it `data:NAME` and hold the metric of each question.
 
-    The name is that of the file; `registry.choose` changes it where another file of a run has it.
+    The name is the file's; `registry.choose` changes it where another file of a run has it.
     """
 
     protocols = ("own data",)

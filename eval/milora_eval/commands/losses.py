@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 COMMAND = Command(
     "milora_eval losses",
-    "Compute the loss of each record of a file, in nats per token: wrong labels stand at the top.",
+    "Compute the loss of each record of a file, in nats per token: wrong labels come first.",
     """\
 examples:
   python -m milora_eval losses train.json --adapter runs/a --output losses.jsonl

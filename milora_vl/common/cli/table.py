@@ -57,7 +57,7 @@ def show(table: Table, form: str) -> None:
     if form != "human":
         sys.stdout.write(table.markdown() if form == "markdown" else table.latex())
         return
-    # A pipe has no width of its own. Names may hold [ ] and :
+    # A pipe has no width. Names may hold [ ] and :
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120
     console = Console(width=width, markup=False, emoji=False)
     drawn(console, table.header, table.rows, left=table.header[:1], title=table.title)

@@ -73,7 +73,7 @@ class OwnState(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[arg-type]
 
     def read_state(self, state_dict: MutableMapping[str, Any], prefix: str, *about: Any) -> None:
-        """Read parameters and buffers as torch does; `about` ends with its lists of what does not fit."""
+        """Read parameters and buffers as torch does; `about` ends with its lists of tensors that do not fit."""
         super()._load_from_state_dict(state_dict, prefix, *about)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

@@ -270,7 +270,7 @@ class DifferenceConv2d(DifferenceFactor, nn.Conv2d):  # type: ignore[misc,overri
 
 
 class Difference(ForwardVariant):
-    """The forward pass of PEFT's LoRA layer with the products of this file, the second of which adds to W x."""
+    """The forward pass of PEFT's LoRA layer with the products of this file; the second one adds to W x."""
 
     def update(self, down: Any, up: Any, x: Tensor, onto: Tensor, scaling: float, drops: bool) -> Tensor:
         """Return y = W x + s ((B0 + E) D x + E A0 x) for `onto`, the output W x of the base layer."""

@@ -3,9 +3,9 @@
     y = W x + s B A x          A (r, in) is a buffer with A V = 0, B (out, r) trains from zero
 
 V (in, k) holds the input directions that ordinary text and pictures use (`milora_vl/core/calibration`). The rows of A
-are the right singular vectors of a method's triplets, for MiLoRA those of the last r (arXiv:2406.09044), or random,
+are the right singular vectors of a method's triplets, for MiLoRA the last r (arXiv:2406.09044), or random,
 times I - V V', of one length. LoRA-Null (arXiv:2503.02659) fixes A off the inputs of a base too, InfLoRA
-(arXiv:2404.00228) off those of earlier tasks. The update s B A vanishes on them at every step by construction: under
+(arXiv:2404.00228) off earlier tasks'. The update s B A vanishes on them at every step by construction: under
 any optimizer and in any trainer, without a hook and without V in memory. B alone trains, so equal trained parameters
 need a higher rank.
 

@@ -266,7 +266,7 @@ def fitted(model: nn.Module, sidecar: Sidecar, *, allow_base_mismatch: bool, is_
 
 
 def frozen_fingerprints(model: nn.Module, targets: Sequence[Target]) -> dict[str, Fingerprint]:
-    """Return the fingerprints of all parameters that `targets` neither adapt nor train, see `Sidecar`."""
+    """Return the fingerprints of all parameters outside `targets`, see `Sidecar`."""
     names, found = canonical_names(model), {}
     adapted = {target.path for target in targets if target.rank is not None}
     full = {target.path for target in targets if target.rank is None}
@@ -280,7 +280,7 @@ def frozen_fingerprints(model: nn.Module, targets: Sequence[Target]) -> dict[str
 
 
 def _differs(saved: Fingerprint, base: nn.Module, parameter: str, paths: Mapping[str, str]) -> bool:
-    """Return whether a parameter is not that of `saved`; `paths` maps names of modules to paths."""
+    """Return whether a parameter differs from `saved`; `paths` maps names of modules to paths."""
     name, _, leaf = parameter.rpartition(".")
     layer = base_layer(base, paths[name])
     if leaf not in dict(layer.named_parameters(recurse=False)):

@@ -282,7 +282,7 @@ def _inputs_in_order(model: nn.Module, targets: Mapping[str, Target], batches: S
         if place >= len(firsts) and len(calls) == len(wanted):
             break
         batch = batches[number]
-        if batch.keys() <= {"input_ids", "attention_mask"}:  # the order of the layers is that of every row
+        if batch.keys() <= {"input_ids", "attention_mask"}:  # the layers have the same order in every row
             batch = {name: value[:1] for name, value in batch.items()}
         _run(model, batch, hooks, ends=False)
         last[0] = None

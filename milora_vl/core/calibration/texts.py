@@ -41,7 +41,7 @@ def calibration_texts(model: Any, *, count: int = COUNT, length: int = LENGTH) -
 def text_ends(model: Any) -> tuple[int, int]:
     """Return the ids that start and end a text: BOS, or EOS without a BOS, and EOS.
 
-    Raises CalibrationError for a model that cannot write text, or whose encoder needs an input of its own.
+    Raises CalibrationError for a model that cannot write text, or whose encoder needs another input.
     """
     config: Any = getattr(model, "generation_config", None)
     end = getattr(config, "eos_token_id", None)

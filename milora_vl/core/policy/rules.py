@@ -199,9 +199,9 @@ DEFAULT_RULES: tuple[RuleDict, ...] = (
     {"modules": "language", "method": "milora", "rank": 128, "alpha": 128, "dropout": 0.05, "learning_rate": 2e-4},
     {"modules": "projector", "method": "milora", "rank": 64, "alpha": 64, "dropout": 0.05, "learning_rate": 2e-4},
 )
-# A projector with random weights cannot learn its task at rank 64; the rate is that of LLaVA's first stage.
+# A projector with random weights cannot learn its task at rank 64; LLaVA's first stage has this rate.
 UNALIGNED_PROJECTOR: RuleDict = {"modules": "projector", "method": "full", "learning_rate": 1e-3}
-# A projector without linear layers takes no adapter; the rate is that of LLaVA's second stage.
+# A projector without linear layers takes no adapter; LLaVA's second stage has this rate.
 FULL_PROJECTOR: RuleDict = {"modules": "projector", "method": "full", "learning_rate": 2e-5}
 
 

@@ -35,7 +35,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
                 switch.fp32_precision = value
 
 
-BLOCK = 256  # of a Gram matrix; one that is cut by the diagonal is computed as a whole
+BLOCK = 256  # of a Gram matrix; a block that the diagonal cuts is computed as a whole
 
 
 def gram_matrix(rows: Iterable[Tensor], n: int) -> Tensor:

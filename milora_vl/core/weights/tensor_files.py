@@ -133,7 +133,7 @@ def weights_digest(model: nn.Module, *, reads: bool = True) -> str:
     """Return the key of a model: a hash of its weights and buffers, its configs, and its adapters unless they are off.
 
     The layers of PEFT do not change the names of weights, so with adapters off it equals the key of the base alone.
-    Under ZeRO-3 one weight is gathered at a time, so every process calls this; one that does not read it has no key.
+    Under ZeRO-3 one weight is gathered at a time, so every process calls this; the others have no key.
     """
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     layers = {name: layer for name, layer in inner.named_modules() if isinstance(layer, BaseTunerLayer)}
