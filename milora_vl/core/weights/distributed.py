@@ -122,10 +122,10 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def gathered_in_forward(model: nn.Module) -> Iterator[None]:
-    """Under ZeRO-3, gather the parameters of each module and its children while its forward runs; else do nothing.
+    """Under ZeRO-3, gather the parameters of each module and two levels below while its forward runs; else do nothing.
 
-    A module may use the weights of a child without calling it (MultiheadAttention). DeepSpeed gathers weights only in
-    models that train. All processes must run the same forward passes.
+    A module may use weights below it without a call: of a child (MultiheadAttention) or of a child's child (Gemma 4).
+    DeepSpeed gathers weights only in models that train. All processes must run the same forward passes.
     """
     if not is_deepspeed_zero3_enabled():
         yield
@@ -133,8 +133,10 @@ def gathered_in_forward(model: nn.Module) -> Iterator[None]:
     open_modules: dict[nn.Module, Any] = {}
 
     def parameters(module: nn.Module) -> list[nn.Parameter]:
-        near = (parameter for one in (module, *module.children()) for parameter in one.parameters(recurse=False))
-        return [parameter for parameter in near if parameter.numel() == 0]  # others stay until their own module ends
+        children = list(module.children())
+        near = [module, *children, *(below for child in children for below in child.children())]
+        found = (parameter for one in near for parameter in one.parameters(recurse=False))
+        return [parameter for parameter in found if parameter.numel() == 0]  # others stay until their own module ends
 
     def hold(module: nn.Module, _: Any) -> None:
         context = gather_params_ctx(parameters(module), modifier_rank=None)

@@ -190,11 +190,11 @@ from milora_vl.core.weights.distributed import gathered_in_forward
 class Tied(nn.Module):
     def __init__(self):
         super().__init__()
-        self.words = nn.Embedding(6, 4)
+        self.below = nn.ModuleDict({"words": nn.Embedding(6, 4)})
         self.attention = nn.MultiheadAttention(4, 2)
     def forward(self, ids):
-        x = self.words(ids)
-        return self.attention(x, x, x)[0] @ self.words.weight.T
+        x = self.below["words"](ids)
+        return self.attention(x, x, x)[0] @ self.below["words"].weight.T
 
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiling it can leave a stale lock
 deepspeed.init_distributed("gloo")
@@ -217,5 +217,5 @@ torch.distributed.barrier()
 
 
 @needs_deepspeed
-def test_weights_that_a_parent_uses_without_its_child_are_gathered(tmp_path: Path) -> None:
+def test_weights_that_a_module_uses_without_those_below_are_gathered(tmp_path: Path) -> None:
     assert results_of_two(GATHERED, tmp_path) == [[True, 0], [True, 0]]
