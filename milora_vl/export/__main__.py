@@ -96,7 +96,7 @@ def _show(done: Exported, style: str) -> None:
     if style == "json":
         layers = [{"module": path, "rank": rank, "error": error} for path, (rank, error) in done.layers.items()]
         content = {"folder": str(done.folder), "form": done.form, "origin": done.origin, "layers": layers}
-        errors = {"total": done.total, "exact_rank": done.exact_rank, "dtype": done.dtype, "rounding": done.rounding}
+        errors = {"total": done.total, "exact_rank": done.exact_rank, "dtype": done.dtype}
         sys.stdout.write(json.dumps({**content, **errors, "loads_with": done.loads_with}) + "\n")
         return
     for path, (rank, error) in done.layers.items():
@@ -105,11 +105,8 @@ def _show(done: Exported, style: str) -> None:
         sys.stdout.write(f"total  relative error {done.total:.3e}\n")
     sys.stdout.write(f"{done.folder}\n")
     sys.stderr.write(f"read {_ORIGINS[done.origin]}, wrote {FORMS.get(done.form, 'plain LoRA of lower rank')}\n")
-    if done.rounding is not None:
-        change = f"; the largest change of a weight by rounding is {done.rounding:.1e}" if done.rounding else ""
-        sys.stderr.write(f"saved in {done.dtype}{change or ', not rounded'}\n")
-    if done.rounding:
-        sys.stderr.write("to keep all digits of the update:  --dtype float32,  or  --to adapter\n")
+    if done.dtype is not None:
+        sys.stderr.write(f"saved in {done.dtype}\n")
     requested, largest = parse_form(done.form)[1], max((rank for rank, _ in done.layers.values()), default=0)
     if requested is not None and largest < requested:
         sys.stderr.write(f"no change has a rank above {largest}, so {done.form} keeps all of it\n")

@@ -50,9 +50,8 @@ class Exported:
     """The result of an export. `template`: the prompt format of the training. `layers`: rank and error per module.
 
     `total`: relative error of the whole change by recompression, or by rounding to another data type. `loads_with`:
-    what is needed to load a merged model; None for an adapter. `exact_rank`: the N
-    at which rank-N keeps the whole change. `dtype`, `rounding`: the data type of a merged model, and the largest change
-    of a weight by rounding to it.
+    what is needed to load a merged model; None for an adapter. `exact_rank`: the N at which rank-N keeps the whole
+    change. `dtype`: the data type of a merged model.
     """
 
     folder: Path
@@ -64,7 +63,6 @@ class Exported:
     loads_with: LoadsWith | None = None
     exact_rank: int | None = None
     dtype: str | None = None
-    rounding: float | None = None
 
 
 def export(folder: str | Path, to: str, output_dir: str | Path, options: Options | None = None) -> Exported:
@@ -132,8 +130,8 @@ class ExportJob:
             adapter = replace(adapter.moved(lambda path: moved(path, path_of)), sidecar=sidecar)
         return adapter
 
-    def merged(self, base: ExportBase) -> tuple[nn.Module, float]:
-        """Return the base model with the adapter merged, and the largest change of a weight by rounding.
+    def merged(self, base: ExportBase) -> nn.Module:
+        """Return the base model with the adapter merged.
 
         Each layer is merged in float32, and its weight rounded to the data type of the base or the requested one.
         """
@@ -148,14 +146,13 @@ class ExportJob:
             for path in _trained_in_full(base.model, folder):
                 base.model.get_submodule(path).float()
             tuned = load_adapter(base.model, folder, allow_base_mismatch=self.options.allow_base_mismatch)
-            changes = [0.0]
             try:
                 for layer in [module for module in tuned.modules() if isinstance(module, LoraLayer)]:
                     weight = getattr(layer.get_base_layer(), "weight", None)
                     if isinstance(weight, nn.Parameter) and weight.is_floating_point():  # bitsandbytes has its own way
                         dtype, weight.data = self.options.dtype or weight.dtype, weight.data.float()
                         layer.merge()
-                        changes.append(_round(weight, dtype))
+                        weight.data = weight.data.to(dtype)
                 with warnings.catch_warnings():
                     warnings.filterwarnings("ignore", "All adapters are already merged")  # layer by layer, above
                     merged = merge(tuned)
@@ -163,8 +160,8 @@ class ExportJob:
                 message, hint = f"PEFT cannot merge the adapter: {error}", "--to adapter and --to rank-r need no merge"
                 raise UserError(message, where=str(self.folder), hint=hint) from None
         for name, parameter in merged.named_parameters():
-            changes.append(_round(parameter, self.options.dtype or dtypes.get(name, parameter.dtype)))
-        return merged, max(changes)
+            parameter.data = parameter.data.to(self.options.dtype or dtypes.get(name, parameter.dtype))
+        return merged
 
 
 def _write_scaled(job: ExportJob, folder: Path) -> None:
@@ -178,7 +175,7 @@ def _write_scaled(job: ExportJob, folder: Path) -> None:
 
 def write_merged(job: ExportJob) -> Exported:
     base = ExportBase(job.base, job.options.dtype, is_rounded_later=True)
-    model, rounding = job.merged(base)
+    model = job.merged(base)
     save_model(model, job.out, job.options.dtype)
     copy_processor(job.folder, job.out, base)
     written = job.out / "chat_template.jinja"
@@ -186,7 +183,7 @@ def write_merged(job: ExportJob) -> Exported:
         written.write_text(TRAINED_WITH + written.read_text(encoding="utf-8"), encoding="utf-8")
     loads_with: LoadsWith = "milora_vl" if has_timm_tower(base.config) else "transformers"
     dtypes = {str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()}
-    return replace(job.result, loads_with=loads_with, dtype=", ".join(sorted(dtypes)), rounding=rounding)
+    return replace(job.result, loads_with=loads_with, dtype=", ".join(sorted(dtypes)))
 
 
 def write_llava_form(job: ExportJob) -> Exported:
@@ -239,11 +236,6 @@ def _trained_in_full(model: nn.Module, folder: Path) -> list[str]:
         return [target.path for target in locate(sidecar, canonical_names(model)).targets if target.rank is None]
     names = tuple(read_config(folder, any_lora=True).modules_to_save or ())
     return [path for path, _ in model.named_modules() if names and path.endswith(names)]
-
-
-def _round(weight: nn.Parameter, dtype: torch.dtype) -> float:
-    exact, weight.data = weight.data, weight.data.to(dtype)
-    return 0.0 if exact.dtype == dtype or not exact.numel() else float((exact - weight.data).abs().max())
 
 
 @dataclass(frozen=True, slots=True)
