@@ -219,7 +219,7 @@ def activations(base: Base, targets: Sequence[Target], work: Workload) -> float:
     """
     towers, text = find_towers(base.meta), base.config.get_text_config()
     depths = {"language": text.num_hidden_layers}
-    if work.pictures:
+    if work.pictures and "num_hidden_layers" in base.config.vision_config.to_dict():  # timm's towers have other names
         depths["vision"] = base.config.vision_config.num_hidden_layers
 
     def peaks(**layers: int) -> Tensor:
@@ -227,7 +227,7 @@ def activations(base: Base, targets: Sequence[Target], work: Workload) -> float:
         small.get_text_config().num_hidden_layers = layers["language"]
         if text.to_dict().get("layer_types"):
             small.get_text_config().layer_types = text.layer_types[: layers["language"]]
-        if work.pictures:
+        if "vision" in layers:
             small.vision_config.num_hidden_layers = layers["vision"]
         kept = [t for t in targets if (towers.block_of(t.path) or 0) < layers.get(str(t.tower), FEW[1])]
         return torch.tensor(simulate(small, kept, work))

@@ -51,7 +51,7 @@ THOROUGH: dict[str, tuple[str, ...]] = {
         r"test_screen\.py::test_a_training_into_a_pipe",
     ),
     "plans of three recipes and of each kind of launch": (
-        r"test_recipes\.py::test_it_fits_devices.*\[(?!milora-llava-1\.5-7b)",
+        r"test_recipes\.py::test_it_fits_devices.*\[(?!milora-llava-1\.5-7b|smol-llava-demo)",
         r"test_dry_run\.py::test_(a_named_model_of_another|packing_is_planned|a_stream_is_planned)",
         r"test_llava_scripts\.py::test_every_script.*\[(?!scripts/v1_5/finetune_lora)",
         r"test_llava_scripts\.py::test_(both_stages|a_whole_model)",

@@ -115,21 +115,6 @@ def test_measuring_changes_nothing_of_the_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_own_questions_are_scored_during_and_after_the_training(tiny_data: Path, tmp_path: Path) -> None:
-    """Their pictures are in the image folder of the training, far from the file."""
-    questions, recipe = tmp_path / "mine.json", tmp_path / "recipe.yaml"
-    questions.write_text(json.dumps([{"image": "0.png", "question": "What is it?", "answer": "red"}]))
-    recipe.write_text(f"eval: {{suites: [{questions}]}}\n")
-    best = ["--metric_for_best_model", "suite_mine", "--load_best_model_at_end", "--eval_strategy", "steps"]
-    steps = ["--eval_steps", "1", "--save_steps", "1", "--max_steps", "2", "--eval_data_path", tiny_data / "val.json"]
-    words = [*best, *map(str, steps), "--eval_suite_every", "1"]
-    assert main(training(tiny_data, tmp_path / "run", "--recipe", str(recipe), "--rank", "4", *words)) == 0
-    assert [entry["step"] for entry in log_of(tmp_path / "run") if "eval_suite_mine" in entry][:2] == [1, 2]
-    results = json.loads((tmp_path / "run" / "eval" / "mine" / "final" / "results.json").read_text())
-    assert (results["suite"], results["benchmarks"][0]["reference"]) == ("mine", "data:mine")
-
-
-@pytest.mark.slow
 def test_scores_are_in_the_log_and_the_report_and_change_no_loss(tiny_data: Path, recipe: Path, tmp_path: Path) -> None:
     flags = ["--rank", "4", "--max_steps", "5", "--logging_steps", "1", "--gradient_checkpointing", "--dropout", "0.1"]
     with_suite, without = tmp_path / "with", tmp_path / "without"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +10,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.autograd.graph import save_on_cpu
 from transformers import PreTrainedModel
 
 from milora_vl import apply_milora, load_model
-from milora_vl.train import launch, plan
+from milora_vl.train import launch
 from milora_vl.train.__main__ import main
 from milora_vl.train.launch import set_attention
 from milora_vl.train.recipe import Recipe
@@ -89,23 +87,6 @@ def test_a_block_is_one_graph_and_blocks_share_it(case: str, tiny_llama: Callabl
     model(ids, use_cache=False)
     assert len(counts) == 1
     torch._dynamo.reset()
-
-
-def test_activations_go_to_the_cpu_with_checkpointing(
-    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if "offload" not in inspect.signature(PreTrainedModel.activation_checkpointing_enable).parameters:
-        pytest.skip("this transformers does not offload activations")
-    plain = [*PLAIN, "--gradient_checkpointing", "--max_steps", "2"]
-    assert main(training(tiny_data, tmp_path / "plain", *plain)) == 0
-    offload = [*plain, "--gradient_checkpointing_kwargs", '{"offload": true}']
-    # As on a GPU, but without pinned memory.
-    stock, kept = save_on_cpu.__init__, []
-    monkeypatch.setattr(save_on_cpu, "__init__", lambda self, *_, **__: kept.append(stock(self)))
-    monkeypatch.setattr(plan, "train_device", lambda _: torch.device("cuda"))
-    assert main(training(tiny_data, tmp_path / "offload", *offload, "--dataloader_pin_memory", "False")) == 0
-    assert kept
-    assert losses(tmp_path / "offload") == losses(tmp_path / "plain")
 
 
 class _RmsNorm:
