@@ -42,7 +42,7 @@ from milora_vl.core.calibration.texts import LENGTH
 from milora_vl.core.policy.rules import DEFAULT_RULES, without_projector
 from milora_vl.core.policy.towers import image_token_of
 from milora_vl.core.weights.matrices import read_matrix
-from milora_vl.forgetting.text import general_text, text_batches
+from milora_vl.forgetting.measure import general_text, text_batches
 from milora_vl.models.base import find_base
 from milora_vl.models.loading import split_processor
 from milora_vl.models.losses import add_chunked_loss, summed_loss

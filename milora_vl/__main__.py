@@ -20,7 +20,7 @@ MENU = Menu(
                 "milora_vl.train.__main__",
                 "fine-tune a model with MiLoRA or others, by flags or a recipe",
             ),
-            "compose": ("milora_vl.compose.__main__", "compose a LLaVA from a vision tower and a language model"),
+            "compose": ("milora_vl.compose", "compose a LLaVA from a vision tower and a language model"),
             "report": ("milora_vl.report.__main__", "regenerate the report of a run folder"),
             "sweep": ("milora_vl.sweep.__main__", "compare methods over learning rates, ranks and seeds"),
         },

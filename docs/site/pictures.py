@@ -25,7 +25,7 @@ from milora_vl import load_model
 from milora_vl.core.adapter.fixed_a import off_inputs
 from milora_vl.core.calibration.activations import energy_limits
 from milora_vl.core.calibration.bases import first_directions
-from milora_vl.forgetting.text import general_text
+from milora_vl.forgetting.measure import general_text
 from milora_vl.report.plots import INK, page_figure, png, write_csv
 
 FOLDER = Path(__file__).resolve().parents[1] / "pictures"

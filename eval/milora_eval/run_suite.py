@@ -33,8 +33,7 @@ from milora_eval.scores.table import write_tables
 from milora_vl.common.errors import at_flag
 from milora_vl.core.weights.tensor_files import weights_digest
 from milora_vl.forgetting.answers import measure_on_answers
-from milora_vl.forgetting.measure import can_recover_base, measure_forgetting
-from milora_vl.forgetting.text import general_text
+from milora_vl.forgetting.measure import can_recover_base, general_text, measure_forgetting
 from milora_vl.interop.load_model import load_by_flags, require_scalable
 from milora_vl.interop.scale import Update
 from milora_vl.models.base import find_base

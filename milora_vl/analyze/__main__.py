@@ -72,8 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"there are {len(found):,} layers, for example {found[0].path}"
         raise UserError(f"no layer matches {options.modules}", where="--modules", hint=hint)
     of = {"subject": options.subject, "base": base_name, "rank": options.rank, "modules": options.modules}
-    files = {"files": [layers.stamps(subject), layers.stamps(Path(base_name))]}
-    rows = layers.rows_of(chosen, folder, of | files, options.device, options.rank)
+    rows = layers.rows_of(chosen, options.device, options.rank)
     summary = figures.write(folder, of, rows)
     if options.format == "json":
         sys.stdout.write(json.dumps(summary | {"rows": rows}, ensure_ascii=False) + "\n")

@@ -1,14 +1,13 @@
-"""Compute one row per layer: what a training changed in its weight. layers.jsonl keeps the rows.
+"""Compute one row per layer: what a training changed in its weight, measured as in the paper (arXiv:2406.09044).
 
-Adapters of any origin are read as `load_model` reads them. An interrupted analysis resumes where it stopped.
+Throughout, W is the pretrained weight (out, in) and the update is fine-tuned minus pretrained. Adapters of any origin
+are read as `load_model` reads them.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,24 +18,108 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from milora_vl.analyze import measures
-from milora_vl.analyze.measures import LowRankUpdate
-from milora_vl.common.atomic_write import json_lines, write_text
 from milora_vl.common.errors import UserError
 from milora_vl.common.progress import progress_bar
 from milora_vl.core.adapter.anchored import anchors_of, factors, has_anchor
-from milora_vl.core.adapter.folders import CONFIG, base_of, holds_adapter, holds_projector_alone
+from milora_vl.core.adapter.folders import base_of, holds_adapter, holds_projector_alone
 from milora_vl.core.adapter.peft_model import MiloraMixin
 from milora_vl.core.policy.towers import Towers, find_towers
-from milora_vl.core.svd import decompose
+from milora_vl.core.svd import Factors, decompose
 from milora_vl.core.weights.matrices import is_adaptable, is_linear, read_matrix
 from milora_vl.interop.load_model import load_any
 from milora_vl.models.devices import device_named
 from milora_vl.models.loading import load_weights
 from milora_vl.models.projector import load_projector
 
-FILE = "layers.jsonl"
 Row = dict[str, Any]
+
+
+# Intruder dimensions (arXiv:2410.21228, algorithm 1): number of directions, and the cosine below which one is new.
+INTRUDER_K, INTRUDER_EPSILON = 10, 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class LowRankUpdate:
+    """A change of one weight as singular triplets: U (out, k), S (k,) descending, Vh (k, in)."""
+
+    U: Tensor
+    S: Tensor
+    Vh: Tensor
+
+    @classmethod
+    def from_factors(cls, B: Tensor, A: Tensor) -> LowRankUpdate:
+        """Return the change B A from B (out, k), A (k, in), by two thin QR decompositions without forming the matrix.
+
+        Components below the rounding of the largest are removed, so a little trained LoRA may have fewer than k.
+        """
+        Q_B, R_B = torch.linalg.qr(B.double())
+        Q_A, R_A = torch.linalg.qr(A.double().T)
+        U, S, Vh = torch.linalg.svd(R_B @ R_A.T)
+        return cls(Q_B @ U, S, Vh @ Q_A.T)._without_zeros()
+
+    @classmethod
+    def from_matrix(cls, change: Tensor, rank: int) -> LowRankUpdate:
+        """Return the first `rank` triplets of a change given as a full matrix."""
+        factors = decompose(change, min(rank, *change.shape), "principal")
+        return cls(factors.U.double(), factors.S.double(), factors.Vh.double())._without_zeros()
+
+    def first(self, rank: int) -> LowRankUpdate:
+        """Return the first `rank` triplets, or all if there are fewer."""
+        return LowRankUpdate(self.U[:, :rank], self.S[:rank], self.Vh[:rank])
+
+    def _without_zeros(self) -> LowRankUpdate:
+        kept = int(torch.count_nonzero(self.S / self.S[0] > 1e-7)) if float(self.S[0]) > 0 else 0
+        return self.first(kept)
+
+
+def amplification(W: Tensor, update: LowRankUpdate, rank: int) -> tuple[float, float]:
+    """Return (||U' dW V||_F, ||U' W V||_F) with U, V the top-`rank` singular vectors of the update dW.
+
+    Their ratio is the amplification factor (LoRA paper, section 7.3). It is large if the update is large or if W has
+    little energy in its directions, so a lower factor alone does not show that more was preserved: read both numbers.
+    """
+    top = update.first(rank)
+    inside = top.U.T @ (W.double() @ top.Vh.T)
+    return float(torch.linalg.vector_norm(top.S)), float(torch.linalg.matrix_norm(inside))
+
+
+def expected_inside(W_norm: float, shape: tuple[int, int], rank: int) -> float:
+    """Return the root mean square of ||U'WV||_F over random orthonormal U (out, rank), V (in, rank).
+
+    >>> round(expected_inside(97.36, (4096, 4096), 64), 2)  # the paper's q_proj: 1.50 for one draw
+    1.52
+    """
+    return rank * W_norm / (shape[0] * shape[1]) ** 0.5
+
+
+def similarities(base: Factors, update: LowRankUpdate, rank: int) -> tuple[float, float, float]:
+    """Return the similarity of the update's left vectors with the top, the bottom and random left vectors of W.
+
+    The similarity of column-orthonormal A, B (d, r) is ||A'B||_F^2 / r, in [0, 1]. `base` is the full decomposition of
+    W. The third value is the mean over all choices of `rank` of its vectors.
+    """
+    vectors = update.first(rank).U
+    r = vectors.shape[1]
+    if r == 0:
+        return 0.0, 0.0, 0.0
+    shares = (base.U.double().T @ vectors).square().sum(1)  # one per left vector of W
+    return float(shares[:r].sum()) / r, float(shares[-r:].sum()) / r, float(shares.mean())
+
+
+def intruders(base: Factors, tuned_U: Tensor, epsilon: float = INTRUDER_EPSILON) -> int:
+    """Return how many columns of `tuned_U` (out, k), the top left vectors of the tuned weight, are new.
+
+    A vector is new if its cosine with every left singular vector of the pretrained weight is below `epsilon`
+    (arXiv:2410.21228, algorithm 1, which uses k = 10 and epsilon = 0.5). `base` is the full decomposition of W.
+    """
+    cosines = (base.U.double().T @ tuned_U.double()).abs().max(dim=0).values
+    return int((cosines < epsilon).sum())
+
+
+def moved(change: Tensor, start: Tensor) -> float | None:
+    """Return ||change||_F / ||start||_F; None if `start` is zero."""
+    length = float(torch.linalg.vector_norm(start.double()))
+    return float(torch.linalg.vector_norm(change.double())) / length if length else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +149,9 @@ class Layer:
     def _of_update(self, W: Tensor, r: int) -> Row:
         update, norm, tuned = self._change(W, r)
         full = decompose(W, min(W.shape), "principal")
-        top = decompose(tuned, min(measures.INTRUDER_K, *W.shape), "principal")
-        of_update, of_base = measures.amplification(W, update, r)
-        like_top, like_bottom, like_random = measures.similarities(full, update, r)
+        top = decompose(tuned, min(INTRUDER_K, *W.shape), "principal")
+        of_update, of_base = amplification(W, update, r)
+        like_top, like_bottom, like_random = similarities(full, update, r)
         return {
             "method": self.method,
             "rank": r,
@@ -79,11 +162,11 @@ class Layer:
             "update_inside": of_update,
             "base_inside": of_base,
             "base_inside_top": torch.linalg.vector_norm(full.S[:r].double()),
-            "base_inside_random": measures.expected_inside(full.norm, (W.shape[0], W.shape[1]), r),
+            "base_inside_random": expected_inside(full.norm, (W.shape[0], W.shape[1]), r),
             "similarity_top": like_top,
             "similarity_bottom": like_bottom,
             "similarity_random": like_random,
-            "intruders": measures.intruders(full, top.U),
+            "intruders": intruders(full, top.U),
             **self._moves(),
         }
 
@@ -112,7 +195,7 @@ class Layer:
         if has_anchor(self.after, "default"):  # [D; A0] and [B0 + E, E]
             A0, B0 = anchors_of(self.after, "default")
             D, E = A.chunk(2, dim=0)[0], B.chunk(2, dim=1)[1]
-            return {"moved_A": measures.moved(D, A0), "moved_B": measures.moved(E, B0)}
+            return {"moved_A": moved(D, A0), "moved_B": moved(E, B0)}
         norms = (float(torch.linalg.vector_norm(factor.double())) for factor in (A, self.after.scaling["default"] * B))
         return dict(zip(("norm_A", "norm_B"), norms, strict=True))
 
@@ -190,43 +273,14 @@ def matrices(model: nn.Module) -> dict[str, nn.Module]:
     return inside or {path: module for path, module in modules.items() if is_linear(module)}
 
 
-def rows_of(
-    layers: Sequence[Layer], folder: Path, of: Mapping[str, object], device: str | None, rank: int
-) -> list[Row]:
-    """Return a row for every layer. Rows that layers.jsonl has from the same analysis `of` are reused.
-
-    `device` is the value of --device.
-
-    Raises UserError if the folder contains another analysis.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / FILE
-    lines = list(json_lines(file))
-    head = {"key": hashlib.sha256(json.dumps(of, default=str).encode()).hexdigest()[:16], "of": of["subject"]}
-    if lines and lines[0] != head:
-        message = f"contains another analysis, of {lines[0].get('of')}; it is not overwritten"
-        raise UserError(message, where=str(folder), hint="use:  --output_dir ANOTHER")
-    write_text(file, "".join(json.dumps(line) + "\n" for line in lines or [head]))
-    done = {row["path"]: row for row in lines[1:]}
-    remaining = [layer for layer in layers if layer.path not in done]
-    if done and remaining:
-        sys.stderr.write(f"{len(done):,} of {len(layers):,} layers are already analysed\n")
-    place = device_named(device)
-    bar = progress_bar("analysing", len(remaining), "layers", is_shown=bool(remaining))
-    with file.open("a", encoding="utf-8") as out, torch.inference_mode(), bar:
-        for layer in remaining:
-            done[layer.path] = layer.row(place, rank)
-            out.write(json.dumps(done[layer.path]) + "\n")
-            out.flush()
+def rows_of(layers: Sequence[Layer], device: str | None, rank: int) -> list[Row]:
+    """Return a row for every layer. `device` is the value of --device."""
+    rows, on = list[Row](), device_named(device)
+    with torch.inference_mode(), progress_bar("analysing", len(layers), "layers") as bar:
+        for layer in layers:
+            rows.append(layer.row(on, rank))
             bar.update()
-    return [done[layer.path] for layer in layers]
-
-
-def stamps(folder: Path) -> list[tuple[str, int, int]]:
-    """Return name, size and time of the files of a model or training. Another training or scale changes them."""
-    names = ("*.safetensors", "*.bin", "*/adapter_model.*", CONFIG, f"*/{CONFIG}")
-    files = sorted(file for name in names for file in folder.glob(name))
-    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return rows
 
 
 def _rounded(value: Any) -> Any:

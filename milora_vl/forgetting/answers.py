@@ -16,8 +16,7 @@ from milora_data.pictures.load import Picture
 from milora_data.pictures.pixels import AspectRatio
 from milora_data.records.record import IMAGE, Record, Turn
 from milora_vl.common.progress import progress_bar
-from milora_vl.forgetting.measure import Forgetting, compare_on
-from milora_vl.forgetting.text import ProbeBatch
+from milora_vl.forgetting.measure import Forgetting, ProbeBatch, compare_on
 from milora_vl.models.collator_for import collator_for
 from milora_vl.models.generate import Prompt, generate
 from milora_vl.models.image_tokens import uses_processor

@@ -36,8 +36,7 @@ from milora_vl.core.adapter.lora import base_model_of
 from milora_vl.core.evaluation_mode import evaluated
 from milora_vl.core.policy.towers import find_towers
 from milora_vl.core.weights.distributed import gathered_in_forward
-from milora_vl.forgetting.measure import logits_of, summary, token_sums
-from milora_vl.forgetting.text import general_text, text_batches
+from milora_vl.forgetting.measure import general_text, logits_of, summary, text_batches, token_sums
 from milora_vl.models.loading import split_processor
 from milora_vl.train.counts import duration_text
 from milora_vl.train.plan import suites_of

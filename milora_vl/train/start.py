@@ -47,7 +47,7 @@ from milora_vl.core.policy import Target
 from milora_vl.core.policy.towers import find_towers
 from milora_vl.core.weights.distributed import gather_objects, gathered, rank_and_world_size, result_or_error
 from milora_vl.core.weights.tensor_files import shared_digest
-from milora_vl.forgetting.text import ends_of, general_text, padded_batches
+from milora_vl.forgetting.measure import ends_of, general_text, padded_batches
 from milora_vl.models import loading
 from milora_vl.models.base import Base
 from milora_vl.models.generate import Prompt, generate

@@ -21,8 +21,17 @@ from milora_data.encode.labels import IGNORE
 from milora_data.records.record import Record
 from milora_vl.core.calibration.bases import Calibration
 from milora_vl.core.calibration.texts import COUNT, LENGTH, SEED, sampled_rows
-from milora_vl.forgetting.measure import Forgetting, ProbeBatch, logits_of, summary, token_sums
-from milora_vl.forgetting.text import ends_of, general_text, padded_batches, text_batches
+from milora_vl.forgetting.measure import (
+    Forgetting,
+    ProbeBatch,
+    ends_of,
+    general_text,
+    logits_of,
+    padded_batches,
+    summary,
+    text_batches,
+    token_sums,
+)
 from milora_vl.models.losses import add_chunked_loss, summed_loss
 from milora_vl.train.start import shares_probe_text
 from studies.task import Measured

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
 from milora_data.assets import fetch
-from milora_vl.forgetting.text import general_text
+from milora_vl.forgetting.measure import general_text
 from studies.task import Measured, shuffled
 from studies.tasks.topics import named_topics
 

@@ -16,10 +16,9 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from milora_vl import Policy, apply_milora, load_model, merge
-from milora_vl.analyze import measures
+from milora_vl.analyze import layers as measures
 from milora_vl.analyze.__main__ import main
-from milora_vl.analyze.layers import layers_of, rows_of
-from milora_vl.analyze.measures import LowRankUpdate
+from milora_vl.analyze.layers import LowRankUpdate, layers_of, rows_of
 from milora_vl.core.svd import decompose
 from milora_vl.core.weights.matrices import read_matrix
 from support.adapter_cases import move
@@ -36,7 +35,7 @@ def disturbed(model: Any) -> Any:
 def analysed(folder: Path, base: Path) -> dict[str, dict[str, Any]]:
     """The rows of a trained folder by path, without figures, which take their time."""
     _, layers = layers_of(str(folder), str(base))
-    rows = rows_of(layers, folder / "analysis", {"subject": str(folder)}, "cpu", 8)
+    rows = rows_of(layers, "cpu", 8)
     return {row["path"]: row for row in rows}
 
 
@@ -91,32 +90,19 @@ def test_a_model_tuned_in_full_and_an_adapter_of_peft(base: Path, tmp_path: Path
 
 
 @pytest.mark.usefixtures("real_plots")
-def test_what_was_interrupted_goes_on(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_writes_a_table_and_figures(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rules = "[{modules: language.mlp, method: milora, rank: 2, protect: 0}]"
     disturbed(apply_milora(load_model(base)[0], Policy.parse(rules))).save_pretrained(str(tmp_path / "run"))
     folder = tmp_path / "analysis"
-
-    def run(modules: str = "*language*mlp*") -> None:
-        flags = ["--base", str(base), "--modules", modules, "--output_dir", str(folder)]
-        assert main([str(tmp_path / "run"), *flags]) == 0
-        with (folder / "layers.csv").open() as table:
-            assert len(list(csv.DictReader(table))) == 6
-
-    run()
+    flags = ["--base", str(base), "--modules", "*language*mlp*", "--output_dir", str(folder)]
+    assert main([str(tmp_path / "run"), *flags]) == 0
+    with (folder / "layers.csv").open() as table:
+        assert len(list(csv.DictReader(table))) == 6
     printed = capsys.readouterr().out
     assert "Means over the layers of each part." in printed
     assert all(words in printed for words in ("language mlp", "like bottom", "A moved"))
     for name in ("similarity", "amplification"):
         assert (folder / f"{name}.png").stat().st_size > 100
-    file = folder / "layers.jsonl"
-    capsys.readouterr()
-    whole = file.read_text().splitlines(keepends=True)
-    file.write_text("".join(whole[:3]) + whole[3][:20])
-    run()
-    assert "2 of 6 layers are already analysed" in capsys.readouterr().err
-    assert file.read_text().splitlines(keepends=True) == whole
-    with raises_code("", message="another analysis"):
-        run("*mlp*")
 
 
 def test_a_wrong_base_and_a_place_without_files_are_refused(

@@ -13,8 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from milora_vl.forgetting.answers import answer_batches, drawn_questions
-from milora_vl.forgetting.measure import Forgetting, compare_on, measure_forgetting, summary
-from milora_vl.forgetting.text import general_text, text_blocks
+from milora_vl.forgetting.measure import Forgetting, compare_on, general_text, measure_forgetting, summary, text_blocks
 
 Made = tuple[Any, Any]
 SMALL: dict[str, Any] = {"num_tokens": 200, "block_length": 40, "batch_size": 2}

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from milora_vl import compose
 from milora_vl.chat import __main__ as chat
-from milora_vl.compose import __main__ as compose
 from milora_vl.models.parts import tower_config
 from milora_vl.models.tiny import tiny_tokenizer
 from milora_vl.train import __main__ as train

@@ -10,8 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from milora_vl import apply_milora, load_model, save_adapter
-from milora_vl.compose import __main__ as compose
+from milora_vl import apply_milora, compose, load_model, save_adapter
 from milora_vl.export import export
 from milora_vl.models.timm_tower import TimmTower, TimmTowerConfig
 from support.adapter_cases import move

@@ -42,7 +42,7 @@ INNER_IMPORTS = {
     "eval/milora_eval/evaluator.py": "a report has the words of an evaluation and asks nothing",
     "milora_vl/analyze/__main__.py": QUICK_HELP,
     "milora_vl/chat/__main__.py": QUICK_HELP,
-    "milora_vl/compose/__main__.py": QUICK_HELP,
+    "milora_vl/compose.py": QUICK_HELP,
     "milora_vl/export/__main__.py": QUICK_HELP,
     "milora_vl/forgetting/__main__.py": QUICK_HELP,
     "milora_vl/interop/llava.py": QUICK_HELP,

@@ -20,7 +20,7 @@ from milora_vl.common.cli.screen import Screen
 from milora_vl.core.adapter.lora import lora_layer
 from milora_vl.core.policy import Policy
 from milora_vl.forgetting.answers import drawn_questions
-from milora_vl.forgetting.text import general_text
+from milora_vl.forgetting.measure import general_text
 from milora_vl.models.base import Base, find_base
 from milora_vl.models.tiny import tiny_llava
 from milora_vl.report.read_run import read_run

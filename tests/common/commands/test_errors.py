@@ -19,7 +19,7 @@ from milora_vl.__main__ import main
 from milora_vl.chat.__main__ import main as chat
 from milora_vl.common.cli.console import run
 from milora_vl.common.errors import DataError, Problem, UserError, render, with_context
-from milora_vl.compose.__main__ import main as compose
+from milora_vl.compose import main as compose
 from milora_vl.forgetting.__main__ import main as forgetting
 from milora_vl.report.__main__ import main as report
 from milora_vl.train.__main__ import main as train
