@@ -162,6 +162,14 @@ def picture_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of the module with the pictures of `support.vlm_runs`."""
+    from support.vlm_runs import write_pictures
+
+    return write_pictures(tmp_path_factory.mktemp("pictures"))
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tiny_llava: Callable[..., Made], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model as a folder: HF loads it, under ZeRO-3 in parts."""

@@ -28,17 +28,12 @@ from support.problems import raises_code
 from support.versions import needs_places
 from support.videos import video_template, write_video
 from support.vlm_families import VLM_FAMILIES, model_of, processor_of
-from support.vlm_runs import record, write_model, write_pictures
+from support.vlm_runs import record, write_model
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), needs_places]
 FAST = ("qwen2_5_vl", "gemma3", "mllama")
 OTHERS = [name for name in VLM_FAMILIES if name not in (*FAST, "paligemma")]
 Captured = pytest.CaptureFixture[str]
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_pictures(tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.fixture(scope="module")

@@ -26,8 +26,8 @@ from milora_vl.core.policy.towers import find_towers
 from milora_vl.models.losses import add_chunked_loss, record_losses, summed_loss
 from support.problems import raises_code
 from support.versions import needs_places
-from support.vlm_families import VLM_FAMILIES, marked_template, model_of, processor_of
-from support.vlm_runs import mixed_records, record, write_pictures
+from support.vlm_families import VLM_FAMILIES, model_of, processor_of
+from support.vlm_runs import mixed_records, record
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), needs_places]
 LACKS = {"smolvlm": find_spec("num2words") is None}
@@ -35,11 +35,6 @@ ALL = [name for name in VLM_FAMILIES if not LACKS.get(name)]
 CHATS = [name for name in ALL if name != "paligemma"]
 ONE_KIND = ("paligemma",)  # it takes no text without a picture
 QUESTION = record([("human", "<image>\nWhat is it?"), ("gpt", "A cat.")], ["0.png"])
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_pictures(tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.fixture
@@ -74,7 +69,7 @@ def test_ids_masks_and_tensors_equal_those_of_transformers(name: str, make: Any,
     batch = collator(values)
     expected = collator.inputs.processor.apply_chat_template(
         [messages(value, pictures) for value in values],
-        chat_template=marked_template(name),
+        chat_template=VLM_FAMILIES[name].template,
         tokenize=True,
         return_dict=True,
         return_tensors="pt",

@@ -23,7 +23,7 @@ from support import any_family
 from support.problems import raises_code
 from support.versions import needs_places
 from support.vlm_families import VLM_FAMILIES, model_of, processor_of
-from support.vlm_runs import mixed_records, record, write_pictures
+from support.vlm_runs import mixed_records, record
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), needs_places]
 # Without scores' scale, the tiny Gemma 4 shows how float32 rounds the angles of later places.
@@ -31,11 +31,6 @@ ROUNDED = {"gemma4": 1e-3}
 LACKS = {"smolvlm": find_spec("num2words") is None}
 KINDS = {name: family.config_of or name for name, family in VLM_FAMILIES.items()}
 ALL = [name for name, kind in KINDS.items() if kind in PACKED and not LACKS.get(name)]
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_pictures(tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.fixture

@@ -139,16 +139,6 @@ def test_files_of_a_common_name_are_not_taken_for_a_benchmarks(
     assert [entry["name"] for entry in found["benchmarks"]] == ["emoji"]
 
 
-def test_suites_are_listed_by_name(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["ls", "--data", str(data)]) == 0
-    shown = capsys.readouterr().out.split()
-    assert "emoji" in shown
-    assert "quick" in shown
-    assert "found" in shown
-    with raises_code("path-missing", where="--data", message="no such folder: nowhere"):
-        main(["ls", "--data", "nowhere"])
-
-
 ITEMS = [Item(f"{kind}-{picture}", (), group=f"{picture}.png") for kind in "abc" for picture in range(20)]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -15,7 +14,7 @@ from milora_eval.answers.store import Store, to_line
 from milora_eval.benchmark import MissingData
 from milora_eval.registry import SUITES, find_benchmark, folder_of
 from milora_eval.scores.compare import compare
-from milora_eval.scores.results import numbers, read_results, write_results
+from milora_eval.scores.results import numbers, read_results, require_lines, write_results
 from milora_vl.models.generate import Reply
 from support import official_data
 
@@ -85,7 +84,9 @@ def test_two_evaluations_are_compared_with_intervals_and_tests(
     shown = capsys.readouterr().out
     assert re.search(r"gqa accuracy: B - A = \+\d.*95 % interval .*McNemar p = .*bootstrap p = ", shown)
     assert re.search(r"pope mean F1: B - A = \+\d.*95 % interval .*bootstrap p = ", shown)
-    pairs = {(pair.benchmark, pair.b.name): pair for each in compare(*map(lines_of, (a, b))) for pair in each.pairs}
+    pairs = {
+        (pair.benchmark, pair.b.name): pair for each in compare(*map(require_lines, (a, b))) for pair in each.pairs
+    }
     f1 = pairs["pope", "mean F1"].difference
     assert f1 is not None
     assert (f1.p_value, f1.n) == (None, 18)
@@ -97,9 +98,3 @@ def test_two_evaluations_are_compared_with_intervals_and_tests(
     circular = pairs["mmbench", "circular accuracy"].difference  # over questions, not over rotations
     assert circular is not None
     assert circular.n == 3
-
-
-def lines_of(folder: Path) -> list[dict[str, Any]]:
-    from milora_eval.scores.results import require_lines
-
-    return require_lines(folder)

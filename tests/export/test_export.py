@@ -118,13 +118,6 @@ def test_a_merged_model_is_asked_in_the_template_of_its_run(run, template: str) 
     assert prompts_of(str(run.root / "base"), None).template == "vicuna_v1"
 
 
-def test_a_merged_model_of_another_dtype_is_rounded_once(run) -> None:
-    export(run.root / "adapter", "merged", run.root / "exact")
-    export(run.root / "adapter", "merged", run.root / "half", Options(dtype=torch.bfloat16))
-    exact, half = (load_file(run.root / name / "model.safetensors") for name in ("exact", "half"))
-    assert all(torch.equal(half[name], weight.bfloat16()) for name, weight in exact.items())
-
-
 def test_merged_keeps_the_dtype_of_the_base(run, tiny_llava: Factory) -> None:
     tiny_llava()[0].to(torch.bfloat16).save_pretrained(run.root / "base")
     done = export(run.root / "adapter", "merged", run.root / "merged")

@@ -25,11 +25,12 @@ from milora_vl.interop.llava import main as llava_main
 from milora_vl.interop.llava import renamed_flags
 from milora_vl.interop.llava_layout import KNOWN_KEYS
 from milora_vl.interop.replace import get_peft_model_replaced, main
+from milora_vl.models.tiny import tiny_llava
 from support.adapter_cases import anchors, one_rule, train_steps
 from support.calibrated import directions, leaks
 from support.documented import ROOT
 from support.launched import in_two_processes, needs_deepspeed
-from support.llava_parts import small_vicuna_and_clip
+from support.llava_oracle import llama_tokenizer
 from support.problems import raises_code, raises_problem
 
 SCRIPT = """
@@ -222,9 +223,17 @@ def test_axolotl_trains_its_example_off_the_protected_inputs(tiny_llama, tmp_pat
 
 def llava_flags(folder: Path, records: list[dict[str, Any]]) -> list[str]:
     """Write models, pictures and records for LLaVA's `train()`; returns its flags. The result is in `llava-lora`."""
+    from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
     from PIL import Image
+    from transformers import CLIPImageProcessor, CLIPVisionModel
 
-    small_vicuna_and_clip(folder)
+    torch.manual_seed(0)
+    CLIPVisionModel(tiny_llava()[0].config.vision_config).save_pretrained(folder / "clip")
+    small = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    small.save_pretrained(folder / "clip")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    LlavaLlamaForCausalLM(LlavaConfig(vocab_size=32000, **sizes)).save_pretrained(folder / "vicuna")
+    llama_tokenizer("legacy").save_pretrained(folder / "vicuna")
     (folder / "images").mkdir()
     for i in range(8):
         Image.new("RGB", (40, 30), (30 * i, 10, 200)).save(folder / "images" / f"{i}.png")

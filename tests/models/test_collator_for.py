@@ -15,14 +15,9 @@ from support.problems import raises_code
 from support.tiny_next import tiny_next
 from support.versions import needs_places
 from support.vlm_families import model_of, processor_of
-from support.vlm_runs import record, write_pictures
+from support.vlm_runs import record
 
 ASKED = record([("human", "<image>\nWhat is it?"), ("gpt", "A cat.")], ["0.png"])
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_pictures(tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.mark.parametrize("make", [tiny_llava, tiny_next])

@@ -23,7 +23,6 @@ from support.any_family import tiny_family, tiny_model
 from support.family_table import COLUMNS, FAMILIES, PAGE, RESULTS, check, rows_of
 from support.problems import raises_code
 from support.versions import needs_places
-from support.vlm_runs import write_pictures
 
 RECORDED = json.loads(RESULTS.read_text())
 SLOW = ("lighton_ocr", "kimi_k25", "ernie4_5_vl_moe", "qwen3_5_moe", "cosmos3_edge", "qianfan_ocr")
@@ -31,11 +30,6 @@ pytestmark = [pytest.mark.filterwarnings("ignore"), needs_places]
 same_version = pytest.mark.skipif(
     RECORDED["transformers"] != family_table.transformers.__version__, reason="the page is of another transformers"
 )
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_pictures(tmp_path_factory.mktemp("pictures"))
 
 
 def test_the_page_is_made_of_the_recorded_results() -> None:

@@ -122,11 +122,6 @@ def tokenizer_of(family: VlmFamily) -> PreTrainedTokenizerFast:
     return byte_tokenizer(basic, family.names, family.special)  # type: ignore[no-any-return]
 
 
-def marked_template(name: str) -> str:
-    """Return the chat template of a family with marks around what is supervised."""
-    return VLM_FAMILIES[name].template
-
-
 def processor_of(name: str) -> Any:
     """Return the processor of a family."""
     family = VLM_FAMILIES[name]
