@@ -15,7 +15,6 @@ from milora_data.keys import digest
 from milora_data.pictures.load import ImagePolicy
 from milora_data.records.record import CompactRecords, Record
 from milora_data.stream import Source, load_records, mixed_records
-from milora_data.stream.dataset import record_stream
 from milora_vl.common.cli.console import amount, command_line
 from milora_vl.common.errors import DataError, Key, Problem, UserError, no_records, with_context
 
@@ -107,6 +106,8 @@ def _inspect_stream(path: str | list[Source], image_folder: str | None, bad_imag
     if find_spec("torchdata") is None:
         hint, where = "pip install -e '.[data]'", Key.of("data.streaming")
         raise UserError("the package torchdata is not installed", code="package-missing", where=where, hint=hint)
+    from milora_data.stream.dataset import record_stream
+
     items = list(islice(record_stream(sources_of(path), shuffle_buffer=0), INSPECTED))
     errors = [item for item in items if isinstance(item, DataError)]
     if errors and bad_images == "raise":

@@ -15,14 +15,12 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import PreTrainedModel, PrinterCallback, TrainingArguments
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
-from milora_data.batches.lengths import LengthGroupedSampler
 from milora_data.batches.record_collator import RecordCollator
 from milora_data.encode.tokens import IGNORE
-from milora_data.stream.dataset import RecordStream
 from milora_vl.common.compat.trainer import CheckpointTrainer, enable_fsdp_on_cpus
 from milora_vl.common.errors import UserError
 from milora_vl.core.adapter.checkpoints import STATE, step_of
@@ -63,7 +61,7 @@ class MiloraTrainer(RatesOfRules, CheckpointTrainer):
     """Train the modules of `targets`. `saves` is the content of checkpoints: adapter, projector or full model.
 
     With `lengths` (one per training record), a batch has records of similar length and of one of `kinds`.
-    A `RecordStream` as data set continues at its position in the checkpoint `resume_from`. `base_kl` adds a term to the
+    A stream as data set continues at its position in the checkpoint `resume_from`. `base_kl` adds a term to the
     loss.
     """
 
@@ -132,11 +130,13 @@ class MiloraTrainer(RatesOfRules, CheckpointTrainer):
 
     def get_train_dataloader(self) -> Any:
         args, dataset, collator = self.args, self.train_dataset, self.data_collator
-        if isinstance(dataset, RecordStream):
+        if isinstance(dataset, IterableDataset):
             self._stream = data.stream_loader(dataset, collator, args, self.resume_from)
             return self._stream
         if self.lengths is None:
             return data.guarded(super().get_train_dataloader())
+        from milora_data.batches.lengths import LengthGroupedSampler
+
         seed = args.seed if args.data_seed is None else args.data_seed
         per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         loader = DataLoader(
@@ -288,7 +288,7 @@ class MiloraTrainer(RatesOfRules, CheckpointTrainer):
             self._save_trained(folder)
         if not is_checkpoint:
             return
-        if isinstance(self.train_dataset, RecordStream):
+        if isinstance(self.train_dataset, IterableDataset):
             data.save_position(self._stream, folder, self.args)
         if self.args.push_to_hub and self.args.should_save:  # HF pushes its own files of the checkpoint from here
             for name in (name for name in OUR_FILES if (folder / name).is_file()):
