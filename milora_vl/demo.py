@@ -96,8 +96,7 @@ def seconds_of_full_demo() -> float:
     """Return about the seconds of the full demo, from a matrix product in the data type that it uses here."""
     import torch
 
-    from milora_vl.models.devices import fastest_dtype
-    from milora_vl.train.counts import measured_flops
+    from milora_vl.models.devices import fastest_dtype, measured_flops
 
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     return FULL_WORK / measured_flops(768, device, fastest_dtype(device))

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from milora_vl.common.errors import UserError
 from milora_vl.common.secrets import without_secrets
 
 
@@ -120,3 +124,29 @@ def _open_to_others(folder: Path) -> None:
     probe.unlink()
     for file in folder.rglob("*.safetensors"):
         file.chmod(mode)
+
+
+WAIT = 8  # seconds for the lock: loader processes of a killed training notice its end, and leave, within five
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock of a run folder. Raises UserError if another process does.
+
+    The system releases it when the process and its loader processes end, also after a kill.
+    """
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        for remaining in range(WAIT, -1, -1):
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not remaining:
+                    message = "another training runs in this folder"
+                    hint = "wait for its end, or stop it, then:  --resume_from_checkpoint auto"
+                    raise UserError(message, code="run-in-use", where=str(path), hint=hint) from None
+                time.sleep(1)
+        yield
+    finally:
+        os.close(handle)

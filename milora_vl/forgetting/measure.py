@@ -13,12 +13,14 @@ from importlib.resources import files
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from milora_data.encode.tokens import bos_ids
 from milora_vl.common.progress import progress_bar
 from milora_vl.core.calibration.texts import padded
 from milora_vl.core.evaluation_mode import evaluated
+from milora_vl.core.weights.distributed import gathered_in_forward
+from milora_vl.models.loading import split_processor
 
 # Positions at a time. Their distributions over the vocabulary, in float32, should stay in the caches of a CPU.
 _POSITIONS, _POSITIONS_ON_CPU = 256, 16
@@ -261,3 +263,35 @@ def padded_batches(rows: Sequence[tuple[str, list[int]]], batch_size: int, token
         part = rows[start : start + batch_size]
         inputs = padded([ids for _, ids in part], tokenizer.eos_token_id or 0)
         yield ProbeBatch(inputs, inputs["attention_mask"][:, 1:].bool(), [name for name, _ in part])
+
+
+# Tokens of general text. The base model's predictions stay in memory: vocabulary x 2 or 4 bytes per token.
+NUM_TOKENS, BLOCK_LENGTH, BATCH_SIZE = 1536, 128, 4
+
+
+class Probe:
+    def __init__(self, base: nn.Module, processor: Any) -> None:
+        texts, tokenizer = general_text(), split_processor(processor)[0]
+        self.batches = list(
+            text_batches(texts, tokenizer, num_tokens=NUM_TOKENS, block_length=BLOCK_LENGTH, batch_size=BATCH_SIZE)
+        )
+        # In inference_mode, weights that ZeRO-3 gathers could not train afterwards.
+        with torch.no_grad(), evaluated(base), gathered_in_forward(base):
+            self.targets = [logits_of(base, batch).cpu() for batch in self.batches]
+
+    def measure(self, model: nn.Module, context: Callable[[], AbstractContextManager[Any]]) -> dict[str, float]:
+        """Return the log entry of the current model. Its forward runs in `context`, like a training step."""
+        rows: list[Tensor] = []
+        documents: list[str] = []
+        with torch.no_grad(), evaluated(model):
+            for batch, target in zip(self.batches, self.targets, strict=True):
+                with context():
+                    logits = logits_of(model, batch)
+                rows.append(token_sums(logits, target.to(logits.device), batch))
+                documents += batch.documents
+        result = summary(torch.cat(rows), documents, "general text")
+        return {
+            "forgetting": result.kl,
+            "forgetting_stderr": result.kl_stderr or 0.0,
+            "forgetting_loss_change": result.loss_change,
+        }

@@ -6,6 +6,7 @@ equals the quantised base.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -123,3 +124,13 @@ def out_of_memory(hint: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise UserError(f"out of memory: {first_line(error)}", hint=hint, exit_code=1) from None
+
+
+def measured_flops(size: int = 1024, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> float:
+    a = torch.ones(size, size, device=device, dtype=dtype)
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        float((a @ a)[0, 0])  # waits for a GPU
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / min(times)  # slower ones waited for other programs

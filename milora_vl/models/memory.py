@@ -134,8 +134,8 @@ def needed(work: Workload) -> float:
     return sum(memory(work).values()) / GIB + OVERHEAD
 
 
-def verdict(work: Workload, lean: Workload, flags: str, limit: float) -> tuple[list[str], str | None]:
-    """Return lines for a device of `limit` GiB, and the flags that make it fit: "" if it fits, None if none do.
+def verdict(work: Workload, lean: Workload, flags: str, limit: float) -> tuple[list[str], bool]:
+    """Return lines for a device of `limit` GiB, with flags that make it fit, and whether it fits.
 
     `lean` is the workload with `flags`: half precision and checkpointing, if `work` lacks them.
     """
@@ -144,13 +144,13 @@ def verdict(work: Workload, lean: Workload, flags: str, limit: float) -> tuple[l
         held = math.ceil(10 * held / GIB) / 10 * GIB
     summary = f"{limit:g} GiB: needs {size_text(held)} beside {OVERHEAD:g} GiB for CUDA"
     if needed(work) <= limit:
-        return [f"fits   {summary}"], ""
+        return [f"fits   {summary}"], True
     fitting = [(what, needed(other)) for what, other in memory_savings(work, lean, flags) if needed(other) <= limit]
     if not fitting:
         hint = "no single change is enough: use more devices, a smaller rank or a smaller model"
-        return [f"does not fit {summary}", hint], None
+        return [f"does not fit {summary}", hint], False
     lines = [f"  {what}: {size:.1f} GiB" for what, size in fitting[:4]]
-    return [f"does not fit {summary}", "these flags make it fit:", *lines], fitting[0][0]
+    return [f"does not fit {summary}", "these flags make it fit:", *lines], False
 
 
 def memory_savings(work: Workload, lean: Workload, flags: str) -> Iterator[tuple[str, Workload]]:

@@ -28,11 +28,10 @@ from filelock import FileLock, Timeout
 from milora_eval import evaluator
 from milora_eval.registry import results_name
 from milora_eval.scores.results import headline_of, read_results, require_lines
-from milora_vl.common.atomic_write import read_json, write_json, write_text
+from milora_vl.common.atomic_write import locked, read_json, write_json, write_text
 from milora_vl.common.errors import UserError
 from milora_vl.common.evaluator_protocol import EvaluationRequest, QuestionSet
 from milora_vl.sweep.cells import PICTURES, Cell, CellNumbers, recipe_of
-from milora_vl.train.output import locked
 from milora_vl.train.recipe import Recipe
 
 

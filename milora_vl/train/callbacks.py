@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -28,50 +28,15 @@ from transformers import (
 )
 
 from milora_data.batches.record_collator import RecordCollator
-from milora_vl.common.cli.console import amount
+from milora_vl.common.cli.console import amount, duration_text
 from milora_vl.common.evaluator_protocol import TrainingQuestions, evaluator
 from milora_vl.core.adapter.anchored import fixed_names
 from milora_vl.core.adapter.folders import EARLIER
 from milora_vl.core.adapter.lora import base_model_of
-from milora_vl.core.evaluation_mode import evaluated
 from milora_vl.core.policy.towers import find_towers
-from milora_vl.core.weights.distributed import gathered_in_forward
-from milora_vl.forgetting.measure import general_text, logits_of, summary, text_batches, token_sums
-from milora_vl.models.loading import split_processor
-from milora_vl.train.counts import duration_text
+from milora_vl.forgetting.measure import Probe
 from milora_vl.train.plan import suites_of
 from milora_vl.train.recipe import Recipe
-
-# Tokens of general text. The base model's predictions stay in memory: vocabulary x 2 or 4 bytes per token.
-NUM_TOKENS, BLOCK_LENGTH, BATCH_SIZE = 1536, 128, 4
-
-
-class Probe:
-    def __init__(self, base: nn.Module, processor: Any) -> None:
-        texts, tokenizer = general_text(), split_processor(processor)[0]
-        self.batches = list(
-            text_batches(texts, tokenizer, num_tokens=NUM_TOKENS, block_length=BLOCK_LENGTH, batch_size=BATCH_SIZE)
-        )
-        # In inference_mode, weights that ZeRO-3 gathers could not train afterwards.
-        with torch.no_grad(), evaluated(base), gathered_in_forward(base):
-            self.targets = [logits_of(base, batch).cpu() for batch in self.batches]
-
-    def measure(self, model: nn.Module, context: Callable[[], AbstractContextManager[Any]]) -> dict[str, float]:
-        """Return the log entry of the current model. Its forward runs in `context`, like a training step."""
-        rows: list[Tensor] = []
-        documents: list[str] = []
-        with torch.no_grad(), evaluated(model):
-            for batch, target in zip(self.batches, self.targets, strict=True):
-                with context():
-                    logits = logits_of(model, batch)
-                rows.append(token_sums(logits, target.to(logits.device), batch))
-                documents += batch.documents
-        result = summary(torch.cat(rows), documents, "general text")
-        return {
-            "forgetting": result.kl,
-            "forgetting_stderr": result.kl_stderr or 0.0,
-            "forgetting_loss_change": result.loss_change,
-        }
 
 
 class ForgettingCallback(TrainerCallback):

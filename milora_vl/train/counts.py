@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import math
 import os
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 from torch import nn
 from transformers.trainer_pt_utils import get_model_param_count
 
-from milora_vl.common.cli.console import amount
+from milora_vl.common.cli.console import amount, duration_text
 from milora_vl.core.adapter.fixed_a import Protection
 from milora_vl.core.adapter.sidecar import read_sidecar
 from milora_vl.core.calibration.activations import ROOM
@@ -25,7 +24,7 @@ from milora_vl.core.calibration.texts import COUNT, HELD_OUT_TEXTS, LENGTH
 from milora_vl.core.policy import Target
 from milora_vl.core.policy.towers import TOWERS, find_towers
 from milora_vl.models.base import Base
-from milora_vl.models.devices import bytes_per_number, quantized_layers
+from milora_vl.models.devices import bytes_per_number, measured_flops, quantized_layers
 from milora_vl.models.memory import GIB, Workload, activations, flops_per_step, host_memory, memory, size_text, verdict
 from milora_vl.train.launch import Launch
 from milora_vl.train.recipe import RENAMED, Recipe, Request, value_of
@@ -153,7 +152,6 @@ SMOKE_STEPS = 10  # a run with fewer steps is a smoke test, and calibrates with 
 SMOKE_NOTE = f"a run of fewer than {SMOKE_STEPS} steps is a smoke test: it calibrates with a tenth"
 DECOMPOSITION = 1.8  # products of out x in x min(out, in) that the factors of a weight cost: 1.4 to 2.0 measured
 LAYER, TOKENS = 2e-3, 400  # seconds of a layer without work, and tokens of a forward of the calibration
-LONG_START, FEWER_SAMPLES = 120.0, 16  # seconds, texts
 NUM_RECORDS = 128  # of each earlier task in a calibration
 _SAME_INPUT = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
 
@@ -173,14 +171,10 @@ MIX665K = Counts(tokens=700, supervised=60)  # approximate, per record
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """Costs of a run as lines to print, and the flags that make it fit: "" if it fits, None if no flags help."""
+    """Costs of a run as lines to print, and whether it fits in the memory of --gpu-memory."""
 
     lines: list[str]
-    change: str | None = ""
-
-    @property
-    def fits(self) -> bool:
-        return self.change == ""
+    fits: bool
 
 
 def costs_of(run: Run, counts: Counts, batching: Batching, *, has_steps: bool) -> Costs:
@@ -201,9 +195,9 @@ def costs_of(run: Run, counts: Counts, batching: Batching, *, has_steps: bool) -
         out.append(f"       and {host_memory(work) / GIB:.1f} GiB of host memory per device (offloaded)")
     if leanest < min(0.9 * whole, whole - 0.05 * GIB):
         out.append(f"       with {flags} about {size_text(leanest)}")
-    change: str | None = ""
+    fits = True
     if request.gpu_memory is not None:
-        lines, change = verdict(work, lean, flags, request.gpu_memory)
+        lines, fits = verdict(work, lean, flags, request.gpu_memory)
         out += lines
     is_planned = request.devices is not None or request.gpu_memory is not None
     on_cpu = work.total < SMALL_MODEL and not torch.cuda.is_available() and not is_planned
@@ -213,14 +207,16 @@ def costs_of(run: Run, counts: Counts, batching: Batching, *, has_steps: bool) -
     steps = batching.steps if has_steps else SMOKE_STEPS
     start = start_seconds(run, steps, flops if on_cpu else None, work.tokens if counts.has_pictures else 0)
     before = f", about {duration_text(start)} before the first" if start else ""
-    out += [f"time   about {duration_text(step)} a step on {where}{total}{before}", *start_notes(run, steps, start)]
+    out += [f"time   about {duration_text(step)} a step on {where}{total}{before}"]
+    if is_smoke_test(run, steps):
+        out.append(SMOKE_NOTE)
     if work.base_kl:
         share = flops_per_step(work) / flops_per_step(replace(work, base_kl=0.0)) - 1
         room = whole - sum(memory(replace(work, base_kl_activations=0.0)).values())
         texts, every = amount(run.base_kl.texts, "text"), run.base_kl.every
         price = f"{share * every:.0%} more time in that step, {share:.0%} in all"
         out.append(f"base_kl  reads {texts} in one step of {every}: {price}, {room / GIB:.1f} GiB")
-    return Costs(out, change)
+    return Costs(out, fits)
 
 
 def _work_of(run: Run, counts: Counts, batching: Batching, *frugal: str) -> Workload:
@@ -316,6 +312,10 @@ def part_of(count: int, steps: int) -> int:
     return count if steps >= SMOKE_STEPS else -(-count // 10)
 
 
+def is_smoke_test(run: Run, steps: int) -> bool:
+    return run.reads_calibration and steps < SMOKE_STEPS
+
+
 def start_seconds(run: Run, steps: int, flops: float | None, row: float) -> float:
     """Return about the seconds before the first step of a run of `steps` steps: on an A100, or at `flops` on a CPU.
 
@@ -353,35 +353,3 @@ def start_seconds(run: Run, steps: int, flops: float | None, row: float) -> floa
         seconds += share * sum((n**2 * tokens + 6 * n**3) / products + 4 / 3 * n**3 / bandwidth for n in inputs)
     matrices = [target for target in new if target.is_decomposed]
     return seconds + share * DECOMPOSITION * sum(2.0 * math.prod(t.shape) * min(t.shape) for t in matrices) / products
-
-
-def start_notes(run: Run, steps: int, start: float) -> list[str]:
-    """Return what shortens a start, which takes `start` seconds, and that a smoke test calibrates with less."""
-    if steps < SMOKE_STEPS and run.reads_calibration:
-        return [SMOKE_NOTE]
-    samples = run.recipe.calibration.num_samples
-    if start < LONG_START or samples <= FEWER_SAMPLES:
-        return []
-    return [f"       --calibration_samples {FEWER_SAMPLES} shortens the start; later starts reuse it"]
-
-
-def measured_flops(size: int = 1024, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> float:
-    a = torch.ones(size, size, device=device, dtype=dtype)
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        float((a @ a)[0, 0])  # waits for a GPU
-        times.append(time.perf_counter() - start)
-    return 2 * size**3 / min(times)  # slower ones waited for other programs
-
-
-def duration_text(seconds: float) -> str:
-    """Return a time as text; short times have two digits.
-
-    >>> duration_text(7500), duration_text(41), duration_text(0.0123)
-    ('2.1 h', '41 s', '0.012 s')
-    """
-    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 1.5 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} s" if seconds >= 9.5 else f"{seconds:.2g} s"

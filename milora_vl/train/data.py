@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.data_loader import DataLoaderAdapter
+from torch.utils.data import IterableDataset
 from transformers import TrainingArguments
 from transformers.trainer_utils import RemoveColumnsCollator
 
@@ -303,7 +304,7 @@ def stream_of(recipe: Recipe, args: TrainingArguments) -> RecordStream:
     )
 
 
-def stream_loader(stream: RecordStream, collator: Any, args: TrainingArguments, checkpoint: Path | None) -> Any:
+def stream_loader(stream: IterableDataset[Any], collator: Any, args: TrainingArguments, checkpoint: Path | None) -> Any:
     """Return the loader of a stream; it continues at the position stored in `checkpoint`."""
     from torchdata.stateful_dataloader import StatefulDataLoader
 

@@ -6,14 +6,12 @@ README.md. A run that fails before its first step leaves no files.
 
 from __future__ import annotations
 
-import fcntl
 import gc
 import json
 import os
 import shlex
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -26,6 +24,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from milora_data.keys import FileKeys, record_key
 from milora_data.records.record import Record
+from milora_vl.common.atomic_write import locked
 from milora_vl.common.cli.console import command_line
 from milora_vl.common.cli.screen import Screen
 from milora_vl.common.errors import DataError, UserError, first_line
@@ -76,9 +75,6 @@ def _mean(shares: Sequence[float]) -> str:
     return f"{sum(shares) / len(shares):.1%}"
 
 
-WAIT = 8  # seconds for the lock: loader processes of a killed training notice its end, and leave, within five
-
-
 @dataclass(kw_only=True)
 class FirstFiles:
     folder: RunFolder
@@ -123,29 +119,6 @@ def created(path: Path) -> Iterator[None]:
                 folder.rmdir()
             except OSError:  # not empty
                 break
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold the lock of a run folder. Raises UserError if another process does.
-
-    The system releases it when the process and its loader processes end, also after a kill.
-    """
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        for remaining in range(WAIT, -1, -1):
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if not remaining:
-                    message = "another training runs in this folder"
-                    hint = "wait for its end, or stop it, then:  --resume_from_checkpoint auto"
-                    raise UserError(message, code="run-in-use", where=str(path), hint=hint) from None
-                time.sleep(1)
-        yield
-    finally:
-        os.close(handle)
 
 
 def room_lines(targets: Sequence[Target], protection: Mapping[str, Protection], tasks: Sequence[Task]) -> list[str]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -67,7 +66,6 @@ from milora_vl.train import data
 from milora_vl.train.counts import (
     MIX665K,
     Batching,
-    Costs,
     Counts,
     costs_of,
     frozen_towers,
@@ -87,7 +85,6 @@ from milora_vl.train.launch import (
 )
 from milora_vl.train.recipe import (
     AUTOCAST,
-    PROG,
     BaseKLConfig,
     CalibrationConfig,
     DataConfig,
@@ -100,7 +97,6 @@ from milora_vl.train.recipe import (
 from milora_vl.train.resume import ResumedRun, RunFolder, choose_folder, default_folder, read_resumed
 from milora_vl.train.settings import Settings, default_rules, to_merge
 
-SMALL, SMALL_RATE = 1e9, 1e-3  # parameters of a small model, and the rate that it wants: docs/choose.md
 QUANT = "pip install -e '.[quant]'"
 
 
@@ -203,7 +199,7 @@ def make_run(settings: Settings, *, is_started: bool) -> Run:
         folder=run_folder,
         earlier=earlier,
         started=started,
-        notes=(*settings.notes, *default_notes(recipe, base, request)),
+        notes=tuple(settings.notes),
         warnings=tuple(warnings),
         tasks=tasks,
     )
@@ -370,18 +366,6 @@ def with_rates(targets: Sequence[Target], train: Mapping[str, Any]) -> list[Targ
         )
         for target in targets
     ]
-
-
-def default_notes(recipe: Recipe, base: Base, request: Request) -> list[str]:
-    """Return what a small model wants in place of the default rate and epochs, if the user has set neither."""
-    train = recipe.train
-    size = sum(parameter.numel() for parameter in base.meta.parameters())
-    is_set = request.recipe or request.policy or recipe.adapter or "learning_rate" in train
-    if is_set or size >= SMALL or request.edits.method in ("full", "projector"):
-        return []
-    has_epochs = "num_train_epochs" in train or train.get("max_steps")
-    epochs = "" if has_epochs else ", and up to 2,000 records with  --num_train_epochs 1"
-    return [f"note: models below 1B learn best with  --learning_rate {SMALL_RATE:g}{epochs} (docs/choose.md)"]
 
 
 def missing_packages(recipe: Recipe) -> list[tuple[str, str, str]]:
@@ -734,29 +718,16 @@ def show(settings: Settings) -> int:
     screen.say("\n".join([*costs.lines, *(f"needs  {need}" for need in needs)]))
     if problems:
         raise UserError(problems=problems)
-    title, start = _next(run, request, batching, costs)
-    screen.say(f"\n{title}:\n  {start}")
     if request.format == "json":
         sizes = trained_sizes(run.targets, base.meta)
         content = {
             "model": recipe.model, "parameters": num_parameters(base.meta), "trained": sum(sizes.values()),
             "policy": [dict(zip(COLUMNS, row, strict=True)) for row in _policy_rows(run, sizes)],
             "records": num_records, "batch": batching.total, "steps": batching.steps if has_steps else None,
-            "cost": costs.lines, "fits": costs.fits, "needs": needs, "output_dir": str(run.folder.path), "next": start,
+            "cost": costs.lines, "fits": costs.fits, "needs": needs, "output_dir": str(run.folder.path),
         }  # fmt: skip
         sys.stdout.write(json.dumps(content, ensure_ascii=False) + "\n")
     return 0 if costs.fits else 1
-
-
-def _next(run: Run, request: Request, batching: Batching, costs: Costs) -> tuple[str, str]:
-    start = start_command(request)
-    if run.recipe.data.path is None:
-        start += " --data_path DATA.json" + (" --image_folder FOLDER" if run.base.reads_pictures else "")
-    start += f" {costs.change}" if costs.change else ""
-    if batching.num_devices > 1 and request.output_dir is None:
-        start += " --output_dir FOLDER"  # the default name holds the time, which differs between processes
-    how = {"": "to start it", None: "to start it on a device where it fits"}
-    return how.get(costs.change, "to start it so that it fits"), start
 
 
 def _missing(recipe: Recipe, base: Base) -> list[Problem]:
@@ -891,21 +862,3 @@ def _tokenizer_at_hand(name: str) -> Any | None:
             share_template(loaded)
         return tokenizer
     return None
-
-
-def start_command(request: Request) -> str:
-    words, planned = [], ("--dry-run", "--devices", "--gpu-memory", "--format")
-    for word, before in zip(request.words, ("", *request.words), strict=False):
-        name, is_value = word.replace("_", "-").split("=")[0], not word.startswith("-")
-        if name not in planned and not (is_value and before.replace("_", "-") in planned):
-            words.append(word)
-    fewest = 2 if request.overrides.get("train", {}).get("fsdp") else 1  # FSDP2 needs several processes
-    return f"{_launcher(max(request.devices or 1, fewest))} {shlex.join(words)}"
-
-
-def _launcher(devices: int) -> str:
-    if devices == 1:
-        return PROG
-    nodes = devices // 8 if devices > 8 and devices % 8 == 0 else 1
-    several = f"--nnodes {nodes} --rdzv_backend c10d --rdzv_endpoint HOST:29500 " if nodes > 1 else ""
-    return f"torchrun {several}--nproc_per_node {devices // nodes} -m {PROG.split()[-1]}"

@@ -5,7 +5,6 @@ before the first step begins.
 from __future__ import annotations
 
 import signal
-import subprocess
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -24,19 +23,20 @@ from transformers.trainer_pt_utils import get_model_param_count
 from milora_data.encode.templates import OWN, render_chat_template
 from milora_data.encode.tokens import remember_legacy
 from milora_data.training_records import RunData, source_text
-from milora_vl.common.cli.console import versions
+from milora_vl.common.cli.console import git_state, versions
 from milora_vl.common.cli.screen import Screen
 from milora_vl.common.errors import UserError
 from milora_vl.common.evaluator_protocol import TrainingQuestions
 from milora_vl.core.adapter import checkpoints
 from milora_vl.core.adapter.earlier import joined_rank, read_earlier
 from milora_vl.core.weights.distributed import free_memory, gather_objects, raised_in_all, rank_and_world_size
+from milora_vl.forgetting.measure import Probe
 from milora_vl.models import loading
 from milora_vl.models.base import Base
 from milora_vl.models.memory import size_text
 from milora_vl.train import data
 from milora_vl.train.base_kl import BaseKL
-from milora_vl.train.callbacks import ForgettingCallback, Probe, SuiteCallback, calls_on_sigterm, training_questions
+from milora_vl.train.callbacks import ForgettingCallback, SuiteCallback, calls_on_sigterm, training_questions
 from milora_vl.train.counts import Batching, num_parameters
 from milora_vl.train.data import EarlierRecords, has_other_records, read_earlier_records, task_entry
 from milora_vl.train.launch import base_dtype, dtype_name, load_base_model, refused_arguments, stage_of, trained_dtype
@@ -78,8 +78,6 @@ from milora_vl.train.resume import (
 from milora_vl.train.settings import Settings
 from milora_vl.train.start import Built, build_model, compile_blocks, make_texts, show_start
 from milora_vl.train.trainer import MiloraTrainer
-
-GIT_TIMEOUT = 10  # seconds
 
 
 def train(settings: Settings) -> int:
@@ -376,19 +374,6 @@ def collect_first_files(
         screen=screen,
         is_writer=bool(run.args.should_save),
     )
-
-
-def git_state() -> dict[str, Any] | None:
-    """Return the commit of our source, and whether it has changed since; None without git or a repository."""
-
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *words]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=GIT_TIMEOUT).stdout.strip()
-
-    try:
-        return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain", "-uno"))}
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 class AtFirstStep(TrainerCallback):

@@ -30,7 +30,7 @@ from milora_data.pictures.load import ImageError, load_image
 from milora_data.records.record import IMAGE, Record, Turn
 from milora_data.stream import load_records
 from milora_vl.common.atomic_write import write_json
-from milora_vl.common.cli.console import amount
+from milora_vl.common.cli.console import amount, duration_text
 from milora_vl.common.cli.screen import Screen
 from milora_vl.common.errors import DataError, Key, UserError
 from milora_vl.common.progress import progress_bar
@@ -50,18 +50,18 @@ from milora_vl.core.weights.tensor_files import shared_digest
 from milora_vl.forgetting.measure import ends_of, general_text, padded_batches
 from milora_vl.models import loading
 from milora_vl.models.base import Base
+from milora_vl.models.devices import measured_flops
 from milora_vl.models.generate import Prompt, generate
 from milora_vl.models.projector import load_projector
 from milora_vl.train.counts import (
     A100,
     CPU,
     NUM_RECORDS,
+    SMOKE_NOTE,
     SMOKE_STEPS,
-    duration_text,
     frozen_towers,
-    measured_flops,
+    is_smoke_test,
     part_of,
-    start_notes,
     start_seconds,
     trained_sizes,
 )
@@ -188,8 +188,8 @@ def show_start(run: Run, model: Any, steps: int, screen: Screen) -> None:
     if start:
         where = CPU if on_cpu else A100
         screen.say(f"start  about {duration_text(start)} before the first step, on {where}, if nothing is cached")
-    for line in start_notes(run, steps, start):
-        screen.say(line)
+    if is_smoke_test(run, steps):
+        screen.say(SMOKE_NOTE)
 
 
 def _with_data(recipe: Recipe, **values: Any) -> Recipe:

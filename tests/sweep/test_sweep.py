@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from milora_eval.scores.results import headline_of
+from milora_vl.common.atomic_write import locked
 from milora_vl.common.errors import UserError
 from milora_vl.common.evaluator_protocol import QuestionSet
 from milora_vl.core.policy import Policy
@@ -22,7 +23,6 @@ from milora_vl.sweep.__main__ import _require_same_sweep, main
 from milora_vl.sweep.cells import Cell, make_cells, recipe_of
 from milora_vl.sweep.results import arms, pairs
 from milora_vl.sweep.runner import Sweep, _wait_for_killed_sweep, run_sweep
-from milora_vl.train.output import locked
 from milora_vl.train.recipe import Recipe
 from support.drawn import NAMES, draw
 from support.eval_questions import write_questions

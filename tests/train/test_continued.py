@@ -12,8 +12,8 @@ import yaml
 from safetensors.torch import load_file
 
 from milora_vl import apply_milora, load_adapter, load_model, save_adapter
+from milora_vl.forgetting.measure import Probe
 from milora_vl.train.__main__ import main
-from milora_vl.train.callbacks import Probe
 from support.drawn import write_tiny_data
 from support.plans import plan
 from support.problems import raises_code

@@ -16,13 +16,13 @@ from milora_eval.__main__ import main as evaluate
 from milora_vl import apply_milora, load_model, save_adapter
 from milora_vl.analyze import __main__ as analyze
 from milora_vl.chat import __main__ as chat
+from milora_vl.common import atomic_write
 from milora_vl.common.errors import UserError
 from milora_vl.core.adapter.checkpoints import is_finished
 from milora_vl.export import __main__ as export
 from milora_vl.forgetting import job
 from milora_vl.forgetting.__main__ import main as forget
 from milora_vl.models.projector import projector_file, save_projector
-from milora_vl.train import output
 from milora_vl.train.__main__ import main
 from milora_vl.train.recipe import Recipe
 from milora_vl.train.resume import choose_folder, default_folder
@@ -106,7 +106,7 @@ def test_the_default_folder_names_model_method_and_time() -> None:
 HOLDER = """
 import sys, time
 from pathlib import Path
-from milora_vl.train.output import locked
+from milora_vl.common.atomic_write import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
@@ -116,7 +116,7 @@ with locked(Path(sys.argv[1])):
 def test_a_second_training_in_the_folder_is_refused_and_changes_nothing(
     tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(output, "WAIT", 0)
+    monkeypatch.setattr(atomic_write, "WAIT", 0)
     run = tmp_path / "run"
     words = training(tiny_data, run, "--rank", "4", "--lr_scheduler_type", "constant")
     assert main([*words, "--max_steps", "2"]) == 0

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import shlex
+import subprocess
 import sys
 import time
 import traceback
@@ -23,7 +24,7 @@ from dataclasses import asdict, dataclass
 from importlib import import_module, metadata
 from itertools import pairwise
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from milora_vl.common.errors import Key, Problem, UserError
 from milora_vl.common.secrets import without_secrets
@@ -244,3 +245,31 @@ class Menu:
                 continue
             for inner in import_module(module).MENU.groups.values():
                 yield from ((f"{name} {program}", text) for program, (_, text) in inner.items())
+
+
+GIT_TIMEOUT = 10  # seconds
+
+
+def git_state() -> dict[str, Any] | None:
+    """Return the commit of our source, and whether it has changed since; None without git or a repository."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=GIT_TIMEOUT).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain", "-uno"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def duration_text(seconds: float) -> str:
+    """Return a time as text; short times have two digits.
+
+    >>> duration_text(7500), duration_text(41), duration_text(0.0123)
+    ('2.1 h', '41 s', '0.012 s')
+    """
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s" if seconds >= 9.5 else f"{seconds:.2g} s"

@@ -25,12 +25,6 @@ def test_a_plan_is_made_for_devices_that_are_not_here(capsys: Any) -> None:
     assert "does not fit 24 GiB" in shown
     assert "--gradient_checkpointing True --per_device_train_batch_size 8 --gradient_accumulation_steps 2: " in shown
     assert "a step on the CPU of this machine" not in shown
-    start = shown.split("to start it so that it fits:\n")[1]
-    assert "--devices" not in start
-    assert start.startswith(
-        "  torchrun --nnodes 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 --nproc_per_node 8 -m "
-    )
-    assert start.rstrip().endswith("--image_folder FOLDER --gradient_checkpointing True --output_dir FOLDER")
     with raises_code("flag-conflict", where="--devices", message="only with --dry-run"):
         main([*words[:-1], "--devices", "4"])
 
@@ -75,8 +69,6 @@ def test_fsdp_is_planned_as_it_trains(capsys: Any) -> None:
     assert "(FSDP2, 4 devices)" in memory["--fsdp"][0]
     assert memory["--fsdp"][1] > memory["--deepspeed"][1]
     assert memory["--fsdp=shard_grad_op"][2] > 6 * memory["--fsdp"][2]
-    assert main(["--model", "tiny-text", "--rank", "4", "--dry-run", "--fsdp=full_shard"]) == 0
-    assert "torchrun --nproc_per_node 2 -m milora_vl.train" in capsys.readouterr().out
 
 
 def write_numbers(folder: Path, count: int) -> Path:
@@ -94,7 +86,6 @@ def test_a_stream_is_planned_by_its_steps_and_not_by_the_records_that_were_looke
     shown = capsys.readouterr().out
     assert "data   a stream; the first 100 records were checked" in shown
     assert "steps  20 (160 records of a stream)" in shown
-    assert shown.rstrip().endswith("--streaming True --max_steps 20")  # the value of --dry_run goes with it
 
 
 @pytest.mark.parametrize("first", [[], [("word " * 400, "end")]], ids=["equal", "one long record first"])
@@ -136,7 +127,6 @@ def test_a_packaged_recipe_is_planned_without_data_and_without_what_only_the_run
     assert [need[2] if need[1] == "package" else need[0] for need in needs] == [
         "bitsandbytes,", "deepspeed,", "llava_v1_5_mix665k.json,",
     ]  # fmt: skip
-    assert lines[-1].endswith("milora_vl.train --recipe milora-llava-1.5-7b --optim paged_adamw_8bit")
     with raises_code("package-missing", where="train.deepspeed in recipe milora-llava-1.5-7b", hint="'.[deepspeed]'"):
         main(words)
     with raises_code("data-missing-file", where="mine.json"):

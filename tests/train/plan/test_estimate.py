@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
+from milora_vl.common.cli.console import duration_text
 from milora_vl.core.policy import Policy
 from milora_vl.models.base import Base
 from milora_vl.models.devices import bytes_per_number
@@ -25,7 +26,6 @@ from milora_vl.models.memory import (
     verdict,
 )
 from milora_vl.models.tiny import tiny_llama
-from milora_vl.train.counts import duration_text
 
 PLAN = Workload(
     total=7_063_427_072, adapters=319_815_680, anchors=319_815_680, full=20_979_712, stage=0, devices=8,
@@ -81,19 +81,18 @@ def test_checkpointing_costs_one_more_forward() -> None:
 def test_a_plan_that_does_not_fit_says_what_would() -> None:
     eager, lean = replace(PLAN, checkpointing=False, activations=120 * GIB), replace(PLAN, activations=8 * GIB)
     flag = "--gradient_checkpointing True"
-    (line,), change = verdict(PLAN, PLAN, "", 40)
+    (line,), fits = verdict(PLAN, PLAN, "", 40)
     assert line.startswith("fits   40 GiB")
-    assert change == ""
-    lines, change = verdict(eager, lean, flag, 40)
+    assert fits
+    lines, fits = verdict(eager, lean, flag, 40)
     assert lines[0].startswith("does not fit 40 GiB: needs 140.2 GiB beside 1 GiB for CUDA")
     assert lines[2].startswith(f"  {flag}: ")
-    assert change == flag
+    assert not fits
     small = replace(PLAN, total=1, adapters=1, anchors=1, full=0, stage=0, devices=1, activations=0.02 * GIB)
-    lines, change = verdict(small, small, "", 1)
+    lines, _ = verdict(small, small, "", 1)
     assert lines[0] == "does not fit 1 GiB: needs 21 MiB beside 1 GiB for CUDA"
-    lines, change = verdict(PLAN, PLAN, "", 3)
+    lines, _ = verdict(PLAN, PLAN, "", 3)
     assert lines[1].startswith("no single change is enough")
-    assert change is None
     limit = needed(PLAN) - 0.002
     (first, *_), _ = verdict(PLAN, PLAN, "", limit)
     assert float(first.partition("needs ")[2].partition(" GiB")[0]) + OVERHEAD > limit
