@@ -22,8 +22,10 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.data_loader import DataLoaderAdapter
@@ -31,14 +33,17 @@ from torch.utils.data import IterableDataset
 from transformers import TrainingArguments
 from transformers.trainer_utils import RemoveColumnsCollator
 
+from milora_data.batches.lengths import lengths_of
+from milora_data.batches.pack import PackedRecords, fill, pack
 from milora_data.batches.record_collator import RecordCollator
+from milora_data.check import RunData, read_training_records, source_text, sources_of
 from milora_data.encode.labels import NoSupervisedTokens
 from milora_data.encode.templates import OWN, TEMPLATES
 from milora_data.encode.tokens import own_template
 from milora_data.keys import FileKeys, record_key
 from milora_data.pictures.load import ImagePolicy
 from milora_data.records.record import IMAGE, Record
-from milora_data.training_records import RunData, read_training_records, source_text, sources_of
+from milora_data.stream.dataset import RecordStream, record_stream
 from milora_vl.common.cli.screen import Screen
 from milora_vl.common.errors import DataError, Key, UserError, with_context, with_problems
 from milora_vl.core.adapter.checkpoints import read_environment
@@ -53,10 +58,7 @@ from milora_vl.models.losses import supervised_positions
 from milora_vl.train.counts import protected_directions
 from milora_vl.train.recipe import DataConfig, Recipe, value_of
 
-if TYPE_CHECKING:  # what few runs need is imported where they use it
-    from milora_data.batches.pack import PackedRecords
-    from milora_data.stream.dataset import RecordStream
-
+INSPECTED = 100  # records of a stream that are checked before training
 FIRST = 100  # records that are rendered before the model loads
 TIMEOUT = 1800.0
 """Seconds after which loader processes without a batch count as hung. A slow file system needs seconds, not this."""
@@ -72,13 +74,19 @@ WHAT_HAPPENED = {
 def read_records(config: DataConfig) -> RunData:
     require_named(config)
     assert config.path is not None
+    stream = None
+    if config.streaming:
+        if find_spec("torchdata") is None:
+            hint, where = "pip install -e '.[data]'", Key.of("data.streaming")
+            raise UserError("the package torchdata is not installed", code="package-missing", where=where, hint=hint)
+        stream = islice(record_stream(sources_of(config.path), shuffle_buffer=0), INSPECTED)
     return read_training_records(
         config.path,
         eval_path=config.eval_path,
         image_folder=config.image_folder,
         bad_images=config.bad_images,
         limit=config.limit,
-        streaming=config.streaming,
+        stream=stream,
     )
 
 
@@ -132,15 +140,11 @@ def warnings_of(collator: RecordCollator[Any]) -> list[str]:
 def lengths(recipe: Recipe, collate: RecordCollator[Any], records: Sequence[Record]) -> list[int] | None:
     if not (recipe.data.packing or recipe.train.get("train_sampling_strategy") == "group_by_length"):
         return None
-    from milora_data.batches.lengths import lengths_of
-
     beside = Path(recipe.data.path) if isinstance(recipe.data.path, str) else None
     return lengths_of(records, collate, beside=beside)
 
 
 def packed(recipe: Recipe, records: Sequence[Record], lengths: Sequence[int]) -> tuple[PackedRecords, str]:
-    from milora_data.batches.pack import PackedRecords, fill, pack
-
     capacity = 2 * recipe.data.max_length
     seed = recipe.train.get("data_seed")
     rows = pack(lengths, capacity, value_of(recipe.train, "seed") if seed is None else seed)
@@ -291,8 +295,6 @@ def _end_with_the_main_process() -> None:
 
 
 def stream_of(recipe: Recipe, args: TrainingArguments) -> RecordStream:
-    from milora_data.stream.dataset import record_stream
-
     assert recipe.data.path is not None
     return record_stream(
         sources_of(recipe.data.path),

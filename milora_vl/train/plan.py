@@ -25,6 +25,7 @@ from transformers import AutoProcessor, AutoTokenizer, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
 import llava_recipes
+from milora_data.batches.pack import require_packable
 from milora_data.batches.record_collator import RecordCollator
 from milora_data.encode.templates import OWN, no_videos
 from milora_data.encode.tokens import share_template
@@ -274,8 +275,6 @@ def _check_pictures(recipe: Recipe, base: Base, targets: Sequence[Target]) -> No
     """Raise UserError if the model does not take pictures, or packed records, as the recipe prepares them."""
     data, name, ratio, tiling = recipe.data, base.name, recipe.data.image_aspect_ratio, base.tiling
     if data.packing:
-        from milora_data.batches.pack import require_packable
-
         with at_flag(Key.of("data.packing")):
             require_packable(base.config)
     if base.own_pictures:

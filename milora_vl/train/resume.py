@@ -16,9 +16,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from milora_data.check import KEY_BYTES, files_of
+from milora_data.check import KEY_BYTES, RunData, files_of
 from milora_data.records.record import Record
-from milora_data.training_records import RunData
 from milora_vl.common import atomic_write
 from milora_vl.common.cli.console import amount, command_line, require_folder
 from milora_vl.common.errors import UserError

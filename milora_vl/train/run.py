@@ -20,9 +20,9 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_pt_utils import get_model_param_count
 
+from milora_data.check import RunData, source_text
 from milora_data.encode.templates import OWN, render_chat_template
 from milora_data.encode.tokens import remember_legacy
-from milora_data.training_records import RunData, source_text
 from milora_vl.common.cli.console import git_state, versions
 from milora_vl.common.cli.screen import Screen
 from milora_vl.common.errors import UserError

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import PreTrainedModel, PrinterCallback, TrainingArguments
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
+from milora_data.batches.lengths import LengthGroupedSampler
 from milora_data.batches.record_collator import RecordCollator
 from milora_data.encode.tokens import IGNORE
 from milora_vl.common.compat.trainer import CheckpointTrainer, enable_fsdp_on_cpus
@@ -135,8 +136,6 @@ class MiloraTrainer(RatesOfRules, CheckpointTrainer):
             return self._stream
         if self.lengths is None:
             return data.guarded(super().get_train_dataloader())
-        from milora_data.batches.lengths import LengthGroupedSampler
-
         seed = args.seed if args.data_seed is None else args.data_seed
         per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         loader = DataLoader(

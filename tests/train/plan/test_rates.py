@@ -14,7 +14,7 @@ from milora_vl.core.policy import Target
 from milora_vl.train.__main__ import main
 from milora_vl.train.counts import Batching
 from milora_vl.train.plan import with_rates
-from support.plans import fitted, plan
+from support.plans import fitted
 
 BOTH = "[{modules: language, method: milora, protect: 0, rank: 4}, {modules: projector, method: full}]"
 
@@ -43,21 +43,6 @@ def test_a_rule_without_a_rate_has_that_of_the_default_policy_and_in_full_that_o
         ("milora", 2e-4),
         ("full", 2e-5),
     }
-
-
-@pytest.mark.parametrize(
-    ("words", "says"),
-    [
-        ("--model tiny --rank 4", ("0.001", "--num_train_epochs 1")),
-        ("--model tiny --rank 4 --num_train_epochs 2", ("0.001",)),
-        ("--model tiny --rank 4 --learning_rate 1e-3", ()),
-        ("--model llava-1.5-7b", ()),
-    ],
-)
-def test_a_small_model_with_the_defaults_is_told_what_it_wants(words: str, says: tuple[str, ...]) -> None:
-    notes = [note for note in plan(f"{words} --output_dir none").notes if "below 1B" in note]
-    assert len(notes) == bool(says)
-    assert all(word in notes[0] for word in says)
 
 
 def test_the_plan_shows_and_the_files_hold_the_rates(tiny_data: Path, tmp_path: Path, capsys: Any) -> None:
