@@ -11,11 +11,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from milora_vl import load_model
-from milora_vl.analyze.layers import layers_of, rows_of, stamps
+from milora_vl.analyze.layers import layers_of, rows_of
 from milora_vl.forgetting.__main__ import main as forgetting
 from milora_vl.forgetting.measure import measure_forgetting
 from milora_vl.models.tiny import tiny_llama
-from support.problems import raises_code
 from support.versions import SAVES_BIASES
 
 
@@ -43,8 +42,7 @@ def saved_base(folder: Path, **config: Any) -> str:
 
 def analysed(folder: Path, base: str | None = None) -> dict[str, dict[str, Any]]:
     _, layers = layers_of(str(folder), base)
-    of = {"subject": str(folder), "files": stamps(folder)}
-    return {row["path"]: row for row in rows_of(layers, folder / "analysis", of, "cpu", 8)}
+    return {row["path"]: row for row in rows_of(layers, "cpu", 8)}
 
 
 @pytest.mark.skipif(not SAVES_BIASES, reason="this PEFT loses them")
@@ -70,17 +68,3 @@ def test_a_head_that_is_tied_has_a_weight(config: dict[str, Any], tmp_path: Path
     row = analysed(tmp_path / "adapter")["lm_head"]
     change = model.merge_and_unload().lm_head.weight - load_model(base)[0].lm_head.weight
     assert row["update_norm"] == pytest.approx(float(change.detach().norm()), rel=1e-4)
-
-
-def edited(folder: Path, **fields: Any) -> None:
-    file = folder / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
-
-
-def test_another_scale_is_another_analysis(tmp_path: Path) -> None:
-    """The scale is in the config alone."""
-    trained("tiny-text", tmp_path, target_modules=["q_proj"])
-    analysed(tmp_path)
-    edited(tmp_path, lora_alpha=64)
-    with raises_code("", says="another analysis"):
-        analysed(tmp_path)
