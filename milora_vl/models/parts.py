@@ -224,8 +224,7 @@ def load_tower(name: str, config: Any, dtype: torch.dtype, weights: str | None =
         return tower.to(dtype).eval()
     if weights == RANDOM:
         return AutoModel.from_config(config).to(dtype).eval()
-    cls = type(_meta(config))
-    return pretrained.read_pretrained(cls, name, config=config, dtype=dtype).eval()
+    return pretrained.read_pretrained(AutoModel, name, config=config, dtype=dtype).eval()
 
 
 def with_weights(config: Any, state: Mapping[str, Tensor], dtype: torch.dtype) -> Any:
@@ -255,14 +254,6 @@ def picture_statistics(name: str) -> tuple[Sequence[float], Sequence[float]]:
         sys.stderr.write(f"warning: {name} has no image mean and standard deviation: using the values of CLIP\n")
         return CLIP_MEAN, CLIP_STD
     return processor.image_mean, processor.image_std
-
-
-def _meta(config: Any) -> Any:
-    from transformers import AutoModel
-    from transformers.modeling_utils import set_zero3_state
-
-    with torch.device("meta"), set_zero3_state():  # ZeRO-3 must not shard this model
-        return AutoModel.from_config(config)
 
 
 def _timm_sizes(architecture: str) -> tuple[int, int]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cache
 from math import isclose
@@ -49,19 +48,14 @@ def parameter_groups(
         if not (isinstance(value, int | float) and 0 <= value < math.inf):
             raise AdapterError(f"expected a number from 0, got {value!r}", where=name)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    towers: dict[float, list[str]] = {}
     for name, parameter, target in sorted(_trained(model), key=_place):
         rate, decay = learning_rate, weight_decay
         if target is not None:
             rate = rate if target.learning_rate is None else target.learning_rate
             decay = decay if target.weight_decay is None else target.weight_decay
         is_decayed = _is_matrix(parameter) if decays is None else name in decays
-        towers.setdefault(rate, []).append(str(None if target is None else target.tower))
         groups.setdefault((rate, decay if is_decayed else 0.0), []).append(parameter)
-    names = _names(towers)
-    return [
-        {"params": ps, "lr": rate, "weight_decay": decay, "name": names[rate]} for (rate, decay), ps in groups.items()
-    ]
+    return [{"params": ps, "lr": rate, "weight_decay": decay} for (rate, decay), ps in groups.items()]
 
 
 def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Target | None]]:
@@ -139,17 +133,3 @@ def _warn_of_other_rates(stepped: Sequence[tuple[nn.Parameter, Target, Mapping[s
             "or put milora_vl.interop.trainer.RatesOfRules before your Trainer's class",
             stacklevel=2,
         )
-
-
-def _names(towers: dict[float, list[str]]) -> dict[float, str]:
-    """Return a name for each learning rate, made of its towers, and numbered if several rates share a name.
-
-    >>> _names({2e-4: ["language"], 1e-4: ["language"], 2e-5: ["projector", "vision"]})
-    {0.0002: 'language', 0.0001: 'language-2', 2e-05: 'projector+vision'}
-    """
-    names, counts = {}, Counter[str]()
-    for rate, of_rate in towers.items():
-        name = "+".join(dict.fromkeys(of_rate))
-        counts[name] += 1
-        names[rate] = name if counts[name] == 1 else f"{name}-{counts[name]}"
-    return names

@@ -106,23 +106,14 @@ class PolicyError(UserError):
     """Problems of a policy. `where` is the dotted key, for example `policy[2].rank`."""
 
 
-class RulePart(Strict):
-    """A rule, or a mapping inside a rule. Creating one raises PolicyError with all problems of its values."""
-
-    if not TYPE_CHECKING:  # for type checkers, the arguments are the fields
-
-        def __init__(self, **values: Any) -> None:
-            try:
-                super().__init__(**values)
-            except ValidationError as error:
-                raise PolicyError(problems=problems_of(error, type(self), "policy")) from None
-
-
 Number = int | float
 
 
-class Rule(RulePart):
-    """The settings for the modules that `modules` selects. A field of None keeps the value of earlier rules."""
+class Rule(Strict):
+    """The settings for the modules that `modules` selects. A field of None keeps the value of earlier rules.
+
+    Creating one raises PolicyError with all problems of its values.
+    """
 
     modules: str = Field(min_length=1, description="a tower, a selector or a glob", examples=["language"])
     method: RuleMethod | None = None
@@ -134,6 +125,14 @@ class Rule(RulePart):
     protect: Number | None = Field(default=None, ge=0, lt=1, description="a share from 0, below 1")
     learning_rate: Number | None = Field(default=None, gt=0, description="a number above 0")
     weight_decay: Number | None = Field(default=None, ge=0, description="a number from 0")
+
+    if not TYPE_CHECKING:  # for type checkers, the arguments are the fields
+
+        def __init__(self, **values: Any) -> None:
+            try:
+                super().__init__(**values)
+            except ValidationError as error:
+                raise PolicyError(problems=problems_of(error, type(self), "policy")) from None
 
     def named_fields(self) -> dict[str, Any]:
         return {name: value for name, value in self if name != "modules" and value is not None}
