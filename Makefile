@@ -81,7 +81,7 @@ bench-full: peers $(DATA)/test.json  ## Also run a 7B at full size, the demo and
 bench-quick: peers $(DATA)/test.json  ## Run the headline benchmarks (five minutes): factors, a step, the loss, a whole training
 	$(BIN)/python benchmarks/all.py --quick
 
-gpu: peers  ## Test and measure on this machine's GPU (ten minutes on an H100), write benchmarks/gpu.json
+gpu: peers  ## Test and measure on this machine's GPU (a quarter of an hour on an H100), write benchmarks/gpu.json
 	$(BIN)/python -m pip install --quiet -e ".[quant]" liger-kernel
 	$(BIN)/python -m benchmarks.gpu $(GPU_ARGS)
 

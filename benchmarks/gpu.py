@@ -1,13 +1,14 @@
-"""What a machine with one GPU shows in ten minutes, without a hub: `make gpu`.
+"""What a machine with GPUs shows in a quarter of an hour, without a hub: `make gpu`.
 
 python benchmarks/gpu.py [--device cuda] [--only PART ...] [--output benchmarks/gpu.json]
 
 The parts, most important first: the tests with the marker `gpu`; LLaVA-1.5-7B and Qwen2.5-VL-7B shapes with random
 weights, trained by us with and without protected inputs, by HF's Trainer + PEFT LoRA and by TRL's SFTTrainer, on the
-same batch with the same precision, attention and checkpointing; 500 questions; the demo with its score. Each part runs
-in its own process, and its result is written when it ends. A part that fails is recorded with its error, and the others
-run; the same command runs what is missing. `--device cpu` (make gpu GPU_ARGS="--device cpu") tries all of it in
-minutes, with tiny models.
+same batch with the same precision, attention and checkpointing; 500 questions; the start and the steps of
+`milora_vl.train` under each launcher, in one process and on all visible GPUs, for four layers of LLaVA-1.5-7B; the demo
+with its score. Each part runs in its own process, and its result is written when it ends. A part that fails is recorded
+with its error, and the others run; the same command runs what is missing. `--device cpu` (make gpu GPU_ARGS="--device
+cpu") tries all of it in minutes, with tiny models.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ RANK, RECORDS, TEXT, SUPERVISED, WARM, STEPS = 16, 4, 124, 60, 3, 10
 RULE = {"modules": "language", "method": "milora", "rank": RANK, "alpha": RANK}
 OURS = {"milora": [RULE | {"protect": 0}], "protected": [RULE | {"protect": 0.95}]}
 PEERS = ("hf", "trl")
+LAUNCHERS = {"ddp": [], "fsdp": ["--fsdp"]} | {kind: ["--deepspeed", kind] for kind in ("zero2", "zero3")}
 NO_CARD = "none, tried on a CPU"
 # Dense bf16 operations a second, from the data sheets.
 PEAKS = {
@@ -133,13 +135,15 @@ def tests(chosen: argparse.Namespace) -> dict[str, Any]:
     return {"passed": len(cases) - len(skipped), "skipped": ", ".join(skipped) or "none", **recorded}
 
 
-def shaped(model: str, chosen: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+def shaped(model: str, chosen: argparse.Namespace, layers: int | None = None) -> tuple[Any, dict[str, Any]]:
     """Return a model with random weights on the device, and a batch on the CPU with one picture per record."""
     from transformers import AutoModelForImageTextToText
 
     from milora_vl.models.loading import config_of
 
     config = config_of(model)
+    if layers is not None:
+        config.get_text_config().num_hidden_layers = layers
     if chosen.tiny:
         shrink(config)
     dtype = torch.float32 if chosen.tiny else torch.bfloat16
@@ -296,20 +300,65 @@ def planned_gb(base: Any, way: str, tokens: int, chosen: argparse.Namespace) -> 
     return round(sum(memory(work).values()) / 1e9, 2)
 
 
+def llava(chosen: argparse.Namespace, layers: int | None = None) -> tuple[Any, Any]:
+    """Return LLaVA-1.5-7B with random weights, all or some layers, and a processor with the tokenizer of `tiny`."""
+    from milora_vl.models.tiny import tiny_llava
+
+    model, vision = (base := shaped(MODELS[0], chosen, layers)[0].eval()), base.config.vision_config
+    tiny, processor = tiny_llava()
+    model.config.image_token_id = tiny.config.image_token_id
+    processor.patch_size = vision.patch_size
+    processor.image_processor.size = {"shortest_edge": vision.image_size}
+    processor.image_processor.crop_size = {"height": vision.image_size, "width": vision.image_size}
+    return model, processor
+
+
+def launched(flags: list[str], chosen: argparse.Namespace) -> dict[str, Any]:
+    """Run the training command under a launcher; return its seconds before the first step and its last speed."""
+    from PIL import Image
+
+    figures: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder, count = Path(name), 2 if chosen.tiny else torch.cuda.device_count()
+        model, processor = llava(chosen, 4)
+        model.save_pretrained(folder / "model")
+        processor.save_pretrained(folder / "model")
+        del model
+        records = []
+        for number in range(64):
+            Image.new("RGB", (336, 336), (3 * number, 90, 120)).save(folder / f"{number}.png")
+            turns = [("human", f"<image>\nWhich number is it, {number}?"), ("gpt", f"It is number {number}. " * 8)]
+            said = [{"from": role, "value": value} for role, value in turns]
+            records.append({"image": f"{number}.png", "conversations": said})
+        (folder / "train.json").write_text(json.dumps(records))
+        for processes in sorted({1, count} - ({1} if "--fsdp" in flags else set())):  # FSDP2 refuses one process
+            words = [
+                "--model", folder / "model", "--data_path", folder / "train.json", "--image_folder", folder,
+                "--output_dir", folder / f"run{processes}", "--max_steps", WARM + STEPS, "--logging_steps", STEPS,
+                "--save_strategy", "no", "--gradient_checkpointing", "--factor_cache", folder / f"cache{processes}",
+                "--per_device_train_batch_size", RECORDS, *(["--use_cpu"] if chosen.tiny else ["--bf16"]), *flags,
+            ]  # fmt: skip
+            launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", processes, "-m", "milora_vl.train"]
+            command = [sys.executable, "-m", *map(str, (*launch, *words))]
+            subprocess.run(command, cwd=ROOT, stdout=sys.stderr, check=True)
+            ran, state = (
+                json.loads((folder / f"run{processes}" / f"{file}.json").read_text())
+                for file in ("environment", "trainer_state")
+            )
+            speeds = [line["tokens_per_second"] for line in state["log_history"] if "tokens_per_second" in line]
+            figures[f"start_s on {processes}"] = ran["seconds_before_training"]
+            figures[f"tokens_per_second on {processes}"] = round(speeds[-1])
+    return figures or {"not run": "one GPU"}
+
+
 def questions(chosen: argparse.Namespace) -> dict[str, Any]:
     """Ask LLaVA 500 questions about pictures, six about each, in batches; twelve if it is tiny."""
     from PIL import Image
 
     from milora_data.records.record import Turn
     from milora_vl.models.generate import Prompt, generate
-    from milora_vl.models.tiny import tiny_llava
 
-    model, vision = (base := shaped(MODELS[0], chosen)[0].eval()), base.config.vision_config
-    tiny, processor = tiny_llava()
-    model.config.image_token_id = tiny.config.image_token_id  # the tokenizer is `tiny`'s
-    processor.patch_size = vision.patch_size
-    processor.image_processor.size = {"shortest_edge": vision.image_size}
-    processor.image_processor.crop_size = {"height": vision.image_size, "width": vision.image_size}
+    model, processor = llava(chosen)
     count = 12 if chosen.tiny else 500
     images = [Image.new("RGB", (640, 480), (n % 256, 90, 120)) for n in range(count // 6 + 1)]
     prompts = [Prompt((Turn("user", f"<image>\nIs there a thing {n}?"),), (images[n // 6],)) for n in range(count)]
@@ -341,6 +390,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "tests": tests,
     **{f"{model}/{way}": partial(train, model, way) for model in MODELS for way in (*OURS, *PEERS)},
     "questions": questions,
+    **{name: partial(launched, flags) for name, flags in LAUNCHERS.items()},
     "demo": demo,
 }
 

@@ -157,6 +157,7 @@ def test_all_parts_run_without_a_card(tmp_path: Path, capsys: pytest.CaptureFixt
             assert found[f"{model}/{way}"]["tokens_per_second"] > 0
         assert found[f"{model}/milora"]["planned_gb"] > 0
         assert found[f"{model}/protected"].keys() >= {"texts_s", "calibration_s"}
+    assert all(found[name]["start_s on 2"] > 0 for name in gpu.LAUNCHERS)
     assert found["demo"].keys() >= {"seconds", "score of the base", "score of the final"}
     table = capsys.readouterr().out
     assert f"{gpu.MODELS[0]}, speed" in table
