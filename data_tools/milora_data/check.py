@@ -623,7 +623,7 @@ def _broken(findings: Sequence[Finding]) -> DataError:
     more = [f"... and {len(findings) - 5:,} more"] if len(findings) > 5 else []
     path = findings[0].where.rpartition(":")[0] or "DATA"
     return DataError(
-        "\n".join([f"{len(findings):,} broken records", *lines, *more]),
+        "\n".join([amount(len(findings), "broken record"), *lines, *more]),
         code="data-broken-records",
         hint=f"see: python -m milora_data check {path}; --fix OUT writes a file without them, or with what is repaired",
     )

@@ -23,7 +23,7 @@ def rows(count: int = 12) -> list[dict[str, Any]]:
     return [
         {
             "id": f"r{number}",
-            "image": {"bytes": encoded(COLOURS[number % 3]), "path": f"{number}.png"},
+            "image": {"bytes": encoded(COLOURS[number % 3], (48, 32 + number)), "path": f"{number}.png"},
             "conversations": [
                 {"from": "human", "value": "<image>\nWhat colour?"},
                 {"from": "gpt", "value": COLOURS[number % 3]},
