@@ -15,18 +15,26 @@ from typing import TYPE_CHECKING
 
 from milora_data.encode.templates import OWN
 from milora_vl.common.cli.console import next_step, run
-from milora_vl.common.cli.parser import Command, option, shared
+from milora_vl.common.cli.parser import Command, from_zero, option, shared
+from milora_vl.common.cli.table import show
 from milora_vl.common.compat.transformers import silence_deepspeed
 from milora_vl.common.errors import UserError
 from milora_vl.core.adapter.checkpoints import step_of
 from milora_vl.core.adapter.folders import base_of, holds_text_model
 from milora_vl.export.request import FORMS, Options, parse_form
+from milora_vl.report.page import regenerate_report
+from milora_vl.report.tables import scales_table
 
 if TYPE_CHECKING:
     from milora_vl.export.write import Exported
 
 
+def _scale(text: str) -> float | str:
+    return text if text == "auto" else from_zero(text)
+
+
 forms = "\n".join(f"  {name:<10} {meaning}" for name, meaning in FORMS.items())
+SCALE = "size of the finished update (default: 1); auto: the smallest that keeps 95 %% of the fall of held-out loss"
 COMMAND = Command(
     "milora_vl.export",
     f"Convert an adapter to another form.\n\nforms:\n{forms}",
@@ -42,7 +50,7 @@ examples:
         shared("base", about="unchanged base model (default: the model that the adapter names)"),
     ),
     settings=(
-        shared("scale"),
+        option("--scale", type=_scale, default=1.0, metavar="X", help=SCALE),
         option("--vision_tower", metavar="NAME", help="CLIP model for LLaVA's config.json"),
         shared("allow_base_mismatch"),
     ),
@@ -74,17 +82,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         ),
     )
     _show(done, options.format)
+    if done.scales is not None:
+        regenerate_report(options.folder)
     _print_next(done)
     return 0
 
 
-def _beside(folder: Path, to: str, scale: float) -> Path:
+def _beside(folder: Path, to: str, scale: float | str) -> Path:
     """Return FOLDER-FORM, with a scale FOLDER-FORM-scale-0.5. `.` and `..` are resolved first: they have no name.
 
     For a checkpoint it is RUN-checkpoint-N-FORM next to the run: inside the run, the Trainer would delete the result
     like an old checkpoint.
     """
-    to = to if scale == 1 else f"{to}-scale-{scale:g}"
+    to = to if scale == 1 else f"{to}-scale-{scale if isinstance(scale, str) else format(scale, 'g')}"
     named = folder.resolve() if folder.name in ("", "..") else folder
     if step_of(folder.resolve()) >= 0:
         run = named.parent if named.parent.name not in ("", "..") else named.resolve().parent
@@ -97,8 +107,10 @@ def _show(done: Exported, style: str) -> None:
         layers = [{"module": path, "rank": rank, "error": error} for path, (rank, error) in done.layers.items()]
         content = {"folder": str(done.folder), "form": done.form, "origin": done.origin, "layers": layers}
         errors = {"total": done.total, "exact_rank": done.exact_rank, "dtype": done.dtype}
-        sys.stdout.write(json.dumps({**content, **errors, "loads_with": done.loads_with}) + "\n")
+        sys.stdout.write(json.dumps({**content, **errors, "loads_with": done.loads_with, "scales": done.scales}) + "\n")
         return
+    if done.scales is not None:
+        show(scales_table(done.scales), "human")
     for path, (rank, error) in done.layers.items():
         sys.stdout.write(f"{path}  rank {rank}  relative error {error:.3e}\n")
     if done.total is not None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -26,6 +26,7 @@ from milora_vl.core.adapter.load import load_adapter
 from milora_vl.core.adapter.sidecar import fitted, locate, new_paths, read_sidecar
 from milora_vl.core.policy.towers import canonical_names
 from milora_vl.export.base_model import ExportBase, copy_processor, has_timm_tower, save_model
+from milora_vl.export.choose_scale import measure_scales
 from milora_vl.export.request import Options, parse_form
 from milora_vl.interop.imported import (
     AdapterKind,
@@ -51,7 +52,7 @@ class Exported:
 
     `total`: relative error of the whole change by recompression, or by rounding to another data type. `loads_with`:
     what is needed to load a merged model; None for an adapter. `exact_rank`: the N at which rank-N keeps the whole
-    change. `dtype`: the data type of a merged model.
+    change. `dtype`: the data type of a merged model. `scales`: the content of scales.json, if the scale was `auto`.
     """
 
     folder: Path
@@ -63,6 +64,7 @@ class Exported:
     loads_with: LoadsWith | None = None
     exact_rank: int | None = None
     dtype: str | None = None
+    scales: Mapping[str, Any] | None = None
 
 
 def export(folder: str | Path, to: str, output_dir: str | Path, options: Options | None = None) -> Exported:
@@ -72,7 +74,8 @@ def export(folder: str | Path, to: str, output_dir: str | Path, options: Options
     """
     options, source, target = options or Options(), Path(folder), Path(output_dir)
     form, rank = parse_form(to)
-    require_scale(options.scale)
+    if options.scale != "auto":
+        require_scale(options.scale)
     if not isinstance(options.dtype, torch.dtype | None):
         hint = "for example  Options(dtype=torch.bfloat16)"
         raise UserError(f"expected a torch.dtype, got {options.dtype!r}", where="dtype", hint=hint)
@@ -86,8 +89,12 @@ def export(folder: str | Path, to: str, output_dir: str | Path, options: Options
         tempfile.TemporaryDirectory() as scratch,
     ):
         job = ExportJob(source, kind, options, partial, Exported(target, to, kind, trained_template(source)), rank)
-        if options.scale != 1:
-            _write_scaled(job, Path(scratch))
+        scale = options.scale
+        if scale == "auto":
+            curve = measure_scales(source, ExportBase(job.base, None).name, options)
+            scale, job = float(curve["chosen"]), replace(job, result=replace(job.result, scales=curve))
+        if scale != 1:
+            _write_scaled(job, scale, Path(scratch))
             job = replace(job, folder=Path(scratch), kind="ours")
         return WRITERS[form](job)
 
@@ -164,11 +171,11 @@ class ExportJob:
         return merged
 
 
-def _write_scaled(job: ExportJob, folder: Path) -> None:
+def _write_scaled(job: ExportJob, scale: float, folder: Path) -> None:
     require_linear(job.folder)
     base = ExportBase(job.base, None)
     needs_base = job.kind != "ours" or bool(read_plain(job.folder).whole)
-    adapter = scaled(job.read(base, needs_base), job.options.scale, base.model if needs_base else None)
+    adapter = scaled(job.read(base, needs_base), scale, base.model if needs_base else None)
     write_ours(replace(adapter, base=base.name), folder)
     copy_processor(job.folder, folder, base)
 

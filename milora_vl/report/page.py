@@ -85,6 +85,7 @@ def _content(run: RunFiles) -> dict[str, Any]:
         "held_out": _held_out(run),
         "forgotten": forgotten(run),
         "forgetting_table": tables.forgetting_table(forgotten(run) or {}, run.forgetting),
+        "scales": tables.scales_table(run.scales),
         "analysis": _analysis(run.folder / "analysis"),
         "plots": plots,
         "during_training": suites_of(run.history),

@@ -98,6 +98,7 @@ class RunFiles:
     history: tuple[Json, ...] = ()
     comparisons: tuple[SuiteScores, ...] = ()
     forgetting: Json = field(default_factory=dict)
+    scales: Json = field(default_factory=dict)  # of `export --scale auto`
     earlier: tuple[tuple[Path, Score], ...] = ()
     held_out: tuple[Json, ...] = ()  # the records with the highest loss, highest first
 
@@ -152,6 +153,7 @@ def read_run(folder: Path) -> RunFiles:
         history=tuple(_read(folder / "trainer_state.json", {}).get("log_history", ())),
         comparisons=comparisons,
         forgetting=_read(folder / "forgetting.json", {}),
+        scales=_read(folder / "scales.json", {}),
         earlier=tuple(_earlier(folder, comparisons)),
         held_out=tuple(line for line in json_lines(folder / HELD_OUT) if "reply" in line),
     )

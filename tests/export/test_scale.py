@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,12 +15,15 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
 
 from milora_vl import apply_milora, load_adapter, load_model, save_adapter
+from milora_vl.common.atomic_write import json_lines
 from milora_vl.export import Options, export
 from milora_vl.export.__main__ import main
 from milora_vl.interop.scale import Update
+from milora_vl.train.__main__ import main as train
 from support.adapter_cases import LLAVA_POLICY, llava_batch, move, one_rule
 from support.calibrated import directions, leaks, text_batches
 from support.problems import raises_code
+from support.train_runs import file_contents, read_json, training
 
 Factory = Callable[..., tuple[Any, Any]]
 
@@ -150,3 +154,26 @@ def test_a_projector_alone_scales(made, tmp_path: Path) -> None:
 def test_a_scale_without_an_update_is_refused(made) -> None:
     with raises_code("flag-needs-another", where="--scale"):
         load_model(made.root / "base", scale=0.5)
+
+
+@pytest.mark.parametrize("form", ["adapter", "merged"])
+def test_auto_exports_the_smallest_scale_that_keeps_the_fall(tiny_data: Path, tmp_path: Path, form: str) -> None:
+    run, auto, by_number = tmp_path / "run", tmp_path / "auto", tmp_path / "by_number"
+    more = ["--eval_data_path", str(tiny_data / "val.json"), "--rank", "4", "--learning_rate", "2e-2"]
+    assert train(training(tiny_data, run, *more)) == 0
+    assert main([str(run), "--to", form, "--scale", "auto", "--output_dir", str(auto)]) == 0
+    found, lines = read_json(run, "scales.json"), list(json_lines(run / "held_out.jsonl"))
+    loss = {point["scale"]: point["held_out_loss"] for point in found["scales"]}
+    assert loss[1] == pytest.approx(fmean(line["loss"] for line in lines), abs=1e-4)
+    assert loss[0] == pytest.approx(fmean(line["base_loss"] for line in lines), abs=1e-4)
+    least = loss[0] - 0.95 * (loss[0] - min(loss.values()))
+    assert 1 > found["chosen"] == min(scale for scale in loss if loss[scale] <= least)
+    assert found["scales"][0]["forgetting"] < 1e-6 < found["scales"][-1]["forgetting"]
+    export(run, form, by_number, Options(scale=found["chosen"]))
+    assert file_contents(auto) == file_contents(by_number)
+    assert f"{found['chosen']:g} (chosen)" in (run / "report.html").read_text(encoding="utf-8")
+
+
+def test_auto_without_held_out_records_is_refused(made, tmp_path: Path) -> None:
+    with raises_code("scale-no-held-out", where="--scale", hint="--eval_data_path"):
+        export(made.root / "a", "adapter", tmp_path / "out", Options(scale="auto"))
