@@ -24,7 +24,6 @@ from milora_vl.sweep.cells import Cell
 from milora_vl.sweep.curves import Ratio, at_common_loss, curves_of
 from milora_vl.sweep.results import SeedMean, mean_of
 from studies.page import read_cells
-from studies.study import read_study
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs" / "studies"
@@ -204,18 +203,6 @@ def in_short() -> str:
     return Table(("task", "trains", "seeds", "lowest held-out loss", *FORGETS.values()), tuple(rows)).markdown()
 
 
-def left() -> str:
-    """Return the trainings of the studies `equal` that did not run, with their hours at the mean time of the rest."""
-    rows = []
-    for task in TASKS:
-        if task.files[0].startswith("equal"):
-            ran, planned = task.cells(), read_study(task.files[0]).cells()
-            missing = [cell for cell in planned if cell not in ran]
-            hours = len(missing) * fmean(float(row["seconds"]) for row in ran.values()) / 3600
-            rows.append((task.title, str(len(ran)), str(len(missing)), f"{hours:.1f}"))
-    return Table(("task", "ran", "did not run", "hours"), tuple(rows)).markdown()
-
-
 def _best(cells: Cells, method: str) -> tuple[float, dict[str, SeedMean]]:
     """Return the rate of a method with the lowest loss among those with all seeds, and the means of its numbers."""
     by_rate = _by_rate(cells, method)
@@ -302,7 +289,6 @@ FIGURES: dict[str, Callable[[], str]] = {
     "ends": ends,
     "equal": equal,
     "in short": in_short,
-    "left": left,
     "others": others,
     "rates": rates,
     "sequence": sequence,
