@@ -21,13 +21,7 @@ from milora_data.encode.templates import place_images, split_turns
 from milora_data.formats.jsonfile import require_json
 from milora_data.formats.stored import is_stored
 from milora_data.keys import FileKeys, answered, digest, file_key, record_key
-from milora_data.pictures.load import (
-    ImageError,
-    ImagePolicy,
-    Picture,
-    described,
-    load_image,
-)
+from milora_data.pictures.load import ImageError, ImagePolicy, Picture, described, load_image
 from milora_data.pictures.videos import require_pyav, require_whole_video
 from milora_data.records.record import IMAGE, CompactRecords, Record
 from milora_data.stream import Source, load_records, mixed_records, record_items

@@ -16,15 +16,7 @@ from typing import Any
 
 from milora_data.formats.jsonfile import read_rows, write_objects
 from milora_data.formats.stored import is_stored, stored_items
-from milora_data.formats.tables import (
-    COLUMNS,
-    DEFAULT_PROMPT,
-    EMPTY_CELL,
-    Records,
-    TableOptions,
-    is_record,
-    row_record,
-)
+from milora_data.formats.tables import COLUMNS, DEFAULT_PROMPT, EMPTY_CELL, Records, TableOptions, is_record, row_record
 from milora_data.hold_out import PICTURE, RECORD, held_out, shared_pictures
 from milora_data.keys import FileKeys, file_key
 from milora_data.pictures.load import ImageError, Picture, picture_suffix

@@ -15,13 +15,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from milora_vl.common.errors import UserError
-from milora_vl.core.adapter.folders import (
-    CONFIG,
-    has_config,
-    holds_llava_adapter,
-    no_adapter_in,
-    not_a_folder,
-)
+from milora_vl.core.adapter.folders import CONFIG, has_config, holds_llava_adapter, no_adapter_in, not_a_folder
 from milora_vl.core.adapter.load import require_adapter_files
 from milora_vl.core.adapter.sidecar import FILE_NAME, Sidecar
 from milora_vl.core.policy.rules import Target

@@ -263,12 +263,7 @@ def _aya(tokenizer: PreTrainedTokenizerFast, template: str) -> Any:
 
 
 def _gemma4(tokenizer: PreTrainedTokenizerFast, template: str) -> Any:
-    from transformers import (
-        Gemma4AudioFeatureExtractor,
-        Gemma4ImageProcessor,
-        Gemma4Processor,
-        Gemma4VideoProcessor,
-    )
+    from transformers import Gemma4AudioFeatureExtractor, Gemma4ImageProcessor, Gemma4Processor, Gemma4VideoProcessor
 
     sizes = {"patch_size": 8, "max_soft_tokens": 70, "pooling_kernel_size": 2}
     return Gemma4Processor(

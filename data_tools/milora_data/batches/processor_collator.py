@@ -21,12 +21,7 @@ import numpy as np
 import torch
 
 from milora_data.batches.pack import RowPacker, with_hidden_picture
-from milora_data.batches.processor_inputs import (
-    PLACES,
-    PROCESSOR_ERRORS,
-    ProcessorInputs,
-    with_unseen_pictures,
-)
+from milora_data.batches.processor_inputs import PLACES, PROCESSOR_ERRORS, ProcessorInputs, with_unseen_pictures
 from milora_data.batches.record_collator import Item, RecordCollator, needed_by, pad_id_of, record_of
 from milora_data.encode.chat_template_mask import VIDEO_MARK, Rendered
 from milora_data.encode.labels import NoSupervisedTokens

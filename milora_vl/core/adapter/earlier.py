@@ -36,15 +36,7 @@ from milora_vl.core.adapter.folders import (
     moved,
 )
 from milora_vl.core.adapter.lora import base_layer, base_model_of, config_of_targets, peft_rank
-from milora_vl.core.adapter.sidecar import (
-    FILE_NAME,
-    MERGE,
-    Sidecar,
-    fitted,
-    new_paths,
-    read_sidecar,
-    stored_tensors,
-)
+from milora_vl.core.adapter.sidecar import FILE_NAME, MERGE, Sidecar, fitted, new_paths, read_sidecar, stored_tensors
 from milora_vl.core.policy.rules import Target
 
 APART_FILE = "milora_apart.safetensors"  # the adapter of the new run on modules that are whole, and their weights

@@ -19,12 +19,7 @@ from torch import Tensor, nn
 
 from milora_vl.common.compat.peft import keep_hooks_apart, set_variant
 from milora_vl.common.compat.torch import change_class, ignore_in_ddp
-from milora_vl.core.adapter.anchored import (
-    factors,
-    fixed_names,
-    install_copy,
-    install_loaded,
-)
+from milora_vl.core.adapter.anchored import factors, fixed_names, install_copy, install_loaded
 from milora_vl.core.adapter.earlier import split_tasks
 from milora_vl.core.adapter.fixed_a import Protection, fix_A, has_fixed_A
 from milora_vl.core.adapter.initialize import LayerReport

@@ -14,15 +14,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from milora_vl.common.atomic_write import atomic_folder
-from milora_vl.core.adapter.anchored import (
-    ANCHOR,
-    DELTA,
-    factors,
-    fixed_names,
-    has_anchor,
-    joined_state,
-    unrecoverable,
-)
+from milora_vl.core.adapter.anchored import ANCHOR, DELTA, factors, fixed_names, has_anchor, joined_state, unrecoverable
 from milora_vl.core.adapter.earlier import Earlier, join_tasks
 from milora_vl.core.adapter.fixed_a import has_fixed_A
 from milora_vl.core.adapter.folders import PEFT_PREFIX, AdapterError

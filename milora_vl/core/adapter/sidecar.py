@@ -28,14 +28,7 @@ from torch import Tensor, nn
 
 from milora_vl.common.errors import MALFORMED
 from milora_vl.core.adapter.fixed_a import Protection
-from milora_vl.core.adapter.folders import (
-    ADAPTER_FILES,
-    ANCHORS_FILE,
-    RESTORE,
-    AdapterError,
-    are_sizes,
-    module_path,
-)
+from milora_vl.core.adapter.folders import ADAPTER_FILES, ANCHORS_FILE, RESTORE, AdapterError, are_sizes, module_path
 from milora_vl.core.adapter.initialize import LayerReport
 from milora_vl.core.adapter.lora import base_layer, base_model_of
 from milora_vl.core.evaluation_mode import keep_weights_readable

@@ -14,15 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from milora_vl import apply_milora, load_adapter, merge, save_adapter
 from milora_vl.core.policy import PolicyError
-from support.adapter_cases import (
-    LLAVA_POLICY,
-    Pictures,
-    Tokens,
-    llava_batch,
-    one_rule,
-    picture_batch,
-    tiny_gpt2,
-)
+from support.adapter_cases import LLAVA_POLICY, Pictures, Tokens, llava_batch, one_rule, picture_batch, tiny_gpt2
 from support.problems import raises_code, raises_problem
 
 

@@ -16,13 +16,7 @@ from milora_vl.core.adapter.initialize import LayerReport
 from milora_vl.core.adapter.sidecar import FILE_NAME, Sidecar, locate, read_sidecar
 from milora_vl.core.policy.rules import Target
 from milora_vl.core.weights.matrices import fingerprint
-from support.adapter_cases import (
-    LLAVA_POLICY,
-    anchors,
-    move,
-    token_batch,
-    train_steps,
-)
+from support.adapter_cases import LLAVA_POLICY, anchors, move, token_batch, train_steps
 from support.llava_oracle import original_llava
 from support.problems import raises_code, raises_problem
 
