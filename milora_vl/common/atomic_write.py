@@ -150,3 +150,23 @@ def locked(path: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+@contextmanager
+def created(path: Path) -> Iterator[None]:
+    """Create the folder of a run, and lock it; empty folders of a run that has not begun go again."""
+    absent = [folder for folder in (path, *path.parents) if not folder.exists()]  # innermost first
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        message = f"cannot create {path}: {error.strerror}"
+        raise UserError(message, where="--output_dir") from None
+    try:
+        with locked(path):
+            yield
+    finally:
+        for folder in absent:
+            try:
+                folder.rmdir()
+            except OSError:  # not empty
+                break

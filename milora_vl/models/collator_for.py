@@ -1,23 +1,26 @@
-"""`collator_for`: the collator of any model that `train` takes."""
+"""`collator_for`: the collator of any model that `train` takes; `CountingCollator` adds what a step would wait for."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
+from transformers.trainer_utils import RemoveColumnsCollator
 
 from milora_data.batches.image_text_collator import ImageTextCollator
 from milora_data.batches.processor_collator import ProcessorCollator
 from milora_data.batches.record_collator import Item, RecordCollator
 from milora_data.encode.templates import OWN
+from milora_data.keys import FileKeys, record_key
 from milora_data.pictures.load import ImagePolicy
 from milora_data.pictures.pixels import AspectRatio
 from milora_vl.common.compat.transformers import pass_texts_unchanged
 from milora_vl.common.errors import UserError
 from milora_vl.models.image_tokens import image_tokens, is_llava, tiling_of, uses_processor
 from milora_vl.models.loading import split_processor
+from milora_vl.models.losses import supervised_positions
 from milora_vl.models.processors import usable_inputs
 
 
@@ -84,3 +87,34 @@ def collator_for(
         substitutes=substitutes,
         tiling=tiling_of(config),
     )
+
+
+class CountingCollator:
+    """Adds to the batches of a collator what a step would otherwise read from the GPU, and wait for.
+
+    For an evaluation, `keys` are the content keys of the records of the rows.
+    `counts` are the tokens, the positions and the supervised tokens, `supervised` are the positions for the loss. LLaVA
+    and text models lose an attention mask that hides padding on the right alone, because no position of theirs sees a
+    later one: transformers would read it from the GPU, and without a mask sdpa has faster kernels.
+    """
+
+    def __init__(self, collator: RecordCollator[Any] | RemoveColumnsCollator) -> None:
+        self.collator: Any = collator.data_collator if isinstance(collator, RemoveColumnsCollator) else collator
+        self.key_of = FileKeys(self.collator.image_folder)
+
+    def __call__(self, items: Any) -> Any:
+        """Return the batch; a loader process that made none returns its error in place of one."""
+        batch = self.collator(items)
+        if not isinstance(batch, Mapping):
+            return batch
+        batch, labels = dict(batch), batch["labels"]
+        supervised, tokens = supervised_positions(labels), labels.numel()
+        mask = batch.get("attention_mask")
+        if mask is not None and mask.dim() == 2:
+            tokens = int(mask.sum())
+            if self.collator.is_causal and not (mask[:, 1:] > mask[:, :-1]).any():
+                del batch["attention_mask"]
+        if self.collator.is_evaluating:
+            kept = [record_key(each, self.key_of) for each in items if each.place not in self.collator.left_out]
+            batch["keys"] = kept or [""]  # of a substitute
+        return {**batch, "supervised": supervised, "counts": (tokens, labels.numel(), supervised.shape[1])}

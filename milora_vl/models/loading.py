@@ -19,9 +19,9 @@ from milora_data.encode.tokens import share_template
 from milora_vl.common.compat.transformers import forget_conversions, pass_texts_unchanged, quiet_bars, whole_weights
 from milora_vl.common.errors import UserError
 from milora_vl.core.evaluation_mode import keep_weights_readable
-from milora_vl.models import original, parts, pretrained
+from milora_vl.models import original, parts, pretrained, smol_llava
 from milora_vl.models.devices import Quantization, quantization_config, unquantized
-from milora_vl.models.names import BUILT_IN_MODELS
+from milora_vl.models.names import BUILT_IN_MODELS, hub_id
 from milora_vl.models.processors import complete_processor
 
 if TYPE_CHECKING:
@@ -118,3 +118,22 @@ def split_processor(processor: Any) -> tuple[Any, Any | None]:
     if isinstance(processor, ProcessorMixin):
         return processor.tokenizer, processor.image_processor
     return processor, None
+
+
+def tokenizer_at_hand(name: str) -> Any | None:
+    """Return the tokenizer of a model that is on this machine, else None; asks no hub."""
+    from transformers import AutoProcessor, AutoTokenizer
+
+    source = name if Path(name).is_dir() else hub_id(name)
+    if name in BUILT_IN_MODELS:
+        source = str(smol_llava.folder_of(name))
+    for auto in (AutoProcessor, AutoTokenizer):  # the processor may hold the chat template
+        try:
+            loaded = auto.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+        except (OSError, ValueError):
+            continue
+        tokenizer, pictures = split_processor(loaded)
+        if pictures is not None:
+            share_template(loaded)
+        return tokenizer
+    return None

@@ -17,12 +17,11 @@ from torch import nn
 from transformers.trainer_pt_utils import get_model_param_count
 
 from milora_vl.common.cli.console import amount, duration_text
-from milora_vl.core.adapter.fixed_a import Protection
+from milora_vl.core.adapter.fixed_a import distinct_inputs
 from milora_vl.core.adapter.sidecar import read_sidecar
 from milora_vl.core.calibration.activations import ROOM
 from milora_vl.core.calibration.texts import COUNT, HELD_OUT_TEXTS, LENGTH
 from milora_vl.core.policy import Target
-from milora_vl.core.policy.towers import TOWERS, find_towers
 from milora_vl.models.base import Base
 from milora_vl.models.devices import bytes_per_number, measured_flops, quantized_layers
 from milora_vl.models.memory import GIB, Workload, activations, flops_per_step, host_memory, memory, size_text, verdict
@@ -97,21 +96,6 @@ class Batching:
         return f"{self.steps:,} ({epochs} epoch{'' if epochs == '1' else 's'} of {amount(self.num_records, self.unit)})"
 
 
-def protected_directions(targets: Sequence[Target], protection: Mapping[str, Protection]) -> dict[str, float]:
-    shares: dict[str, list[float]] = {}
-    for target in targets:
-        if target.path in protection:
-            entry = protection[target.path]
-            shares.setdefault(target.tower or "other", []).append(entry.directions / entry.inputs)
-    return {tower: round(sum(values) / len(values), 4) for tower, values in shares.items()}
-
-
-def frozen_towers(base: nn.Module, targets: Sequence[Target]) -> list[str]:
-    towers, trained = find_towers(base), {target.tower for target in targets}
-    present = {"language": towers.language, "projector": towers.projector, "vision": towers.vision}
-    return [tower for tower in TOWERS if present[tower] is not None and tower not in trained]
-
-
 def trained_sizes(targets: Sequence[Target], base: nn.Module) -> dict[str, int]:
     """Return the number of trained parameters of each target by path: its adapter's, else all.
 
@@ -122,24 +106,12 @@ def trained_sizes(targets: Sequence[Target], base: nn.Module) -> dict[str, int]:
     for target in targets:
         module = base.get_submodule(target.path)
         if target.rank:
-            sizes[target.path] = adapter_size(target)
+            sizes[target.path] = target.adapter_size
             continue
         weight = next(module.parameters())
         sizes[target.path] = 0 if weight in seen else get_model_param_count(module)
         seen.add(weight)
     return sizes
-
-
-def adapter_size(target: Target) -> int:
-    """Return the number of trained parameters of an adapter: r (in + out), with exceptions.
-
-    A fixed A leaves B, and DoRA trains one more number for each row of the weight.
-    """
-    rows, columns = target.shape
-    assert target.rank is not None
-    if target.has_fixed_A:
-        return target.rank * rows
-    return target.rank * (rows + columns) + (rows if target.method == "dora" else 0)
 
 
 A100, CPU = "one A100 per device at 40 % of peak", "the CPU of this machine"
@@ -153,7 +125,6 @@ SMOKE_NOTE = f"a run of fewer than {SMOKE_STEPS} steps is a smoke test: it calib
 DECOMPOSITION = 1.8  # products of out x in x min(out, in) that the factors of a weight cost: 1.4 to 2.0 measured
 LAYER, TOKENS = 2e-3, 400  # seconds of a layer without work, and tokens of a forward of the calibration
 NUM_RECORDS = 128  # of each earlier task in a calibration
-_SAME_INPUT = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,17 +261,6 @@ def workload_of(
 
 def num_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
-
-
-def distinct_inputs(targets: Sequence[Target]) -> list[Target]:
-    """Return one target with protected inputs for each input that several layers read: q, k, v, and gate, up."""
-    found: dict[tuple[str, str], Target] = {}
-    for target in targets:
-        if target.protect:
-            parent, _, leaf = target.path.rpartition(".")
-            group = next((",".join(sorted(names)) for names in _SAME_INPUT if leaf in names), leaf)
-            found.setdefault((parent, group), target)
-    return list(found.values())
 
 
 def part_of(count: int, steps: int) -> int:

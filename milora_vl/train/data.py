@@ -31,7 +31,6 @@ import torch
 from accelerate.data_loader import DataLoaderAdapter
 from torch.utils.data import IterableDataset
 from transformers import TrainingArguments
-from transformers.trainer_utils import RemoveColumnsCollator
 
 from milora_data.batches.lengths import lengths_of
 from milora_data.batches.pack import PackedRecords, fill, pack
@@ -40,22 +39,19 @@ from milora_data.check import RunData, read_training_records, source_text, sourc
 from milora_data.encode.labels import NoSupervisedTokens
 from milora_data.encode.templates import OWN, TEMPLATES
 from milora_data.encode.tokens import own_template
-from milora_data.keys import FileKeys, record_key
 from milora_data.pictures.load import ImagePolicy
 from milora_data.records.record import IMAGE, Record
 from milora_data.stream.dataset import RecordStream, record_stream
 from milora_vl.common.cli.screen import Screen
 from milora_vl.common.errors import DataError, Key, UserError, with_context, with_problems
 from milora_vl.core.adapter.checkpoints import read_environment
-from milora_vl.core.adapter.fixed_a import Protection
+from milora_vl.core.adapter.fixed_a import Protection, protected_directions
 from milora_vl.core.calibration.texts import SEED
 from milora_vl.core.policy import Target
 from milora_vl.core.weights.tensor_files import read_weights
 from milora_vl.models.base import Base
-from milora_vl.models.collator_for import collator_for
+from milora_vl.models.collator_for import CountingCollator, collator_for
 from milora_vl.models.loading import split_processor
-from milora_vl.models.losses import supervised_positions
-from milora_vl.train.counts import protected_directions
 from milora_vl.train.recipe import DataConfig, Recipe, value_of
 
 INSPECTED = 100  # records of a stream that are checked before training
@@ -221,37 +217,6 @@ def _require_one_batch(recipe: Recipe, collate: RecordCollator[Any], first: Sequ
         except DataError as error:
             hint = f"use {fix}, or records of one kind"
             raise with_problems(error, [replace(error.first, hint=hint)]) from None
-
-
-class CountingCollator:
-    """Adds to the batches of a collator what a step would otherwise read from the GPU, and wait for.
-
-    For an evaluation, `keys` are the content keys of the records of the rows.
-    `counts` are the tokens, the positions and the supervised tokens, `supervised` are the positions for the loss. LLaVA
-    and text models lose an attention mask that hides padding on the right alone, because no position of theirs sees a
-    later one: transformers would read it from the GPU, and without a mask sdpa has faster kernels.
-    """
-
-    def __init__(self, collator: RecordCollator[Any] | RemoveColumnsCollator) -> None:
-        self.collator: Any = collator.data_collator if isinstance(collator, RemoveColumnsCollator) else collator
-        self.key_of = FileKeys(self.collator.image_folder)
-
-    def __call__(self, items: Any) -> Any:
-        """Return the batch; a loader process that made none returns its error in place of one."""
-        batch = self.collator(items)
-        if not isinstance(batch, Mapping):
-            return batch
-        batch, labels = dict(batch), batch["labels"]
-        supervised, tokens = supervised_positions(labels), labels.numel()
-        mask = batch.get("attention_mask")
-        if mask is not None and mask.dim() == 2:
-            tokens = int(mask.sum())
-            if self.collator.is_causal and not (mask[:, 1:] > mask[:, :-1]).any():
-                del batch["attention_mask"]
-        if self.collator.is_evaluating:
-            kept = [record_key(each, self.key_of) for each in items if each.place not in self.collator.left_out]
-            batch["keys"] = kept or [""]  # of a substitute
-        return {**batch, "supervised": supervised, "counts": (tokens, labels.numel(), supervised.shape[1])}
 
 
 def process_settings(args: TrainingArguments) -> dict[str, Any]:

@@ -24,7 +24,6 @@ from transformers import TrainerCallback, TrainingArguments
 
 from milora_data.keys import FileKeys, record_key
 from milora_data.records.record import Record
-from milora_vl.common.atomic_write import locked
 from milora_vl.common.cli.console import command_line
 from milora_vl.common.cli.screen import Screen
 from milora_vl.common.errors import DataError, UserError, first_line
@@ -32,7 +31,7 @@ from milora_vl.common.evaluator_protocol import EvaluationRequest, QuestionSet, 
 from milora_vl.common.progress import progress_bar
 from milora_vl.core.adapter import checkpoints
 from milora_vl.core.adapter.checkpoints import HELD_OUT, WEIGHTS
-from milora_vl.core.adapter.fixed_a import Protection
+from milora_vl.core.adapter.fixed_a import Protection, protected_directions
 from milora_vl.core.adapter.folders import (
     has_config,
     holds_projector_alone,
@@ -47,7 +46,6 @@ from milora_vl.models.generate import Prompt, generate
 from milora_vl.report import model_card
 from milora_vl.report.page import try_write_report
 from milora_vl.report.repeat import of_earlier
-from milora_vl.train.counts import protected_directions
 from milora_vl.train.data import Task
 from milora_vl.train.plan import Run, suites_of
 from milora_vl.train.recipe import Recipe
@@ -99,26 +97,6 @@ class FirstFiles:
         self.folder.write_json(ENVIRONMENT, self.environment)
         for name, value in self.content.items():
             self.folder.write_json(name, value)
-
-
-@contextmanager
-def created(path: Path) -> Iterator[None]:
-    """Create the folder of a run, and lock it; empty folders of a run that has not begun go again."""
-    absent = [folder for folder in (path, *path.parents) if not folder.exists()]  # innermost first
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        message = f"cannot create {path}: {error.strerror}"
-        raise UserError(message, where="--output_dir") from None
-    try:
-        with locked(path):
-            yield
-    finally:
-        for folder in absent:
-            try:
-                folder.rmdir()
-            except OSError:  # not empty
-                break
 
 
 def room_lines(targets: Sequence[Target], protection: Mapping[str, Protection], tasks: Sequence[Task]) -> list[str]:

@@ -21,14 +21,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoProcessor, AutoTokenizer, TrainingArguments
+from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
 import llava_recipes
 from milora_data.batches.pack import require_packable
 from milora_data.batches.record_collator import RecordCollator
 from milora_data.encode.templates import OWN, no_videos
-from milora_data.encode.tokens import share_template
 from milora_data.records.record import IMAGE, Record
 from milora_vl.common.cli.console import amount, beside, require_folder
 from milora_vl.common.cli.screen import Screen
@@ -43,33 +42,23 @@ from milora_vl.core.adapter.checkpoints import (
 from milora_vl.core.adapter.folders import (
     module_path,
 )
-from milora_vl.core.adapter.initialize import LayerReport
 from milora_vl.core.adapter.sidecar import read_sidecar, require_layers
 from milora_vl.core.policy import Policy, Target
-from milora_vl.core.policy.resolve import Selector
-from milora_vl.core.policy.rules import (
-    label_of,
-    what_trains,
-)
-from milora_vl.core.policy.towers import find_towers
+from milora_vl.core.policy.resolve import frozen_towers, policy_rows
 from milora_vl.models import loading, smol_llava
 from milora_vl.models import parts as composing
 from milora_vl.models.base import Base, find_base
 from milora_vl.models.devices import fastest_dtype, quantized_layers, train_device
-from milora_vl.models.loading import split_processor
-from milora_vl.models.names import BUILT_IN_MODELS, hub_id
 from milora_vl.models.parts import Parts
 from milora_vl.models.processors import ProcessorSettings, configure_processor, usable_inputs
 from milora_vl.models.projector import projector_file
 from milora_vl.models.prompts import recipe_of_run
-from milora_vl.models.smol_llava import folder_of
 from milora_vl.train import data
 from milora_vl.train.counts import (
     MIX665K,
     Batching,
     Counts,
     costs_of,
-    frozen_towers,
     num_devices,
     num_parameters,
     trained_sizes,
@@ -448,51 +437,6 @@ def show_policy(screen: Screen, rows: Sequence[tuple[str, ...]], frozen: Sequenc
         screen.say(f"{modules}: {trains}")
 
 
-def policy_rows(
-    rules: Sequence[Mapping[str, Any]],
-    targets: Sequence[Target],
-    sizes: Mapping[str, int],
-    base: nn.Module,
-    report: Sequence[LayerReport] = (),
-) -> list[tuple[str, ...]]:
-    """Return one row per rule that is the last one about some modules, with its selector as written.
-
-    The targets have resolved rates. `sizes` maps the path of a target to its number of trained parameters, `report`
-    holds measurements of the adapters. A rule about layers that earlier rules set apart shows the range of a value.
-    """
-    selector, last, by_path = Selector(base, find_towers(base)), dict[str, int](), {t.path: t for t in targets}
-    for number, rule in enumerate(rules):
-        whole = rule.get("method") in ("full", "frozen")
-        last |= dict.fromkeys(selector.match(rule["modules"], whole_modules=whole, planned=last.keys()), number)
-    energies = {layer.path: 100 * layer.energy for layer in report}
-    rows: list[tuple[str, ...]] = []
-    for number, rule in enumerate(rules):
-        group = [by_path[path] for path, other in last.items() if other == number and path in by_path]
-        if not group:
-            continue
-        rows.append(
-            (
-                rule["modules"],
-                f"{len(group):,}",
-                " ".join(sorted({label_of(target.method, target.protect) for target in group})),
-                _span([target.rank for target in group if target.rank]),
-                _span([target.alpha for target in group if target.alpha]),
-                f"{sum(sizes[target.path] for target in group):,}",
-                _span([target.learning_rate or 0.0 for target in group]),
-                _span([energies[target.path] for target in group if target.path in energies], "{:.2g}", " %"),
-                what_trains(group[0].method, group[0].protect),
-            )
-        )
-    return rows
-
-
-def _span(values: Sequence[float], form: str = "{:g}", unit: str = "") -> str:
-    if not values:
-        return "-"
-    low, high = form.format(min(values)), form.format(max(values))
-    return (low if low == high else f"{low} - {high}") + unit
-
-
 def trainable_line(trained: int, total: int) -> str:
     """Return PEFT's line about trained parameters, word for word, because users grep it.
 
@@ -750,7 +694,7 @@ def _is_absent(error: UserError) -> bool:
 
 
 def _policy_rows(run: Run, sizes: dict[str, int]) -> list[tuple[str, ...]]:
-    return policy_rows(run.recipe.policy or [], run.targets, sizes, run.base.meta)
+    return policy_rows(run.recipe.policy or [], run.targets, sizes, run.base.meta, {})
 
 
 def _show_policy(screen: Screen, run: Run) -> None:
@@ -811,7 +755,7 @@ def _show_data(screen: Screen, run: Run) -> tuple[Counts, int | None, int | None
 
 def _collator(recipe: Recipe, base: Base) -> RecordCollator[Any] | None:
     """Return the collator of the run; None if the tokenizer of a LLaVA or of a text model is not on this machine."""
-    processor = base.processor if base.own_pictures else _tokenizer_at_hand(base.name)
+    processor = base.processor if base.own_pictures else loading.tokenizer_at_hand(base.name)
     if processor is None:
         return None
     if recipe.template == OWN and base.parts is not None:  # a composed base has no chat template
@@ -845,19 +789,3 @@ def _first_batch(records: Sequence[Record], collate: RecordCollator[Any], image_
             more = f" ... ({len(text):,} characters)" if len(text) > LONGEST else ""
             out.append(f"  {'>' if supervised else '.'} {text[:LONGEST]}{more}")
     return out
-
-
-def _tokenizer_at_hand(name: str) -> Any | None:
-    source = name if Path(name).is_dir() else hub_id(name)
-    if name in BUILT_IN_MODELS:
-        source = str(folder_of(name))
-    for auto in (AutoProcessor, AutoTokenizer):  # the processor may hold the chat template
-        try:
-            loaded = auto.from_pretrained(source, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError):
-            continue
-        tokenizer, pictures = split_processor(loaded)
-        if pictures is not None:
-            share_template(loaded)
-        return tokenizer
-    return None

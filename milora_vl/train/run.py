@@ -23,12 +23,14 @@ from transformers.trainer_pt_utils import get_model_param_count
 from milora_data.check import RunData, source_text
 from milora_data.encode.templates import OWN, render_chat_template
 from milora_data.encode.tokens import remember_legacy
+from milora_vl.common.atomic_write import created
 from milora_vl.common.cli.console import git_state, versions
 from milora_vl.common.cli.screen import Screen
 from milora_vl.common.errors import UserError
 from milora_vl.common.evaluator_protocol import TrainingQuestions
 from milora_vl.core.adapter import checkpoints
 from milora_vl.core.adapter.earlier import joined_rank, read_earlier
+from milora_vl.core.policy.resolve import policy_rows
 from milora_vl.core.weights.distributed import free_memory, gather_objects, raised_in_all, rank_and_world_size
 from milora_vl.forgetting.measure import Probe
 from milora_vl.models import loading
@@ -42,7 +44,6 @@ from milora_vl.train.data import EarlierRecords, has_other_records, read_earlier
 from milora_vl.train.launch import base_dtype, dtype_name, load_base_model, refused_arguments, stage_of, trained_dtype
 from milora_vl.train.output import (
     FirstFiles,
-    created,
     evaluate_run,
     open_repository,
     protection_lines,
@@ -56,7 +57,6 @@ from milora_vl.train.output import (
 from milora_vl.train.plan import (
     Run,
     make_run,
-    policy_rows,
     require_evaluation,
     require_usable,
     show_policy,
@@ -317,7 +317,8 @@ def show_header_and_policy(
             *resumed,
         ]
     )
-    rows = policy_rows(recipe.policy or [], built.targets, built.sizes, run.base.meta, built.model.milora_report)
+    energies = {layer.path: layer.energy for layer in built.model.milora_report}
+    rows = policy_rows(recipe.policy or [], built.targets, built.sizes, run.base.meta, energies)
     show_policy(screen, rows, built.frozen)
     screen.say(trainable_line(get_model_param_count(built.model, True), get_model_param_count(built.model)))
     for line in protection_lines(built.targets, protection):

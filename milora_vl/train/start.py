@@ -44,6 +44,7 @@ from milora_vl.core.calibration import CAPTIONS, TEXTS
 from milora_vl.core.calibration.bases import Batches, Calibration
 from milora_vl.core.calibration.texts import HELD_OUT_TEXTS, LENGTH, ROWS, SEED, rows_at_once, sampled_rows
 from milora_vl.core.policy import Target
+from milora_vl.core.policy.resolve import frozen_towers
 from milora_vl.core.policy.towers import find_towers
 from milora_vl.core.weights.distributed import gather_objects, gathered, rank_and_world_size, result_or_error
 from milora_vl.core.weights.tensor_files import shared_digest
@@ -59,7 +60,6 @@ from milora_vl.train.counts import (
     NUM_RECORDS,
     SMOKE_NOTE,
     SMOKE_STEPS,
-    frozen_towers,
     is_smoke_test,
     part_of,
     start_seconds,

@@ -17,6 +17,7 @@ from milora_data.records.record import IMAGE, Record, Turn
 from milora_data.stream import load_records
 from milora_vl import load_adapter
 from milora_vl.common.cli.screen import Screen
+from milora_vl.core.adapter.fixed_a import distinct_inputs
 from milora_vl.core.adapter.lora import lora_layer
 from milora_vl.core.policy import Policy
 from milora_vl.forgetting.answers import drawn_questions
@@ -27,7 +28,6 @@ from milora_vl.report.read_run import read_run
 from milora_vl.report.tables import protection_table
 from milora_vl.train import start
 from milora_vl.train.__main__ import main
-from milora_vl.train.counts import distinct_inputs
 from milora_vl.train.recipe import Recipe
 from milora_vl.train.resume import TEXTS
 from milora_vl.train.start import QUESTION, make_texts, shares_probe_text

@@ -13,10 +13,11 @@ from transformers.trainer_pt_utils import get_model_param_count
 from milora_vl.common.cli.screen import Screen
 from milora_vl.core.adapter.apply import apply_milora
 from milora_vl.core.policy import Policy
+from milora_vl.core.policy.resolve import policy_rows
 from milora_vl.core.policy.rules import METHODS
 from milora_vl.train.__main__ import main
 from milora_vl.train.counts import trained_sizes
-from milora_vl.train.plan import policy_rows, show_policy, trainable_line, with_rates
+from milora_vl.train.plan import show_policy, trainable_line, with_rates
 from support.problems import raises_code
 from support.programs import run as run_program
 
@@ -32,7 +33,7 @@ def test_one_row_per_rule_with_its_selector_as_written(tiny_llava: Callable[...,
     targets = with_rates(Policy.parse(RULES).resolve(base), {"learning_rate": 3e-4})
     sizes, meta = trained_sizes(targets, base), tiny_llava()[0]
     model = apply_milora(base, Policy.parse(RULES))
-    rows = policy_rows(RULES, targets, sizes, meta, model.milora_report)
+    rows = policy_rows(RULES, targets, sizes, meta, {layer.path: layer.energy for layer in model.milora_report})
     assert [row[:5] for row in rows] == [
         ("language", "10", "MiLoRA", "4", "4"),
         ("language.layers[0].attention", "4", "MiLoRA", "8", "8"),

@@ -29,7 +29,7 @@ from typing import Any
 from torch import nn
 
 from milora_vl.common.errors import Key, Problem
-from milora_vl.core.policy.rules import METHODS, PolicyError, Rule, Target
+from milora_vl.core.policy.rules import METHODS, PolicyError, Rule, Target, label_of, what_trains
 from milora_vl.core.policy.towers import TOWERS, Towers, find_towers, output_head
 from milora_vl.core.weights.matrices import is_adaptable, is_linear, matrix_shape, why_refused
 
@@ -372,3 +372,53 @@ def _without_nested(targets: list[Target]) -> list[Target]:
     """Drop targets inside a module that trains in full: PEFT's copy of that module contains them."""
     full = [t.path for t in targets if t.method == "full"]
     return [t for t in targets if not any(t.path.startswith(f"{path}.") for path in full)]
+
+
+def frozen_towers(base: nn.Module, targets: Sequence[Target]) -> list[str]:
+    towers, trained = find_towers(base), {target.tower for target in targets}
+    present = {"language": towers.language, "projector": towers.projector, "vision": towers.vision}
+    return [tower for tower in TOWERS if present[tower] is not None and tower not in trained]
+
+
+def policy_rows(
+    rules: Sequence[Mapping[str, Any]],
+    targets: Sequence[Target],
+    sizes: Mapping[str, int],
+    base: nn.Module,
+    energies: Mapping[str, float],
+) -> list[tuple[str, ...]]:
+    """Return one row per rule that is the last one about some modules, with its selector as written.
+
+    The targets have resolved rates. `sizes` maps the path of a target to its number of trained parameters, `energies`
+    its measured share of energy. A rule about layers that earlier rules set apart shows the range of a value.
+    """
+    selector, last, by_path = Selector(base, find_towers(base)), dict[str, int](), {t.path: t for t in targets}
+    for number, rule in enumerate(rules):
+        whole = rule.get("method") in ("full", "frozen")
+        last |= dict.fromkeys(selector.match(rule["modules"], whole_modules=whole, planned=last.keys()), number)
+    rows: list[tuple[str, ...]] = []
+    for number, rule in enumerate(rules):
+        group = [by_path[path] for path, other in last.items() if other == number and path in by_path]
+        if not group:
+            continue
+        rows.append(
+            (
+                rule["modules"],
+                f"{len(group):,}",
+                " ".join(sorted({label_of(target.method, target.protect) for target in group})),
+                _span([target.rank for target in group if target.rank]),
+                _span([target.alpha for target in group if target.alpha]),
+                f"{sum(sizes[target.path] for target in group):,}",
+                _span([target.learning_rate or 0.0 for target in group]),
+                _span([100 * energies[target.path] for target in group if target.path in energies], "{:.2g}", " %"),
+                what_trains(group[0].method, group[0].protect),
+            )
+        )
+    return rows
+
+
+def _span(values: Sequence[float], form: str = "{:g}", unit: str = "") -> str:
+    if not values:
+        return "-"
+    low, high = form.format(min(values)), form.format(max(values))
+    return (low if low == high else f"{low} - {high}") + unit

@@ -189,6 +189,18 @@ class Target:
         """Return True if a frozen copy of the initial factors is subtracted, so that PEFT's rank is 2r."""
         return self.is_decomposed and not self.has_fixed_A
 
+    @property
+    def adapter_size(self) -> int:
+        """Return the number of trained parameters of an adapter: r (in + out), with exceptions.
+
+        A fixed A leaves B, and DoRA trains one more number for each row of the weight.
+        """
+        rows, columns = self.shape
+        assert self.rank is not None
+        if self.has_fixed_A:
+            return self.rank * rows
+        return self.rank * (rows + columns) + (rows if self.method == "dora" else 0)
+
 
 RuleDict = dict[str, Any]
 

@@ -14,7 +14,7 @@ from milora_vl.common.errors import UserError
 from milora_vl.models import loading, names
 from milora_vl.train.__main__ import main as train
 from milora_vl.train.__main__ import parse
-from milora_vl.train.counts import adapter_size, num_parameters
+from milora_vl.train.counts import num_parameters
 from milora_vl.train.recipe import Recipe
 from support.plans import fitted, settings
 
@@ -101,5 +101,5 @@ def test_the_recipe_of_lora_trains_as_many_numbers_on_the_same_data_at_the_same_
         (t.path, t.scaling, t.learning_rate, t.dropout) for t in default
     }
     for tower in ("language", "projector"):
-        numbers = [sum(adapter_size(t) for t in targets if t.tower == tower) for targets in (baseline, default)]
+        numbers = [sum(t.adapter_size for t in targets if t.tower == tower) for targets in (baseline, default)]
         assert numbers[0] == pytest.approx(numbers[1], rel=0.02)
