@@ -32,11 +32,7 @@ from milora_vl.common.progress import progress_bar
 from milora_vl.core.adapter import checkpoints
 from milora_vl.core.adapter.checkpoints import HELD_OUT, WEIGHTS
 from milora_vl.core.adapter.fixed_a import Protection, protected_directions
-from milora_vl.core.adapter.folders import (
-    has_config,
-    holds_projector_alone,
-    holds_text_model,
-)
+from milora_vl.core.adapter.folders import has_config, holds_projector_alone, holds_text_model
 from milora_vl.core.policy import Target
 from milora_vl.core.policy.towers import TOWERS
 from milora_vl.core.weights.distributed import gather_objects

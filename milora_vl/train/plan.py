@@ -36,12 +36,8 @@ from milora_vl.common.errors import Key, Problem, UserError, at_flag, collected,
 from milora_vl.common.evaluator_protocol import QuestionSet, evaluator, is_file
 from milora_vl.common.yaml_text import read_file
 from milora_vl.core.adapter import checkpoints
-from milora_vl.core.adapter.checkpoints import (
-    read_environment,
-)
-from milora_vl.core.adapter.folders import (
-    module_path,
-)
+from milora_vl.core.adapter.checkpoints import read_environment
+from milora_vl.core.adapter.folders import module_path
 from milora_vl.core.adapter.sidecar import read_sidecar, require_layers
 from milora_vl.core.policy import Policy, Target
 from milora_vl.core.policy.resolve import frozen_towers, policy_rows
@@ -54,15 +50,7 @@ from milora_vl.models.processors import ProcessorSettings, configure_processor, 
 from milora_vl.models.projector import projector_file
 from milora_vl.models.prompts import recipe_of_run
 from milora_vl.train import data
-from milora_vl.train.counts import (
-    MIX665K,
-    Batching,
-    Counts,
-    costs_of,
-    num_devices,
-    num_parameters,
-    trained_sizes,
-)
+from milora_vl.train.counts import MIX665K, Batching, Counts, costs_of, num_devices, num_parameters, trained_sizes
 from milora_vl.train.data import Task, read_earlier_records, task_entry
 from milora_vl.train.launch import (
     RESHARDS,

@@ -54,14 +54,7 @@ from milora_vl.train.output import (
     write_pages,
     write_results,
 )
-from milora_vl.train.plan import (
-    Run,
-    make_run,
-    require_evaluation,
-    require_usable,
-    show_policy,
-    trainable_line,
-)
+from milora_vl.train.plan import Run, make_run, require_evaluation, require_usable, show_policy, trainable_line
 from milora_vl.train.resume import (
     ENVIRONMENT,
     RECORDS,
