@@ -120,7 +120,7 @@ def test_a_packaged_recipe_is_planned_without_data_and_without_what_only_the_run
     lines = capsys.readouterr().out.splitlines()
     shown = [line.split()[:4] for line in lines]
     assert ["language", "224", "protected", "MiLoRA"] in shown
-    assert ["projector", "2", "milora", "64"] in shown
+    assert ["projector", "2", "protected", "MiLoRA"] in shown
     for tower in ("language:", "projector:"):
         assert [tower, "new", "directions", "only;"] in shown
     needs = [line.split()[1:] for line in lines if line.startswith("needs ")]
