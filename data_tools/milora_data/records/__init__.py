@@ -216,8 +216,8 @@ def _weight(turn: Mapping[str, Any], role: Role, number: int) -> Literal[0, 1]:
         if (value := turn.get(key)) is None:
             continue
         if isinstance(value, bool) != (key == "loss") or value not in allowed or (value and role != "assistant"):
-            expected = "0 or 1" if key == "weight" else "true or false"
-            message = f'turn {number}: "{key}" must be {expected}, and excludes an answer or not; got {_short(value)}'
+            expected = ("0 or 1" if key == "weight" else "true or false") if role == "assistant" else "beside an answer"
+            message = f'turn {number} from {role}: "{key}" must be {expected}; got {_short(value)}'
             raise DataError(message, code="record-weight", hint="repeat a record to give it more weight")
         return 1 if value else 0
     return 1
