@@ -67,7 +67,7 @@ def stratified_stderr(
     centre = {name: mean(part) for name, part in parts.items()}
     naive = math.fsum((mean_stderr(part) or 0.0) ** 2 for part in parts.values()) / len(parts) ** 2
     numbers = _numbered(clusters)
-    sums, squares = np.zeros(1 + numbers.max()), np.zeros(1 + numbers.max())
+    sums, squares = np.zeros(int(np.max(numbers)) + 1), np.zeros(int(np.max(numbers)) + 1)
     pairs = zip(values, strata, strict=True)
     terms = np.array([(value - centre[name]) / (len(parts) * len(parts[name])) for value, name in pairs])
     np.add.at(sums, numbers, terms)
@@ -219,7 +219,7 @@ def _bootstrap(
     if not values:
         return []
     rows, columns = _numbered(clusters), _numbered(strata)
-    shape = (int(rows.max()) + 1, int(columns.max()) + 1)
+    shape = (int(np.max(rows)) + 1, int(np.max(columns)) + 1)
     totals, counts = np.zeros(shape), np.zeros(shape)
     np.add.at(totals, (rows, columns), np.asarray(values, dtype=float))
     np.add.at(counts, (rows, columns), 1.0)
