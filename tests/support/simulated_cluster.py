@@ -207,8 +207,8 @@ def cluster(seen: Counter[str]) -> Iterator[None]:
             patch.setattr(f"milora_vl.{module}.free_memory", lambda _: int(os.environ["MEMORY"]))
         to_tensor = c10d._object_to_tensor
 
-        def counted(value: Any, device: Any, group: Any) -> Any:
-            tensor, size = to_tensor(value, device, group)
+        def counted(*arguments: Any) -> Any:  # torch 2.15 has a fourth
+            tensor, size = to_tensor(*arguments)
             seen["largest object"] = max(seen["largest object"], int(size))
             return tensor, size
 
