@@ -112,6 +112,9 @@ class _Stream:
     def query(self) -> bool:
         return True
 
+    def is_capturing(self) -> bool:  # torch 2.15's Adam asks
+        return False
+
     def elapsed_time(self, *_: Any) -> float:
         return 0.0
 
