@@ -78,10 +78,10 @@ bench: peers $(DATA)/test.json  ## Run the benchmarks (twenty minutes), write be
 bench-full: peers $(DATA)/test.json  ## Also run a 7B at full size, the demo and a start (an hour more)
 	$(BIN)/python benchmarks/all.py --full
 
-bench-quick: peers $(DATA)/test.json  ## Run the headline benchmarks (five minutes): factors, a step, the loss, a whole training
+bench-quick: peers $(DATA)/test.json  ## Run the headline benchmarks (a quarter of an hour): factors, a step, the loss, a whole training
 	$(BIN)/python benchmarks/all.py --quick
 
-gpu: peers  ## Test and measure on this machine's GPU (a quarter of an hour on an H100), write benchmarks/gpu.json
+gpu: peers  ## Test and measure on this machine's GPU, write benchmarks/gpu.json
 	$(BIN)/python -m pip install --quiet -e ".[quant]" liger-kernel
 	$(BIN)/python -m benchmarks.gpu $(GPU_ARGS)
 

@@ -1,4 +1,4 @@
-"""What a machine with GPUs shows in a quarter of an hour, without a hub: `make gpu`.
+"""What a machine with GPUs shows, without a hub: `make gpu`. Its time on a GPU is not known yet.
 
 python benchmarks/gpu.py [--device cuda] [--only PART ...] [--output benchmarks/gpu.json]
 
