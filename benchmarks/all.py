@@ -235,7 +235,7 @@ def of_a_card(measured: dict[str, Any]) -> dict[str, Any]:
 
 
 def steps_until_even(found: dict[str, Any]) -> str:
-    """Return after how many steps our whole training and that of HF's Trainer take equally long."""
+    """Return after how many steps our whole training and HF's Trainer take equally long."""
     ours, peer = found["ways"]["milora"], found["ways"]["hf"]
     later = ours["first_step_s"] - peer["first_step_s"]
     return f"{max(1, later / (peer['seconds_per_step'] - ours['seconds_per_step'])):,.0f}"

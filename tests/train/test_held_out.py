@@ -187,6 +187,8 @@ def test_losses_leave_out_and_count_what_no_training_can_use(tmp_path: Path, cap
     assert json.loads(capsys.readouterr().out) | {"file": ""} == {"file": "", "records": 1, "left_out": 4}
     assert [line["source"] for line in json_lines(tmp_path / "losses.jsonl")] == [f"{tmp_path / 'data.json'}:record 2"]
     assert all(f"record {number}" in caplog.text for number in (4, 5))
+    with raises_code("data-missing-file"):
+        milora_eval(["losses", "none.json", *words[1:], "--output", str(tmp_path / "none.jsonl")])
     assert all(f"{name}.png" in caplog.text for name in ("broken", "missing"))
 
 

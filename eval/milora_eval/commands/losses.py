@@ -15,7 +15,7 @@ from milora_data.stream import record_items
 from milora_vl.common.atomic_write import write_text
 from milora_vl.common.cli.console import amount, next_step
 from milora_vl.common.cli.parser import DATA, OR_ADAPTER, Command, option, shared
-from milora_vl.common.errors import DataError, UserError
+from milora_vl.common.errors import DataError, UserError, no_records
 from milora_vl.core.adapter.folders import model_of
 
 log = logging.getLogger(__name__)
@@ -75,10 +75,13 @@ def _losses(model: str, options: argparse.Namespace) -> tuple[list[dict[str, obj
     from milora_vl.models.losses import record_losses
     from milora_vl.models.prompts import prompts_of, recipe_of_run
 
+    folder, items = image_folder(options.data, options.image_folder), list(record_items(options.data))
+    errors = [item for item in items if isinstance(item, DataError)]
+    if len(errors) == len(items):
+        raise errors[0] if errors else DataError(problems=[no_records(options.data)])
     prompts = prompts_of(model, options.adapter, options.template)
     loaded, processor = load_by_flags(model, options.adapter, options.dtype, options.device)
     prompts.limit(processor)
-    folder, items = image_folder(options.data, options.image_folder), list(record_items(options.data))
     collate = collator_for(
         loaded,
         processor,
