@@ -126,7 +126,7 @@ def planned(
         {"bf16": half, "activation_checkpointing": checkpointing},
         Batching(num_records=1, per_device=records),
     )
-    return workload_of(train, Launch(), base, targets, Counts(tokens, SUPERVISED), batching)
+    return workload_of(Launch(train), base, targets, Counts(tokens, SUPERVISED), batching)
 
 
 def batch(records: int, tokens: int, image_tokens: int, pixels: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -6,10 +6,10 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import psutil
 import torch
@@ -197,8 +197,8 @@ def _work_of(run: Run, counts: Counts, batching: Batching, *frugal: str) -> Work
     and answer. Records of earlier tasks are as long as this run's.
     """
     base, term, recipe = run.base, run.base_kl, run.recipe
-    train = {**run.derived.train, **{RENAMED.get(name, name): True for name in frugal}}
-    work = workload_of(train, run.launch, base, run.targets, counts, batching)
+    train = {**run.launch.train, **{RENAMED.get(name, name): True for name in frugal}}
+    work = workload_of(replace(run.launch, train=train), base, run.targets, counts, batching)
     if recipe.quantization != "none":
         work = replace(work, packed_bytes=bytes_per_number(recipe.quantization))
     saved = None if recipe.after is None else read_sidecar(Path(recipe.after))
@@ -217,15 +217,8 @@ def _work_of(run: Run, counts: Counts, batching: Batching, *frugal: str) -> Work
     return replace(work, base_kl=term.texts * (LENGTH + longest) / 2 / term.every, base_kl_activations=extra)
 
 
-def workload_of(
-    train: Mapping[str, Any],
-    launch: Launch,
-    base: Base,
-    targets: Sequence[Target],
-    counts: Counts,
-    batching: Batching,
-) -> Workload:
-    model, sizes = base.meta, trained_sizes(targets, base.meta)
+def workload_of(launch: Launch, base: Base, targets: Sequence[Target], counts: Counts, batching: Batching) -> Workload:
+    model, sizes, train = base.meta, trained_sizes(targets, base.meta), launch.train
     adapters = sum(sizes[t.path] for t in targets if t.rank is not None)
     zero = (launch.deepspeed or {}).get("zero_optimization", {})
     offloads = {

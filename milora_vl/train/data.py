@@ -52,6 +52,7 @@ from milora_vl.core.weights.tensor_files import read_weights
 from milora_vl.models.base import Base
 from milora_vl.models.collator_for import CountingCollator, collator_for
 from milora_vl.models.loading import split_processor
+from milora_vl.train.launch import attention_of
 from milora_vl.train.recipe import DataConfig, Recipe, value_of
 
 INSPECTED = 100  # records of a stream that are checked before training
@@ -107,7 +108,7 @@ def collator(
         max_length=recipe.data.max_length,
         image_aspect_ratio=recipe.data.image_aspect_ratio,
         bad_images=bad_images or recipe.data.bad_images,
-        packing="flat" if "flash" in recipe.attention_of("language") else "rows",
+        packing="flat" if "flash" in attention_of(recipe, "language") else "rows",
         substitutes=substitutes,
     )
     if base.own_pictures:  # also on one device: a step of texts alone is the same on any number

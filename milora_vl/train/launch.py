@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,25 +21,28 @@ import torch.distributed as dist
 from accelerate.utils import get_mixed_precision_context_manager
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments, get_scheduler
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.training_args import trainer_log_levels
 from transformers.utils import is_accelerate_available
 
 import llava_recipes
-from milora_vl.common.cli.console import did_you_mean, suggest
+from milora_vl.common.cli.console import did_you_mean, require_folder, suggest
 from milora_vl.common.compat.transformers import layer_kinds, unstarted_arguments, use_one_gpu
 from milora_vl.common.errors import Key, UserError, first_line
 from milora_vl.core.adapter.lora import base_model_of
+from milora_vl.core.policy import Target
+from milora_vl.models import smol_llava
 from milora_vl.models.base import Base
 from milora_vl.models.devices import quantization_config, train_device, unquantized
 from milora_vl.models.loading import load_weights
-from milora_vl.models.projector import load_projector
-from milora_vl.train.recipe import RENAMED, Recipe, value_of
+from milora_vl.models.parts import require_parts
+from milora_vl.models.processors import ProcessorSettings, configure_processor, usable_inputs
+from milora_vl.models.projector import load_projector, projector_file
+from milora_vl.train.recipe import AUTOCAST, RENAMED, DataConfig, Recipe, value_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from transformers import TrainerControl, TrainerState, TrainingArguments
-
-    from milora_vl.train.recipe import Recipe
+    from transformers import TrainerControl, TrainerState
 
 
 # What depends on the processes and the device of the run: a plan is made on any machine.
@@ -50,6 +54,7 @@ Strategy = Literal["full_shard", "shard_grad_op"]
 # --fsdp: whether the weights of a layer are freed between its forward and its backward. FSDP1 is not supported: it
 # gives all weights of a layer one dtype, and an adapter in float32 beside a base in bfloat16 has two.
 RESHARDS: dict[Strategy, bool] = {"full_shard": True, "shard_grad_op": False}
+QUANT = "pip install -e '.[quant]'"
 ERRORS = (ValueError, TypeError, KeyError, ImportError, NotImplementedError, OSError)
 
 
@@ -59,22 +64,73 @@ def _keywords(train: Mapping[str, Any]) -> dict[str, Any]:
     return {name if name in fields else older[name]: value for name, value in train.items()}
 
 
+def missing_packages(recipe: Recipe) -> list[tuple[str, str, str]]:
+    """Return the packages that the run needs and that are not installed: name, key of the setting, what to do."""
+    train, optim = recipe.train, str(recipe.train.get("optim") or "")
+    of_bitsandbytes = (
+        optim.startswith("paged_") or "bnb" in optim or optim in ("lion_8bit", "ademamix_8bit", "adamw_8bit")
+    )
+    needs = (
+        (train.get("use_liger_kernel"), "liger_kernel", "train.use_liger_kernel", "pip install liger-kernel"),
+        (of_bitsandbytes, "bitsandbytes", "train.optim", f"{QUANT}, or --optim adamw_torch"),
+        (recipe.quantization != "none", "bitsandbytes", "quantization", QUANT),
+        (train.get("deepspeed"), "deepspeed", "train.deepspeed", "pip install -e '.[deepspeed]', or --deepspeed \"\""),
+        (smol_llava.is_to_build(recipe.model), "gguf", "model", "pip install -e '.[demo]'"),
+    )
+    return [need[1:] for need in needs if need[0] and importlib.util.find_spec(need[1]) is None]
+
+
+def require_installed(recipe: Recipe, base: Base, *, is_started: bool) -> None:
+    """Raise UserError for a missing package that a plan needs too, or (`is_started`) the run alone."""
+    train = recipe.train
+    for package, key, hint in missing_packages(recipe) if is_started else ():
+        message = f"the package {package} is not installed"
+        raise UserError(message, code="package-missing", where=Key.of(key), hint=hint)
+    set_attention(deepcopy(base.meta), recipe)
+    named = train.get("report_to") or []
+    trackers = [name for name in ([named] if isinstance(named, str) else named) if name not in ("all", "none")]
+    try:
+        for callback in get_reporting_integration_callbacks(trackers):  # it looks for its package
+            callback()
+    except (ValueError, ImportError, RuntimeError) as error:
+        hint = "install it, or use --report_to none: report.html shows the losses"
+        where = Key.of("train.report_to")
+        raise UserError(first_line(error), code="tracker-unavailable", where=where, hint=hint) from None
+
+
 @dataclass(frozen=True, slots=True)
 class Launch:
+    """The `train:` section as a run needs it: what follows from model, rules, device and launcher is in it."""
+
+    train: dict[str, Any] = field(default_factory=dict)  # keywords of TrainingArguments by their newest names
+    dtype: torch.dtype = torch.float32  # of the frozen weights
     deepspeed: dict[str, Any] | None = None
     fsdp: Strategy | None = None
+    compiled: dict[str, str] | None = None  # arguments of torch.compile for the blocks of the language tower
     warnings: tuple[str, ...] = ()
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
 
     @property
     def zero_stage(self) -> int:
         return int((self.deepspeed or {}).get("zero_optimization", {}).get("stage", 0))
 
 
-def read_launch(train: Mapping[str, Any]) -> Launch:
-    """Return the launcher settings of a `train:` section, read from files where it names them."""
+def launch_of(recipe: Recipe, targets: Sequence[Target]) -> Launch:
+    """Return how a run starts. Raises UserError for arguments that Hugging Face or we do not support together."""
+    deepspeed, fsdp, warnings = _launcher(recipe.train)
+    launch = _derived(recipe, targets, deepspeed, fsdp, warnings)
+    _check(recipe, launch)
+    return launch
+
+
+def _launcher(train: Mapping[str, Any]) -> tuple[dict[str, Any] | None, Strategy | None, list[str]]:
+    """Return the settings of DeepSpeed, read from the file that is named, the strategy of FSDP2, and warnings."""
     if train.get("fsdp"):
         _require_fsdp_alone(train)
-        return Launch(fsdp=fsdp_strategy(train["fsdp"]))
+        return None, fsdp_strategy(train["fsdp"]), []
     for name, flag in (("FSDP", "fsdp"), ("DEEPSPEED", "deepspeed")):
         is_on = os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("1", "true", "yes")
         if is_on and not train.get("deepspeed"):
@@ -85,8 +141,9 @@ def read_launch(train: Mapping[str, Any]) -> Launch:
                 "and let accelerate only start the processes: distributed_type: MULTI_GPU",
             )
     if not train.get("deepspeed"):
-        return Launch()
-    return _complete_deepspeed(_read_deepspeed(train["deepspeed"]))
+        return None, None, []
+    settings, warnings = _complete_deepspeed(_read_deepspeed(train["deepspeed"]))
+    return settings, None, warnings
 
 
 def _read_deepspeed(config: Mapping[str, Any] | str) -> Mapping[str, Any]:
@@ -110,7 +167,7 @@ def _read_deepspeed(config: Mapping[str, Any] | str) -> Mapping[str, Any]:
     return content
 
 
-def _complete_deepspeed(content: Mapping[str, Any]) -> Launch:
+def _complete_deepspeed(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Return the settings as a run needs them, with warnings about changes.
 
     Rules of the policy set learning rates, so the Trainer builds optimizer and schedule; DeepSpeed's optimizer would
@@ -124,7 +181,7 @@ def _complete_deepspeed(content: Mapping[str, Any]) -> Launch:
     if zero.get("stage") == 3:
         zero.setdefault("stage3_gather_16bit_weights_on_model_save", True)  # without it the saved files are unusable
     settings.setdefault("zero_force_ds_cpu_optimizer", False)  # that optimizer would need a compiler
-    return Launch(deepspeed=settings, warnings=tuple(warnings))
+    return settings, warnings
 
 
 def fsdp_strategy(value: str | bool) -> Strategy:
@@ -155,11 +212,126 @@ def _fsdp_error(message: str, hint: str) -> UserError:
     return UserError(message, code="launch-fsdp", where=Key.of("train.fsdp"), hint=hint)
 
 
-def require_processes_for_fsdp(train: Mapping[str, Any]) -> None:
-    if train.get("fsdp") and int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        raise _fsdp_error(
-            "needs several processes, and this is one", "start it with  torchrun --nproc_per_node N -m milora_vl.train"
-        )
+# The collator needs every field of a record, our loss needs the labels, and the log must show a NaN.
+FORCED = {
+    "remove_unused_columns": False,
+    "label_names": ["labels"],
+    "prediction_loss_only": True,
+    "logging_nan_inf_filter": False,
+}
+# What every evaluation during a training measures, without `eval_`.
+MEASURED = ("loss", "runtime", "samples_per_second", "steps_per_second")
+
+
+def _derived(
+    recipe: Recipe,
+    targets: Sequence[Target],
+    deepspeed: dict[str, Any] | None,
+    fsdp: Strategy | None,
+    warnings: list[str],
+) -> Launch:
+    """Return what a run always sets, and what follows from the model, the rules and the device."""
+    train = dict(recipe.train)
+    for name, value in FORCED.items():
+        if train.get(name, value) != value:
+            warnings.append(f"train.{name}: {train[name]} has no effect; it is always {value}")
+        train[name] = value
+    if train.get("train_sampling_strategy") == "group_by_length":
+        del train["train_sampling_strategy"]  # our sampler does this; HF's sampler needs tokenized records
+    if deepspeed is not None:
+        train["deepspeed"] = deepspeed
+    if fsdp is not None:
+        train |= {"fsdp": True, "fsdp_config": {"version": 2, "reshard_after_forward": RESHARDS[fsdp]}}
+    if autocast := AUTOCAST.get(recipe.dtype):
+        train.setdefault(autocast, True)
+    device = train_device(train)
+    if device.type == "cpu":
+        train.setdefault("use_cpu", True)  # HF rejects bf16 on a CPU without this
+    # A batch without images holds a hidden one, so all trained parameters are used, except layers of the vision tower
+    # that the model does not read.
+    train.setdefault("ddp_find_unused_parameters", any(target.tower == "vision" for target in targets))
+    train.setdefault("dataloader_pin_memory", device.type not in ("cpu", "mps"))
+    if train["dataloader_pin_memory"]:
+        train.setdefault("accelerator_config", {"non_blocking": True})  # batches move while the GPU computes
+    if device.type != "cuda" and train.pop("tf32", None):
+        warnings.append("train.tf32 has no effect on a CPU")
+    if train.get("save_strategy") == "best":
+        train.setdefault("metric_for_best_model", "loss")
+    if recipe.data.eval_path is not None and "eval_strategy" not in train:
+        # load_best_model_at_end compares checkpoints, so each of them needs an evaluation.
+        by_steps = train.get("load_best_model_at_end") and value_of(train, "save_strategy") == "steps"
+        train["eval_strategy"] = "steps" if by_steps else "epoch"
+        if by_steps:
+            train.setdefault("eval_steps", value_of(train, "save_steps"))
+    if train.get("use_liger_kernel"):
+        # Liger's fused loss would replace the forward that computes our loss in chunks. Its other kernels stay.
+        train["liger_kernel_config"] = {"fused_linear_cross_entropy": False}
+    # HF would compile the whole model, without our loss.
+    is_compiled = train.pop("torch_compile", False)
+    named = {name: train.pop(f"torch_compile_{name}", None) for name in ("backend", "mode")}
+    options = {name: value for name, value in named.items() if value is not None}
+    compiled = options if is_compiled or options else None
+    return Launch(train, _base_dtype(recipe, device), deepspeed, fsdp, compiled, tuple(warnings))
+
+
+def _base_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
+    """Return the dtype of the frozen weights: --dtype, else the half precision of a run on a GPU, else float32."""
+    if recipe.dtype != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[recipe.dtype]
+    if device.type in ("cpu", "mps"):
+        return torch.float32
+    if recipe.train.get("bf16"):
+        return torch.bfloat16
+    return torch.float16 if recipe.train.get("fp16") else torch.float32
+
+
+def _check(recipe: Recipe, launch: Launch) -> None:
+    """Raise UserError for arguments that Hugging Face or we do not support with these rules and data."""
+    train, is_quantized = launch.train, recipe.quantization != "none"
+    metric = str(train.get("metric_for_best_model") or "loss").removeprefix("eval_")
+    uses_metric = (
+        train.get("load_best_model_at_end"),
+        train.get("save_strategy") == "best",
+        train.get("lr_scheduler_type") in ("reduce_lr_on_plateau", "greedy"),
+    )
+    is_measured = metric in MEASURED or (metric.startswith("suite_") and recipe.eval.suite_every)
+    has_evaluation = train.get("eval_strategy", "no") != "no" or train.get("save_strategy") == "best"
+    of_evaluation = "save_strategy" if train.get("save_strategy") == "best" else "eval_strategy"
+    optimizer = str(train.get("optim") or "")
+    for is_wrong, key, message, hint in (
+        (
+            optimizer.startswith(("galore", "apollo", "lomo", "adalomo")),
+            "train.optim",
+            f"{optimizer} makes its own parameter groups, so it does not support learning rates per rule",
+            "use --optim adamw_torch",
+        ),
+        (
+            launch.compiled is not None and launch.zero_stage == 3,
+            "train.torch_compile",
+            "ZeRO-3 gathers weights in hooks, which torch.compile can't trace",
+            "use --deepspeed zero2",
+        ),
+        (
+            is_quantized and (launch.zero_stage == 3 or launch.fsdp is not None),
+            "quantization",
+            f"{'ZeRO-3' if launch.fsdp is None else 'FSDP2'} cannot shard a quantised base",
+            "use --deepspeed zero2, as LLaVA's finetune_qlora.sh does",
+        ),
+        (
+            recipe.data.eval_path is None and has_evaluation,
+            f"train.{of_evaluation}",
+            f"{train.get(of_evaluation)} needs held-out records",
+            "set data.eval_path or --eval_data_path",
+        ),
+        (
+            any(uses_metric) and not is_measured,
+            "train.metric_for_best_model",
+            f"{metric} is not measured during a training",
+            "use loss, or  suite_BENCHMARK  with --eval_suite_every N",
+        ),
+    ):
+        if is_wrong:
+            raise UserError(message, code="train-arguments", where=Key.of(key), hint=hint)
 
 
 def hf_arguments(train: Mapping[str, Any], output_dir: Path, *, is_started: bool) -> TrainingArguments:
@@ -170,6 +342,9 @@ def hf_arguments(train: Mapping[str, Any], output_dir: Path, *, is_started: bool
     train = deepcopy(dict(train))  # HF writes into the settings of DeepSpeed
     if not is_started:
         train = {name: value for name, value in train.items() if name not in OF_THE_MACHINE} | {"use_cpu": True}
+    if is_started and train.get("fsdp") and int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        hint = "start it with  torchrun --nproc_per_node N -m milora_vl.train"
+        raise _fsdp_error("needs several processes, and this is one", hint)
     with nullcontext() if is_started else _environment_kept(), refused_arguments():
         if is_started:
             _prepare_processes(train)
@@ -183,7 +358,7 @@ def hf_arguments(train: Mapping[str, Any], output_dir: Path, *, is_started: bool
         weight = torch.zeros(1, requires_grad=True)
         get_scheduler(
             args.lr_scheduler_type,
-            torch.optim.SGD([weight], lr=float(value_of(train, "learning_rate"))),  # `lr_end` is compared with it
+            torch.optim.SGD([weight], lr=args.learning_rate),  # `lr_end` is compared with it
             num_warmup_steps=1,
             num_training_steps=10,
             scheduler_specific_kwargs=train.get("lr_scheduler_kwargs") or {},
@@ -231,21 +406,6 @@ def trained_dtype(args: TrainingArguments) -> torch.dtype:
     return torch.float16 if args.deepspeed and args.hf_deepspeed_config.is_true("fp16.enabled") else torch.float32
 
 
-def base_dtype(recipe: Recipe) -> torch.dtype:
-    """Return the dtype of the frozen weights: --dtype, else the half precision of a run on a GPU, else float32."""
-    if recipe.dtype != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[recipe.dtype]
-    if train_device(recipe.train).type in ("cpu", "mps"):
-        return torch.float32
-    if recipe.train.get("bf16"):
-        return torch.bfloat16
-    return torch.float16 if recipe.train.get("fp16") else torch.float32
-
-
-def dtype_name(recipe: Recipe) -> str:
-    return str(base_dtype(recipe)).removeprefix("torch.")
-
-
 def _prepare_processes(train: Mapping[str, Any]) -> None:
     """Prepare what TrainingArguments initializes: the variables of DeepSpeed, and the timeout of processes on CPUs.
 
@@ -277,6 +437,27 @@ def _start_deepspeed(train: Mapping[str, Any]) -> None:
         deepspeed.init_distributed(verbose=False)
 
 
+def processor_settings(data: DataConfig) -> ProcessorSettings:
+    return ProcessorSettings(**{key.name: getattr(data, key.name) for key in dataclasses.fields(ProcessorSettings)})
+
+
+def require_usable(recipe: Recipe, base: Base) -> None:
+    """Raise UserError, before any weights load, if a part is missing or pictures cannot be prepared for the model.
+
+    The processor of the base then follows the recipe.
+    """
+    settings = processor_settings(recipe.data)
+    if base.own_pictures:
+        configure_processor(base.processor, settings)
+        usable_inputs(base.processor, base.name)
+    if base.parts is not None:
+        require_parts(base.parts)
+    elif recipe.projector_weights:
+        projector_file(Path(recipe.projector_weights))
+    if recipe.factor_cache:  # a complete cache may be on a disk that is read-only
+        require_folder(Path(recipe.factor_cache), Key.of("factor_cache"), is_written=False)
+
+
 def load_base_model(recipe: Recipe, base: Base, dtype: torch.dtype, device: torch.device) -> tuple[nn.Module, Any]:
     quantization = _quantization(recipe, base)
     model: Any = load_weights(recipe.model, dtype, quantization=quantization, device=device)
@@ -299,13 +480,18 @@ def _quantization(recipe: Recipe, base: Base) -> Any:
     )
 
 
+def attention_of(recipe: Recipe, tower: Literal["language", "vision"]) -> str:
+    named = recipe.attn_implementation
+    return named if isinstance(named, str) else named.get(tower, "sdpa")
+
+
 def set_attention(model: Any, recipe: Recipe) -> None:
     """Set the attention of each tower. Raises UserError if transformers knows no such one, or lacks its package."""
     name: Any = recipe.attn_implementation
     if not isinstance(name, str):
-        config, language = model.config, recipe.attention_of("language")
+        config, language = model.config, attention_of(recipe, "language")
         text = config.get_text_config()
-        name = {key: recipe.attention_of("vision") for key in config.sub_configs if key.startswith("vision")}
+        name = {key: attention_of(recipe, "vision") for key in config.sub_configs if key.startswith("vision")}
         name |= {key: language for key in config.sub_configs if getattr(config, key) is text} | {"": language}
     try:
         model.set_attn_implementation(name)

@@ -6,12 +6,10 @@ run resumes, the optimizer, the schedule and the factors come from the checkpoin
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
-from collections.abc import Mapping, Sequence
-from copy import deepcopy
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from itertools import groupby
@@ -20,62 +18,48 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import TrainingArguments
-from transformers.integrations import get_reporting_integration_callbacks
 
 import llava_recipes
 from milora_data.batches.pack import require_packable
 from milora_data.batches.record_collator import RecordCollator
 from milora_data.encode.templates import OWN, no_videos
 from milora_data.records.record import IMAGE, Record
-from milora_vl.common.cli.console import amount, beside, require_folder
+from milora_vl.common.cli.console import amount, beside
 from milora_vl.common.cli.screen import Screen
 from milora_vl.common.cli.table import drawn
-from milora_vl.common.errors import Key, Problem, UserError, at_flag, collected, first_line
-from milora_vl.common.evaluator_protocol import QuestionSet, evaluator, is_file
-from milora_vl.common.yaml_text import read_file
-from milora_vl.core.adapter import checkpoints
-from milora_vl.core.adapter.checkpoints import read_environment
-from milora_vl.core.adapter.folders import module_path
-from milora_vl.core.adapter.sidecar import read_sidecar, require_layers
+from milora_vl.common.errors import Key, Problem, UserError, at_flag, collected
 from milora_vl.core.policy import Policy, Target
 from milora_vl.core.policy.resolve import frozen_towers, policy_rows
-from milora_vl.models import loading, smol_llava
+from milora_vl.models import loading
 from milora_vl.models import parts as composing
 from milora_vl.models.base import Base, find_base
-from milora_vl.models.devices import fastest_dtype, quantized_layers, train_device
+from milora_vl.models.devices import fastest_dtype, quantized_layers
 from milora_vl.models.parts import Parts
-from milora_vl.models.processors import ProcessorSettings, configure_processor, usable_inputs
-from milora_vl.models.projector import projector_file
-from milora_vl.models.prompts import recipe_of_run
 from milora_vl.train import data
+from milora_vl.train.callbacks import require_evaluation
 from milora_vl.train.counts import MIX665K, Batching, Counts, costs_of, num_devices, num_parameters, trained_sizes
-from milora_vl.train.data import Task, read_earlier_records, task_entry
+from milora_vl.train.data import Task, read_earlier_records
 from milora_vl.train.launch import (
-    RESHARDS,
     Launch,
-    dtype_name,
     hf_arguments,
-    read_launch,
-    require_processes_for_fsdp,
-    set_attention,
+    launch_of,
+    missing_packages,
+    processor_settings,
+    require_installed,
+    require_usable,
 )
-from milora_vl.train.recipe import (
-    AUTOCAST,
-    BaseKLConfig,
-    CalibrationConfig,
-    DataConfig,
-    PartsConfig,
-    Recipe,
-    Request,
-    default_rate,
-    value_of,
+from milora_vl.train.recipe import BaseKLConfig, CalibrationConfig, PartsConfig, Recipe, Request, value_of, with_rates
+from milora_vl.train.resume import (
+    ResumedRun,
+    RunFolder,
+    choose_folder,
+    default_folder,
+    read_resumed,
+    tasks_before,
+    with_dtype,
 )
-from milora_vl.train.resume import ResumedRun, RunFolder, choose_folder, default_folder, read_resumed
-from milora_vl.train.settings import Settings, default_rules, to_merge
-
-QUANT = "pip install -e '.[quant]'"
+from milora_vl.train.settings import Settings, default_rules
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,9 +70,8 @@ class Run:
     recipe: Recipe  # as it fits the base, without the hub's token
     base: Base
     targets: tuple[Target, ...]  # with the learning rates of the run
-    derived: Derived
-    args: TrainingArguments
     launch: Launch
+    args: TrainingArguments
     hub_token: str | None
     folder: RunFolder
     earlier: ResumedRun | None  # the run that it resumes
@@ -145,20 +128,16 @@ def make_run(settings: Settings, *, is_started: bool) -> Run:
     recipe, base, targets, warnings = fit(settings)
     token = recipe.train.get("hub_token")  # run folders are shared, so they must not hold it
     train = {name: value for name, value in recipe.train.items() if name != "hub_token"}
-    recipe = with_dtype(recipe.model_copy(update={"train": train}), request)
     path = Path(request.output_dir) if request.output_dir else default_folder(recipe, started)
-    run_folder = choose_folder(path, request.resume)
-    tasks, notes = tasks_before(recipe, base.meta, targets, run_folder.checkpoint)
-    launch = read_launch(recipe.train)
+    folder = choose_folder(path, request.resume)
+    recipe = with_dtype(recipe.model_copy(update={"train": train}), request)
+    tasks, notes = tasks_before(recipe, base.meta, targets, folder.checkpoint)
     require_installed(recipe, base, is_started=is_started)
-    derived = derived_arguments(recipe, targets, launch)
-    check_arguments(recipe, derived, launch)
-    if is_started:
-        require_processes_for_fsdp(recipe.train)
-    args = hf_arguments(derived.train, path, is_started=is_started)
-    dtype, devices = dtype_name(recipe), num_devices(request)
-    earlier = read_resumed(run_folder, request.resume, partial(_as_composed, recipe, base), dtype, devices)
-    warnings += [*notes, *derived.warnings]
+    launch = launch_of(recipe, targets)
+    args = hf_arguments(launch.train, path, is_started=is_started)
+    devices, on_base = num_devices(request), partial(_as_composed, recipe, base)
+    earlier = read_resumed(folder, request.resume, on_base, launch.dtype_name, devices)
+    warnings += [*notes, *launch.warnings]
     if is_started and args.bf16 and args.device.type == "cpu" and fastest_dtype(args.device) != torch.bfloat16:
         warnings.append("bf16 is emulated by this CPU, which is slow (faster: --dtype float32 --bf16 False)")
     if is_started and args.world_size == 1 and args.device.type == "cuda" and torch.cuda.device_count() > 1:
@@ -169,30 +148,17 @@ def make_run(settings: Settings, *, is_started: bool) -> Run:
         request=request,
         recipe=recipe,
         base=base,
-        targets=tuple(with_rates(targets, recipe.train)),
-        derived=derived,
-        args=args,
+        targets=tuple(targets),
         launch=launch,
+        args=args,
         hub_token=token,
-        folder=run_folder,
+        folder=folder,
         earlier=earlier,
         started=started,
         notes=tuple(settings.notes),
         warnings=tuple(warnings),
         tasks=tasks,
     )
-
-
-def with_dtype(recipe: Recipe, request: Request) -> Recipe:
-    """Return the recipe with the dtype that `fastest` means on this machine, or meant in the run that it resumes."""
-    if recipe.dtype != "fastest":
-        return recipe
-    run = checkpoints.resumed_run(request.output_dir, request.resume)
-    before = None
-    if run is not None and (run / "recipe.yaml").is_file():  # else nothing was saved: the run starts again
-        before = read_file(run / "recipe.yaml").get("dtype")
-    fastest = str(fastest_dtype(train_device(recipe.train))).removeprefix("torch.")
-    return recipe.model_copy(update={"dtype": before or fastest})
 
 
 def fit(settings: Settings) -> tuple[Recipe, Base, list[Target], list[str]]:
@@ -203,7 +169,7 @@ def fit(settings: Settings) -> tuple[Recipe, Base, list[Target], list[str]]:
         if "policy" not in settings.is_set:
             rules, notes = default_rules(settings, base)
             recipe = recipe.model_copy(update={"policy": rules})
-        targets = Policy.parse(recipe.policy or []).resolve(base.meta)
+        targets = with_rates(Policy.parse(recipe.policy or []).resolve(base.meta), recipe.train)
     if base.own_pictures and "template" not in settings.is_set:
         recipe = recipe.model_copy(update={"template": OWN})
     for refuse in (_check_pictures, _check_base_kl, _check_calibration, _check_quantization):
@@ -277,10 +243,6 @@ def _check_pictures(recipe: Recipe, base: Base, targets: Sequence[Target]) -> No
         raise UserError(message, code="image-aspect-ratio", where=where, hint=hint)
 
 
-def processor_settings(data: DataConfig) -> ProcessorSettings:
-    return ProcessorSettings(**{key.name: getattr(data, key.name) for key in fields(ProcessorSettings)})
-
-
 def _check_base_kl(recipe: Recipe, base: Base, targets: Sequence[Target]) -> None:
     """Raise UserError if `base_kl` has no base to compare with: the training changes it."""
     if recipe.base_kl.weight and targets and all(target.rank is None for target in targets):
@@ -332,89 +294,6 @@ def _recipe_warnings(recipe: Recipe, base: Base, targets: Sequence[Target]) -> l
     return messages
 
 
-def with_rates(targets: Sequence[Target], train: Mapping[str, Any]) -> list[Target]:
-    decay = value_of(train, "weight_decay")
-    return [
-        replace(
-            target,
-            learning_rate=target.learning_rate or default_rate(train, target.method),
-            weight_decay=decay if target.weight_decay is None else target.weight_decay,
-        )
-        for target in targets
-    ]
-
-
-def missing_packages(recipe: Recipe) -> list[tuple[str, str, str]]:
-    """Return the packages that the run needs and that are not installed: name, key of the setting, what to do."""
-    train, optim = recipe.train, str(recipe.train.get("optim") or "")
-    of_bitsandbytes = (
-        optim.startswith("paged_") or "bnb" in optim or optim in ("lion_8bit", "ademamix_8bit", "adamw_8bit")
-    )
-    needs = (
-        (train.get("use_liger_kernel"), "liger_kernel", "train.use_liger_kernel", "pip install liger-kernel"),
-        (of_bitsandbytes, "bitsandbytes", "train.optim", f"{QUANT}, or --optim adamw_torch"),
-        (recipe.quantization != "none", "bitsandbytes", "quantization", QUANT),
-        (train.get("deepspeed"), "deepspeed", "train.deepspeed", "pip install -e '.[deepspeed]', or --deepspeed \"\""),
-        (smol_llava.is_to_build(recipe.model), "gguf", "model", "pip install -e '.[demo]'"),
-    )
-    return [need[1:] for need in needs if need[0] and importlib.util.find_spec(need[1]) is None]
-
-
-def require_installed(recipe: Recipe, base: Base, *, is_started: bool) -> None:
-    """Raise UserError for a missing package that a plan needs too, or (`is_started`) the run alone."""
-    train = recipe.train
-    for package, key, hint in missing_packages(recipe) if is_started else ():
-        message = f"the package {package} is not installed"
-        raise UserError(message, code="package-missing", where=Key.of(key), hint=hint)
-    set_attention(deepcopy(base.meta), recipe)
-    named = train.get("report_to") or []
-    trackers = [name for name in ([named] if isinstance(named, str) else named) if name not in ("all", "none")]
-    try:
-        for callback in get_reporting_integration_callbacks(trackers):  # it looks for its package
-            callback()
-    except (ValueError, ImportError, RuntimeError) as error:
-        hint = "install it, or use --report_to none: report.html shows the losses"
-        where = Key.of("train.report_to")
-        raise UserError(first_line(error), code="tracker-unavailable", where=where, hint=hint) from None
-
-
-def require_usable(recipe: Recipe, base: Base) -> None:
-    """Raise UserError, before any weights load, if a part is missing or pictures cannot be prepared for the model.
-
-    The processor of the base then follows the recipe.
-    """
-    if recipe.factor_cache:  # a complete cache may be on a disk that is read-only
-        require_folder(Path(recipe.factor_cache), Key.of("factor_cache"), is_written=False)
-    if base.own_pictures:
-        configure_processor(base.processor, processor_settings(recipe.data))
-        usable_inputs(base.processor, base.name)
-    if base.parts is not None:
-        composing.require_parts(base.parts)
-    elif recipe.projector_weights:
-        projector_file(Path(recipe.projector_weights))
-
-
-def suites_of(recipe: Recipe) -> dict[str, str | None]:
-    return {suite: data_of(suite, recipe, recipe.eval.data) for suite in recipe.eval.suites}
-
-
-def data_of(suite: str, recipe: Recipe, data: str | None) -> str | None:
-    """Return `data`; without it, the pictures of own questions (FILE.json) are in the folder of the training's."""
-    return data or (recipe.data.image_folder if is_file(suite) else None)
-
-
-def require_evaluation(recipe: Recipe) -> None:
-    """Raise UserError for errors that would appear only after training: an unknown suite or missing files."""
-    suites = recipe.eval.suites
-    if recipe.eval.suite_every is not None and not suites:
-        hint = "name one in the recipe:  eval: {suites: [quick], data: FOLDER, suite_every: N}"
-        where = Key.of("eval.suite_every")
-        raise UserError("there is no suite to score", code="flag-needs-another", where=where, hint=hint)
-    for suite, files in suites_of(recipe).items():
-        questions = QuestionSet(suite, files)
-        evaluator().require_questions(questions, at=Key.of("eval.suites"), data_at=Key.of("eval.data"))
-
-
 COLUMNS = ("modules", "number", "method", "rank", "alpha", "parameters", "rate", "energy", "trains")
 
 
@@ -432,174 +311,6 @@ def trainable_line(trained: int, total: int) -> str:
     'trainable params: 1 || all params: 8 || trainable%: 12.5000'
     """
     return f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}"
-
-
-# The collator needs every field of a record, our loss needs the labels, and the log must show a NaN.
-FORCED = {
-    "remove_unused_columns": False,
-    "label_names": ["labels"],
-    "prediction_loss_only": True,
-    "logging_nan_inf_filter": False,
-}
-# What every evaluation during a training measures, without `eval_`.
-MEASURED = ("loss", "runtime", "samples_per_second", "steps_per_second")
-
-
-@dataclass(frozen=True, slots=True)
-class Derived:
-    """The `train:` section with derived values, as keywords of TrainingArguments by their newest names."""
-
-    train: dict[str, Any]
-    compiled: dict[str, str] | None  # arguments of torch.compile for the blocks of the language tower
-    warnings: tuple[str, ...]
-
-
-def derived_arguments(recipe: Recipe, targets: Sequence[Target], launch: Launch) -> Derived:
-    """Return the arguments of a run: what it always sets, and what follows from the model, the rules and the device."""
-    train, warnings = dict(recipe.train), list(launch.warnings)
-    for name, value in FORCED.items():
-        if train.get(name, value) != value:
-            warnings.append(f"train.{name}: {train[name]} has no effect; it is always {value}")
-        train[name] = value
-    if train.get("train_sampling_strategy") == "group_by_length":
-        del train["train_sampling_strategy"]  # our sampler does this; HF's sampler needs tokenized records
-    if launch.deepspeed is not None:
-        train["deepspeed"] = launch.deepspeed
-    if launch.fsdp is not None:
-        train |= {"fsdp": True, "fsdp_config": {"version": 2, "reshard_after_forward": RESHARDS[launch.fsdp]}}
-    if autocast := AUTOCAST.get(recipe.dtype):
-        train.setdefault(autocast, True)
-    device = train_device(train)
-    if device.type == "cpu":
-        train.setdefault("use_cpu", True)  # HF rejects bf16 on a CPU without this
-    # A batch without images holds a hidden one, so all trained parameters are used, except layers of the vision tower
-    # that the model does not read.
-    train.setdefault("ddp_find_unused_parameters", any(target.tower == "vision" for target in targets))
-    train.setdefault("dataloader_pin_memory", device.type not in ("cpu", "mps"))
-    if train["dataloader_pin_memory"]:
-        train.setdefault("accelerator_config", {"non_blocking": True})  # batches move while the GPU computes
-    if device.type != "cuda" and train.pop("tf32", None):
-        warnings.append("train.tf32 has no effect on a CPU")
-    if train.get("save_strategy") == "best":
-        train.setdefault("metric_for_best_model", "loss")
-    if recipe.data.eval_path is not None and "eval_strategy" not in train:
-        # load_best_model_at_end compares checkpoints, so each of them needs an evaluation.
-        by_steps = train.get("load_best_model_at_end") and value_of(train, "save_strategy") == "steps"
-        train["eval_strategy"] = "steps" if by_steps else "epoch"
-        if by_steps:
-            train.setdefault("eval_steps", value_of(train, "save_steps"))
-    if train.get("use_liger_kernel"):
-        # Liger's fused loss would replace the forward that computes our loss in chunks. Its other kernels stay.
-        train["liger_kernel_config"] = {"fused_linear_cross_entropy": False}
-    # HF would compile the whole model, without our loss.
-    is_compiled = train.pop("torch_compile", False)
-    named = {name: train.pop(f"torch_compile_{name}", None) for name in ("backend", "mode")}
-    options = {name: value for name, value in named.items() if value is not None}
-    return Derived(train, options if is_compiled or options else None, tuple(warnings))
-
-
-def check_arguments(recipe: Recipe, derived: Derived, launch: Launch) -> None:
-    """Raise UserError for arguments that Hugging Face or we do not support with these rules and data."""
-    train, is_quantized = derived.train, recipe.quantization != "none"
-    metric = str(train.get("metric_for_best_model") or "loss").removeprefix("eval_")
-    uses_metric = (
-        train.get("load_best_model_at_end"),
-        train.get("save_strategy") == "best",
-        train.get("lr_scheduler_type") in ("reduce_lr_on_plateau", "greedy"),
-    )
-    is_measured = metric in MEASURED or (metric.startswith("suite_") and recipe.eval.suite_every)
-    has_evaluation = value_of(train, "eval_strategy") != "no" or train.get("save_strategy") == "best"
-    of_evaluation = "save_strategy" if train.get("save_strategy") == "best" else "eval_strategy"
-    optimizer = str(train.get("optim") or "")
-    for is_wrong, key, message, hint in (
-        (
-            optimizer.startswith(("galore", "apollo", "lomo", "adalomo")),
-            "train.optim",
-            f"{optimizer} makes its own parameter groups, so it does not support learning rates per rule",
-            "use --optim adamw_torch",
-        ),
-        (
-            derived.compiled is not None and launch.zero_stage == 3,
-            "train.torch_compile",
-            "ZeRO-3 gathers weights in hooks, which torch.compile can't trace",
-            "use --deepspeed zero2",
-        ),
-        (
-            is_quantized and (launch.zero_stage == 3 or launch.fsdp is not None),
-            "quantization",
-            f"{'ZeRO-3' if launch.fsdp is None else 'FSDP2'} cannot shard a quantised base",
-            "use --deepspeed zero2, as LLaVA's finetune_qlora.sh does",
-        ),
-        (
-            recipe.data.eval_path is None and has_evaluation,
-            f"train.{of_evaluation}",
-            f"{train.get(of_evaluation)} needs held-out records",
-            "set data.eval_path or --eval_data_path",
-        ),
-        (
-            any(uses_metric) and not is_measured,
-            "train.metric_for_best_model",
-            f"{metric} is not measured during a training",
-            "use loss, or  suite_BENCHMARK  with --eval_suite_every N",
-        ),
-    ):
-        if is_wrong:
-            raise UserError(message, code="train-arguments", where=Key.of(key), hint=hint)
-
-
-def tasks_before(
-    recipe: Recipe, base: nn.Module, targets: Sequence[Target], checkpoint: Path | None
-) -> tuple[tuple[Task, ...], list[str]]:
-    """Return the entries of the tasks that a run on `base`, without weights, comes after, in order, and warnings.
-
-    A resumed run has them in its checkpoint. Raises UserError for rules that cannot train after these tasks, and for a
-    base with other layers.
-    """
-    if recipe.after is None:
-        return (), []
-    if checkpoint is not None:
-        saved = read_sidecar(checkpoint)
-        return (() if saved is None else tuple(saved.tasks[:-1])), []
-    _require_rules(recipe, Path(recipe.after), base, targets)
-    tasks, warnings = _tasks_of(Path(recipe.after), recipe.template), []
-    if not any(target.protect for target in targets):
-        warnings.append("no rule has protect: what the earlier runs have learned is not protected (--protect 0.95)")
-    return tuple(tasks), warnings
-
-
-def _tasks_of(folder: Path, template: str) -> list[Task]:
-    """Return the entries of a finished run: those in its milora.json, or the one of a run that came after none.
-
-    `template` is used for an adapter without a recipe.
-    """
-    saved = read_sidecar(folder)
-    assert saved is not None
-    if saved.tasks:
-        return list(saved.tasks)
-    environment = read_environment(folder) or read_environment(folder.parent)  # of the run of a checkpoint
-    recipe = Recipe.parse({"template": template, **recipe_of_run(folder)})
-    return [task_entry(folder, recipe, saved.targets, saved.protection, environment)]
-
-
-def _require_rules(recipe: Recipe, after: Path, base: nn.Module, targets: Sequence[Target]) -> None:
-    """Raise UserError for a base and targets whose update cannot be added to the update of the run in `after`."""
-    saved = read_sidecar(after)
-    assert saved is not None
-    require_layers(base, saved)
-    if found := [target.path for target in (*saved.targets, *targets) if target.method == "dora"]:
-        message = f"DoRA scales the rows of a weight, so its update cannot be added to another one: {found[0]}"
-        raise UserError(message, where=Key.of("after"), hint=f"use another method, or merge first:\n{to_merge(after)}")
-    in_full = [number for number, rule in enumerate(recipe.policy or ()) if rule.get("method") == "full"]
-    where = Key(("policy", in_full[0], "method")) if in_full else Key.of("policy")
-    if all(target.rank is None for target in targets):
-        message = "the rules train weights in full, which changes what the earlier runs have learned"
-        raise UserError(message, where=where, hint="train adapters, for example  --method milora")
-    before = [target.path for target in saved.targets]
-    for path in [target.path for target in targets if target.rank is None]:
-        if module_path(path, before) or any(module_path(other, [path]) for other in before):
-            message = f"{path} would train in full, but an earlier run has trained it: the new weight would replace it"
-            hint = "give it an adapter, or leave its rule out; without a policy the run takes the earlier one's"
-            raise UserError(message, where=where, hint=hint)
 
 
 SHOWN, LONGEST = 2, 300  # records of the first batch, characters of a text

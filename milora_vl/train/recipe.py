@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ast
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, reduce
 from importlib.util import find_spec
@@ -37,7 +37,7 @@ from milora_vl.common.cli.parser import RECORDS
 from milora_vl.common.errors import Key, Problem, UserError
 from milora_vl.common.strict_models import EXPECTED, Strict, problems_of, unknown_key
 from milora_vl.common.yaml_text import read_file, read_mapping
-from milora_vl.core.policy import Policy, PolicyError
+from milora_vl.core.policy import Policy, PolicyError, Target
 from milora_vl.core.policy.rules import DEFAULT_RULES
 from milora_vl.core.policy.rules import METHODS as RULE_METHODS
 
@@ -232,10 +232,6 @@ class Recipe(Strict):
     @classmethod
     def _known_template(cls, value: str) -> str:
         return template_name(value)
-
-    def attention_of(self, tower: Literal["language", "vision"]) -> str:
-        named = self.attn_implementation
-        return named if isinstance(named, str) else named.get(tower, "sdpa")
 
     @classmethod
     def parse(cls, content: Mapping[str, Any], source: str = "") -> Recipe:
@@ -533,6 +529,19 @@ def default_rate(train: Mapping[str, Any], method: str | None) -> float:
     rate = train.get("learning_rate")
     default = LLAVA_FULL_RATE if method == "full" else DEFAULT_RULES[0]["learning_rate"]
     return float(default if rate is None else rate)
+
+
+def with_rates(targets: Sequence[Target], train: Mapping[str, Any]) -> list[Target]:
+    """Return the targets with the rates of the run where their rules set none."""
+    decay = value_of(train, "weight_decay")
+    return [
+        replace(
+            target,
+            learning_rate=target.learning_rate or default_rate(train, target.method),
+            weight_decay=decay if target.weight_decay is None else target.weight_decay,
+        )
+        for target in targets
+    ]
 
 
 # Flag of LLaVA's scripts -> (type, help). Other names of our flags (--lora_r, --version, ...) are with these flags.

@@ -1,4 +1,4 @@
-"""The folder of a run, and the resume of a run: what may change, and what must be the same.
+"""What a run continues: its folder, the run that it resumes, what may change then, and the runs that it comes after.
 
 The optimizer, the schedule and the factors come from the checkpoint: only the keys of MAY_CHANGE differ.
 """
@@ -16,14 +16,24 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from milora_data.check import KEY_BYTES, RunData, files_of
 from milora_data.records.record import Record
 from milora_vl.common import atomic_write
 from milora_vl.common.cli.console import amount, command_line, require_folder
-from milora_vl.common.errors import UserError
+from milora_vl.common.errors import Key, UserError
+from milora_vl.common.yaml_text import read_file
 from milora_vl.core.adapter import checkpoints
 from milora_vl.core.adapter.checkpoints import HELD_OUT, is_sharded, num_processes, step_of, zero_stage
-from milora_vl.train.recipe import Changes, Recipe, differences, load_recipe, value_of
+from milora_vl.core.adapter.folders import module_path
+from milora_vl.core.adapter.sidecar import Sidecar, read_sidecar, require_layers
+from milora_vl.core.policy import Target
+from milora_vl.models.devices import fastest_dtype, train_device
+from milora_vl.models.prompts import recipe_of_run
+from milora_vl.train.data import Task, task_entry
+from milora_vl.train.recipe import Changes, Recipe, Request, differences, load_recipe, value_of
+from milora_vl.train.settings import to_merge
 
 ENVIRONMENT, CARD = "environment.json", "README.md"  # shared with others, so secrets in them are hidden
 OWN_FILES = ("recipe.yaml", CARD, "policy.json", "report.html", HELD_OUT)
@@ -56,6 +66,18 @@ def default_folder(recipe: Recipe, now: datetime) -> Path:
     rank = first.get("rank")
     method = str(first.get("method", "milora")) + (f"-r{rank}" if isinstance(rank, int) else "")
     return Path("runs") / Path(recipe.model).name / method / now.strftime("%Y-%m-%d_%H%M%S")
+
+
+def with_dtype(recipe: Recipe, request: Request) -> Recipe:
+    """Return the recipe with the dtype that `fastest` means on this machine, or meant in the run that it resumes."""
+    if recipe.dtype != "fastest":
+        return recipe
+    run = checkpoints.resumed_run(request.output_dir, request.resume)
+    before = None
+    if run is not None and (run / "recipe.yaml").is_file():  # else nothing was saved: the run starts again
+        before = read_file(run / "recipe.yaml").get("dtype")
+    fastest = str(fastest_dtype(train_device(recipe.train))).removeprefix("torch.")
+    return recipe.model_copy(update={"dtype": before or fastest})
 
 
 def choose_folder(path: Path, resume: str | None) -> RunFolder:
@@ -349,3 +371,54 @@ def resume_warnings(checkpoint: Path, *, processes: int, stage: int) -> list[str
         f"{checkpoint.name} was written with {wrote} processes, now there are {processes}: the random states are "
         "initialized again, so dropout differs from an uninterrupted run"
     ]
+
+
+def tasks_before(
+    recipe: Recipe, base: nn.Module, targets: Sequence[Target], checkpoint: Path | None
+) -> tuple[tuple[Task, ...], list[str]]:
+    """Return the entries of the tasks that a run on `base`, without weights, comes after, in order, and warnings.
+
+    A resumed run has them in its checkpoint. Raises UserError for rules that cannot train after these tasks, and for a
+    base with other layers.
+    """
+    if recipe.after is None:
+        return (), []
+    if checkpoint is not None:
+        saved = read_sidecar(checkpoint)
+        return (() if saved is None else tuple(saved.tasks[:-1])), []
+    after, warnings = Path(recipe.after), list[str]()
+    saved = read_sidecar(after)
+    assert saved is not None
+    _require_rules(recipe, saved, base, targets)
+    tasks = saved.tasks
+    if not tasks:  # that run came after none; an adapter without a recipe has the template of this run
+        of_run = checkpoints.read_environment
+        environment = of_run(after) or of_run(after.parent)  # of a checkpoint
+        of_task = Recipe.parse({"template": recipe.template, **recipe_of_run(after)})
+        tasks = [task_entry(after, of_task, saved.targets, saved.protection, environment)]
+    if not any(target.protect for target in targets):
+        warnings.append("no rule has protect: what the earlier runs have learned is not protected (--protect 0.95)")
+    return tuple(tasks), warnings
+
+
+def _require_rules(recipe: Recipe, saved: Sidecar, base: nn.Module, targets: Sequence[Target]) -> None:
+    """Raise UserError for a base and targets whose update cannot be added to the update of the run of `saved`."""
+    require_layers(base, saved)
+    if found := [target.path for target in (*saved.targets, *targets) if target.method == "dora"]:
+        message = f"DoRA scales the rows of a weight, so its update cannot be added to another one: {found[0]}"
+        raise UserError(
+            message,
+            where=Key.of("after"),
+            hint=f"use another method, or merge first:\n{to_merge(Path(str(recipe.after)))}",
+        )
+    in_full = [number for number, rule in enumerate(recipe.policy or ()) if rule.get("method") == "full"]
+    where = Key(("policy", in_full[0], "method")) if in_full else Key.of("policy")
+    if all(target.rank is None for target in targets):
+        message = "the rules train weights in full, which changes what the earlier runs have learned"
+        raise UserError(message, where=where, hint="train adapters, for example  --method milora")
+    before = [target.path for target in saved.targets]
+    for path in [target.path for target in targets if target.rank is None]:
+        if module_path(path, before) or any(module_path(other, [path]) for other in before):
+            message = f"{path} would train in full, but an earlier run has trained it: the new weight would replace it"
+            hint = "give it an adapter, or leave its rule out; without a policy the run takes the earlier one's"
+            raise UserError(message, where=where, hint=hint)

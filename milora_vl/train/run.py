@@ -38,10 +38,16 @@ from milora_vl.models.base import Base
 from milora_vl.models.memory import size_text
 from milora_vl.train import data
 from milora_vl.train.base_kl import BaseKL
-from milora_vl.train.callbacks import ForgettingCallback, SuiteCallback, calls_on_sigterm, training_questions
+from milora_vl.train.callbacks import (
+    ForgettingCallback,
+    SuiteCallback,
+    calls_on_sigterm,
+    require_evaluation,
+    training_questions,
+)
 from milora_vl.train.counts import Batching, num_parameters
 from milora_vl.train.data import EarlierRecords, has_other_records, read_earlier_records, task_entry
-from milora_vl.train.launch import base_dtype, dtype_name, load_base_model, refused_arguments, stage_of, trained_dtype
+from milora_vl.train.launch import load_base_model, refused_arguments, require_usable, stage_of, trained_dtype
 from milora_vl.train.output import (
     FirstFiles,
     evaluate_run,
@@ -54,7 +60,7 @@ from milora_vl.train.output import (
     write_pages,
     write_results,
 )
-from milora_vl.train.plan import Run, make_run, require_evaluation, require_usable, show_policy, trainable_line
+from milora_vl.train.plan import Run, make_run, show_policy, trainable_line
 from milora_vl.train.resume import (
     ENVIRONMENT,
     RECORDS,
@@ -84,7 +90,10 @@ def train(settings: Settings) -> int:
             require_evaluation(run.recipe)
             require_usable(run.recipe, run.base)
             data.require_named(run.recipe.data)
-            show_notes(run, screen)
+            for note in run.notes:
+                screen.say(note)
+            for warning in run.warnings:
+                screen.warn(warning)
             if run.args.should_save:
                 stack.enter_context(created(run.folder.path))
             records = read_records(run, screen)
@@ -124,13 +133,6 @@ def close_processes() -> None:
     if rank_and_world_size()[1] > 1:
         time.sleep(0.5)
         dist.destroy_process_group()
-
-
-def show_notes(run: Run, screen: Screen) -> None:
-    for note in run.notes:
-        screen.say(note)
-    for warning in run.warnings:
-        screen.warn(warning)
 
 
 def read_records(run: Run, screen: Screen) -> RunData:
@@ -187,9 +189,9 @@ def load_base(run: Run, records: RunData, screen: Screen) -> tuple[nn.Module, An
     recipe, args = run.recipe, run.args
     data.check(data.strict_collator(recipe, run.base, run.base.processor), recipe, records)
     if args.fsdp:
-        require_one_device(run.base, base_dtype(recipe), args.device)
+        require_one_device(run.base, run.launch.dtype, args.device)
     with screen.step(f"loading {recipe.model}"):
-        loaded, processor = load_base_model(recipe, run.base, base_dtype(recipe), args.device)
+        loaded, processor = load_base_model(recipe, run.base, run.launch.dtype, args.device)
     tokenizer, pictures = loading.split_processor(processor)
     if pictures is None and recipe.template == "vicuna_v1" and tokenizer.chat_template:
         screen.warn("the template is vicuna_v1, but this model has a chat template: use --template chat_template")
@@ -268,8 +270,8 @@ def adapt(
     if held is not None:
         own = task_entry(run.folder.path, recipe, targets, built.model.milora_protection, records)
         built.model.earlier = replace(held, tasks=(*run.tasks, own))
-    if run.derived.compiled is not None:
-        compile_blocks(built.model, run.derived.compiled)
+    if run.launch.compiled is not None:
+        compile_blocks(built.model, run.launch.compiled)
     if run.args.gradient_checkpointing:
         built.model.enable_input_require_grads()  # frozen embeddings would cut the graph
     if run.args.device.type == "cuda":
@@ -305,7 +307,7 @@ def show_header_and_policy(
             ("data", records.describe()),
             ("batch", batching.describe()),
             ("steps", batching.describe_steps()),
-            ("dtype", f"{dtype_name(recipe)} base, {precision}, on {args.device}"),
+            ("dtype", f"{run.launch.dtype_name} base, {precision}, on {args.device}"),
             ("run", str(folder.path)),
             *resumed,
         ]
@@ -339,7 +341,7 @@ def collect_first_files(
         "git": git_state(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "processes": run.args.world_size,
-        "dtype": dtype_name(recipe),
+        "dtype": run.launch.dtype_name,
         "started": run.started.isoformat(timespec="seconds"),
         "finished": None,
         "seconds": 0.0,

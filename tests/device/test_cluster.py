@@ -26,7 +26,7 @@ from milora_vl.models.memory import _Ledger, memory
 from milora_vl.models.tiny import tiny_llama
 from milora_vl.train.__main__ import main
 from milora_vl.train.counts import A100_MEMORY, Batching, Counts, num_parameters, workload_of
-from milora_vl.train.launch import read_launch
+from milora_vl.train.launch import Launch
 from milora_vl.train.run import require_one_device
 from support.adapter_cases import one_rule
 from support.launched import KINDS, needs_deepspeed
@@ -147,7 +147,7 @@ def test_a_process_holds_at_each_moment_of_the_start_what_the_plan_says(monkeypa
     config = LlamaConfig(hidden_size=width, vocab_size=500, **blocks)
     base, batching = Base.of("7b", config), Batching(num_records=None, per_device=1, max_steps=1)
     targets = Policy.parse(rules).resolve(base.meta)
-    planned = memory(workload_of({"bf16": True}, read_launch({}), base, targets, Counts(64, 64), batching))
+    planned = memory(workload_of(Launch({"bf16": True}), base, targets, Counts(64, 64), batching))
     sums = 8 * sum(target.shape[1] ** 2 for target in distinct_inputs(targets))  # float32, of two kinds of batches
     model, ledger = LlamaForCausalLM(config).to(torch.bfloat16), _Ledger()
     for tensor in (*model.parameters(), *model.buffers()):

@@ -24,7 +24,8 @@ from milora_vl.models.projector import load_projector, projector_of, read_projec
 from milora_vl.models.smol_llava import folder_of
 from milora_vl.models.timm_tower import TimmTower, TimmTowerConfig
 from milora_vl.train.__main__ import parse
-from milora_vl.train.plan import make_run, with_dtype
+from milora_vl.train.plan import make_run
+from milora_vl.train.resume import with_dtype
 from support.fake_hub import FakeHub, running
 from support.machine import fastest
 from support.plans import plan, settings
@@ -94,7 +95,7 @@ def test_the_fastest_dtype_of_a_recipe_is_settled_for_this_machine(answer: str, 
         found = plan(["--recipe", str(recipe), "--rank", "4", "--output_dir", str(tmp_path / "run")])
         assert fastest_dtype(CPU) == getattr(torch, answer)
     assert found.recipe.dtype == answer
-    assert found.derived.train.get("bf16", False) == (answer == "bfloat16")
+    assert found.launch.train.get("bf16", False) == (answer == "bfloat16")
 
 
 def test_bf16_on_a_cpu_that_emulates_it_is_warned_of(tmp_path: Path) -> None:

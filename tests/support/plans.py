@@ -9,8 +9,8 @@ from typing import NamedTuple
 from milora_vl.core.policy import Target
 from milora_vl.models.base import Base
 from milora_vl.train.__main__ import parse
-from milora_vl.train.launch import read_launch
-from milora_vl.train.plan import Derived, Run, derived_arguments, fit, make_run
+from milora_vl.train.launch import Launch, launch_of
+from milora_vl.train.plan import Run, fit, make_run
 from milora_vl.train.recipe import Recipe
 from milora_vl.train.settings import Settings, join_settings
 
@@ -36,10 +36,10 @@ def settings(words: str | Sequence[str]) -> Settings:
     return join_settings(parse(shlex.split(words) if isinstance(words, str) else words))
 
 
-def section(words: str | Sequence[str]) -> Derived:
+def section(words: str | Sequence[str]) -> Launch:
     """Return the arguments of the training of a command line."""
     found = fitted(words)
-    return derived_arguments(found.recipe, found.targets, read_launch(found.recipe.train))
+    return launch_of(found.recipe, found.targets)
 
 
 def plan(words: str | Sequence[str]) -> Run:
