@@ -56,6 +56,7 @@ KINDS: Mapping[str, FindingKind] = {
     "contradiction": FindingKind(
         "warning", "another answer to the question of an earlier record; captions may have several"
     ),
+    "leaked": FindingKind("warning", "the picture, video or whole question of a test record is in the data, or may be"),
     "repeated_id": FindingKind("warning", "different records with one id"),
     "empty_answer": FindingKind("warning", "empty answer: the model learns to answer nothing"),
     "empty_question": FindingKind("warning", "empty question"),

@@ -14,7 +14,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from milora_data.check import KINDS, Report, errors_of, image_folder, scan
+from milora_data.check import KINDS, Finding, Report, errors_of, image_folder, scan
 from milora_data.formats.jsonfile import read_objects, write_objects
 from milora_data.formats.stored import is_stored
 from milora_data.hold_out import shared_with
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     report = scan(chosen.data, folder)
     if not report.records and not report.findings:
         raise UserError(problems=[no_records(chosen.data)])
-    found = {} if chosen.against is None else _shared(chosen.data, folder, chosen.against)
+    found = {} if chosen.against is None else _shared(report, chosen.data, folder, chosen.against)
     sys.stdout.write(as_json(report, found) if chosen.format == "json" else as_text(report, chosen.limit, found))
     if chosen.fix is not None:
         done = write_repaired(report, chosen.data, chosen.fix)
@@ -83,11 +83,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if report.count("error") else 0
 
 
-def _shared(data: Path, folder: Path, test: Path) -> dict[str, int]:
-    """Return what the test set shares with the data; its pictures are in the folder of the data or beside the test."""
+def _shared(report: Report, data: Path, folder: Path, test: Path) -> dict[str, int]:
+    """Return what the test set shares with the data, and add a finding for each of its records that leaks.
+
+    Its pictures are in the folder of the data or beside the test.
+    """
     of_train, of_test = FileKeys(folder), FileKeys(folder, test.parent, test.parent / "images")
-    found = shared_with(load_records(data), load_records(test), of_train, of_test)
-    return {**found, "files_not_found_and_known_by_name": len(of_train.missing | of_test.missing)}
+    counts, leaked = shared_with(load_records(data), load_records(test), of_train, of_test)
+    report.findings += [Finding("leaked", record.source, f"also in {place}", record.id) for record, place in leaked]
+    unknown = [f"{name}: no such file, so its content is unknown" for name in sorted(map(str, of_test.missing))]
+    report.findings += [Finding("leaked", str(test), message) for message in unknown]
+    return counts
 
 
 def _print_next_step(report: Report, fixed: Path | None, pictures: Sequence[str | Path]) -> None:

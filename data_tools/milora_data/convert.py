@@ -102,13 +102,15 @@ def _hold_out(
     """Write about `--hold_out` random records to `path`; return their indices, and the other records."""
     by = chosen.hold_out_by or PICTURE
     numbers = held_out(records, chosen.hold_out, by, key_of)
+    if missing := sorted(map(str, key_of.missing)):
+        message = f"{amount(len(missing), 'file')} not found, so that no leak can be excluded: {missing[0]}"
+        hint = "nothing was written; name their folder, or leave out their records:  milora_data check DATA --fix OUT"
+        raise UserError(message, code="hold-out-unknown", where="--image_folder", hint=hint)
     write_objects(path, (value for number, value in enumerate(records) if number in numbers))
     asked = "" if len(numbers) == chosen.hold_out else f", for the {chosen.hold_out:,} of --hold_out"
     sys.stderr.write(f"{path}: {amount(len(numbers), 'record')}, held out by {by}{asked}\n")
     if shared := 0 if by == PICTURE else shared_pictures(records, numbers, key_of):
         sys.stderr.write(f"note: {shared:,} of them show a picture that training records show too\n")
-    if missing := amount(key_of.num_missing, "file") if key_of.num_missing else "":
-        sys.stderr.write(f"note: {missing} not found, and known by name alone; name their folder: --image_folder\n")
     return numbers, (value for number, value in enumerate(records) if number not in numbers)
 
 
@@ -214,8 +216,8 @@ class OwnPictures:
         self._named: dict[str, tuple[str, FileKeys]] = {}  # by the name of a picture: a source, and its folder's keys
 
     @property
-    def num_missing(self) -> int:
-        return sum(len(keys.missing) for keys in self._keys.values())
+    def missing(self) -> list[Picture]:
+        return [picture for keys in self._keys.values() for picture in keys.missing]
 
     def add(self, record: Record, source: str) -> None:
         """Note the pictures of a record. Raises `UserError` if an earlier source has another picture of a name."""

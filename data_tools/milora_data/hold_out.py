@@ -47,17 +47,26 @@ def shared_pictures(records: Sequence[Mapping[str, Any]], chosen: frozenset[int]
     return sum(not others.isdisjoint(shown[number]) for number in chosen)
 
 
-def shared_with(train: Iterable[Record], test: Iterable[Record], of_train: KeyOf, of_test: KeyOf) -> dict[str, int]:
-    """Return how many records of `test` share questions, with their pictures or alone, or pictures with `train`."""
-    seen = set[str]().union(*(_parts(record, of_train) for record in train))
+def shared_with(
+    train: Iterable[Record], test: Iterable[Record], of_train: KeyOf, of_test: KeyOf
+) -> tuple[dict[str, int], list[tuple[Record, str]]]:
+    """Return how many records of `test` share questions, with their pictures or alone, or pictures with `train`.
+
+    Then each that shares more than the text of a question about other pictures, with the first record that has it.
+    """
+    seen: dict[str, str] = {}
+    for record in train:
+        seen.update(dict.fromkeys(_parts(record, of_train) - seen.keys(), record.source))
     counts = dict.fromkeys(("question_and_its_pictures", "question_text", "picture_or_video"), 0)
-    num_records = 0
+    num_records, leaked = 0, list[tuple[Record, str]]()
     for record in test:
         num_records += 1
-        shared = {part.partition(" ")[0] for part in seen & _parts(record, of_test)}
+        shared = {part.partition(" ")[0]: seen[part] for part in sorted(seen.keys() & _parts(record, of_test))}
         for what in counts:
             counts[what] += what in shared
-    return {"test_records": num_records, **{f"with_a_{what}_of_the_training": n for what, n in counts.items()}}
+        if place := shared.get("picture_or_video", shared.get("question_and_its_pictures")):
+            leaked.append((record, place))
+    return {"test_records": num_records, **{f"with_a_{what}_of_the_training": n for what, n in counts.items()}}, leaked
 
 
 def _parts(record: Record, key_of: KeyOf) -> set[str]:

@@ -76,7 +76,13 @@ def test_all_records_of_a_picture_are_held_out_together(tmp_path: Path, capsys: 
     rows = [{"image": f"{n // 3}.png", "question": f"{n}?", "answer": "a"} for n in range(40)]
     rows += [{"image": ["0.png", "new.png"], "question": "Both?", "answer": "a"}]
     rows += [{"question": f"{n}?", "answer": "a"} for n in range(20)]
-    held, kept = hold_out(rows, tmp_path, "10", "--format", "json")
+    (tmp_path / "new.png").write_bytes(b"new")
+    with raises_code("hold-out-unknown", where="--image_folder", message="14 files not found"):
+        hold_out(rows, tmp_path, "10")
+    for n in range(14):
+        (tmp_path / f"{n}.png").write_bytes(b"%d" % n)
+    words = ["10", "--image_folder", str(tmp_path)]
+    held, kept = hold_out(rows, tmp_path, *words, "--format", "json")
     of_held, of_kept = (
         {name for r in side for name in ([r["image"]] if isinstance(r.get("image"), str) else r.get("image", []))}
         for side in (held, kept)
@@ -89,7 +95,7 @@ def test_all_records_of_a_picture_are_held_out_together(tmp_path: Path, capsys: 
     assert json.loads(said.out)["held_out_records"] == 10
     assert "out-eval.json: 10 records, held out by picture\n" in said.err
     (tmp_path / "again").mkdir()
-    assert hold_out(rows, tmp_path / "again", "10") == (held, kept)
+    assert hold_out(rows, tmp_path / "again", *words) == (held, kept)
 
 
 @pytest.mark.parametrize("kind", ["table", "llava"])
@@ -159,13 +165,17 @@ def test_questions_that_both_sides_ask_are_counted(tmp_path: Path, capsys: pytes
     (tmp_path / "test.json").write_text(json.dumps(tests))
     words = [str(tmp_path / "train.json"), "--against", str(tmp_path / "test.json"), "--format", "json"]
     main(["check", *words])
-    assert json.loads(capsys.readouterr().out)["leakage"] == {
+    report = json.loads(capsys.readouterr().out)
+    assert report["leakage"] == {
         "test_records": 3,
         "with_a_question_and_its_pictures_of_the_training": 1,
         "with_a_question_text_of_the_training": 3,
         "with_a_picture_or_video_of_the_training": 1,
-        "files_not_found_and_known_by_name": 1,
     }
+    assert (report["warnings"], report["kinds"]["leaked"]) == (2, 2)
+    assert [finding["message"] for finding in report["findings"] if finding["kind"] == "leaked"] == [
+        f"also in {tmp_path / 'train.json'}:record 1", "none.png: no such file, so its content is unknown"
+    ]  # fmt: skip
 
 
 def test_a_picture_of_a_table_is_on_one_side(tmp_path: Path) -> None:
