@@ -139,7 +139,7 @@ def shaped(model: str, chosen: argparse.Namespace, layers: int | None = None) ->
     """Return a model with random weights on the device, and a batch on the CPU with one picture per record."""
     from transformers import AutoModelForImageTextToText
 
-    from milora_vl.models.loading import config_of
+    from milora_vl.models.base import config_of
 
     config = config_of(model)
     if layers is not None:

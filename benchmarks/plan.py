@@ -27,8 +27,8 @@ from torch import nn
 from benchmarks.timing import FREED, apart, clocked, memory, reset_peak
 from milora_vl.core.adapter.apply import apply_milora
 from milora_vl.core.policy import Policy
-from milora_vl.models.base import Base
-from milora_vl.models.loading import config_of, load_weights, meta_model
+from milora_vl.models.base import Base, config_of, meta_model
+from milora_vl.models.loading import load_weights
 from milora_vl.models.losses import add_chunked_loss, summed_loss
 from milora_vl.models.memory import Workload
 from milora_vl.models.memory import memory as planned_memory

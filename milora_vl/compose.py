@@ -41,21 +41,22 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = COMMAND.parse(argv)
-    from milora_vl.models import parts
+    from milora_vl.models.base import Parts, language_config, tower_config
+    from milora_vl.models.loading import require_parts, write
 
     folder: Path = args.output_dir
     if folder.exists():
         message = f"{folder} exists; it is not overwritten"
         raise UserError(message, code="output-exists", where="--output_dir", hint="use:  --output_dir ANOTHER")
-    chosen = parts.Parts(
+    chosen = Parts(
         args.language, args.vision, args.projector, args.select_layer, args.select_feature, args.vision_weights
     )
-    parts.require_parts(chosen)
+    require_parts(chosen)
     with at_flag("--language"):
-        parts.language_config(args.language)
+        language_config(args.language)
     with at_flag("--vision"):
-        parts.tower_config(args.vision)
-    parts.write(chosen, folder)
+        tower_config(args.vision)
+    write(chosen, folder)
     as_json = json.dumps({"folder": str(folder), "parts": chosen.describe()}, ensure_ascii=False)
     sys.stdout.write((as_json if args.format == "json" else f"{folder}: {chosen.describe()}") + "\n")
     stage = () if args.projector else ("--tune_mm_mlp_adapter", True, "--version", "plain", "--learning_rate", "1e-3")

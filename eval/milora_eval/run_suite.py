@@ -38,7 +38,7 @@ from milora_vl.interop.load_model import load_by_flags, require_scalable
 from milora_vl.interop.scale import Update
 from milora_vl.models.base import find_base
 from milora_vl.models.generate import require_prompts
-from milora_vl.models.loading import split_processor
+from milora_vl.models.processors import split_processor
 from milora_vl.models.prompts import prompts_of
 
 

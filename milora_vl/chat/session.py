@@ -28,8 +28,8 @@ from milora_vl.interop.load_model import load_by_flags, update_since
 from milora_vl.interop.scale import Update
 from milora_vl.models.base import find_base
 from milora_vl.models.generate import Prompt, Reply, generate, require_prompts, require_shown
-from milora_vl.models.image_tokens import uses_processor
-from milora_vl.models.loading import split_processor
+from milora_vl.models.llava import uses_processor
+from milora_vl.models.processors import split_processor
 from milora_vl.models.prompts import prompts_of
 
 FRAMES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff")

@@ -17,7 +17,9 @@ from torch import nn
 
 from milora_vl.common.atomic_write import atomic_file
 from milora_vl.common.errors import UserError, at_flag
-from milora_vl.models import loading
+from milora_vl.models.base import config_of, load_processor
+from milora_vl.models.loading import load_weights
+from milora_vl.models.processors import split_processor
 from milora_vl.models.timm_tower import TimmTowerConfig
 
 PREFIXED_TOWERS = ("clip_vision_model", "siglip_vision_model")
@@ -47,7 +49,7 @@ class ExportBase:
         if isinstance(self.source, nn.Module):
             return self.source.config
         with at_flag("--base"):
-            return loading.config_of(self.name)
+            return config_of(self.name)
 
     @cached_property
     def model(self) -> nn.Module:
@@ -57,11 +59,11 @@ class ExportBase:
         if dtype is not None and self._is_rounded_later:  # a model that is built here names no dtype
             dtype = torch.promote_types(dtype, saved if isinstance(saved, torch.dtype) else torch.float32)
         with at_flag("--base"):
-            return loading.load_weights(self.name, dtype)
+            return load_weights(self.name, dtype)
 
     def processor(self) -> Any:
         """Return the processor (the tokenizer of a text-only model); None for a loaded model. Needs no weights."""
-        return None if isinstance(self.source, nn.Module) else loading.load_processor(self.name)
+        return None if isinstance(self.source, nn.Module) else load_processor(self.name)
 
 
 def has_timm_tower(config: Any) -> bool:
@@ -126,7 +128,7 @@ def copy_processor(source: Path, target: Path, base: ExportBase) -> None:
     present = [name for name in _FILES if (source / name).is_file()]
     is_whole = "preprocessor_config.json" in present or "processor_config.json" in present
     processor = None if is_whole else base.processor()
-    if processor is not None and (not present or loading.split_processor(processor)[1] is not None):
+    if processor is not None and (not present or split_processor(processor)[1] is not None):
         processor.save_pretrained(target)
     for name in present:
         shutil.copyfile(source / name, target / name)

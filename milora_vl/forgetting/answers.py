@@ -19,7 +19,7 @@ from milora_vl.common.progress import progress_bar
 from milora_vl.forgetting.measure import Forgetting, ProbeBatch, compare_on
 from milora_vl.models.collator_for import collator_for
 from milora_vl.models.generate import Prompt, generate
-from milora_vl.models.image_tokens import uses_processor
+from milora_vl.models.llava import uses_processor
 
 if TYPE_CHECKING:
     from torch import Tensor

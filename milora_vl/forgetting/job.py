@@ -19,7 +19,8 @@ from milora_vl.core.weights.tensor_files import weights_digest
 from milora_vl.forgetting.answers import measure_on_answers
 from milora_vl.forgetting.measure import can_recover_base, measure_forgetting
 from milora_vl.interop.load_model import load_by_flags
-from milora_vl.models.loading import load_processor, split_processor
+from milora_vl.models.base import load_processor
+from milora_vl.models.processors import split_processor
 from milora_vl.models.prompts import prompts_of
 
 FILE = "forgetting.json"

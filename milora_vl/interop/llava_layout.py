@@ -21,7 +21,7 @@ from milora_vl.core.adapter.sidecar import locate
 from milora_vl.core.policy.towers import Towers
 from milora_vl.core.weights.tensor_files import read_weights
 from milora_vl.interop.lora_folder import LowRank, PlainAdapter, read_plain, write_plain
-from milora_vl.models.parts import TOWER_NAME
+from milora_vl.models.loading import TOWER_NAME
 from milora_vl.models.timm_tower import TimmTowerConfig
 
 # Keys of LoraConfig in the PEFT of LLaVA's pins (transformers 4.37.2, accelerate 0.21), which rejects other keys.

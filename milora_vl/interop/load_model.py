@@ -19,8 +19,9 @@ from milora_vl.core.adapter.load import load_adapter
 from milora_vl.interop.imported import import_adapter, kind_of, names_residual_base, require_unchanged_base
 from milora_vl.interop.lora_folder import write_ours
 from milora_vl.interop.scale import Update, require_linear, require_scale
+from milora_vl.models.base import load_processor
 from milora_vl.models.devices import Quantization, device_named, dtype_named
-from milora_vl.models.loading import load_processor, load_weights
+from milora_vl.models.loading import load_weights
 from milora_vl.models.projector import load_projector, projector_of
 
 if TYPE_CHECKING:

@@ -18,10 +18,9 @@ from milora_data.pictures.load import ImagePolicy
 from milora_data.pictures.pixels import AspectRatio
 from milora_vl.common.compat.transformers import pass_texts_unchanged
 from milora_vl.common.errors import UserError
-from milora_vl.models.image_tokens import image_tokens, is_llava, tiling_of, uses_processor
-from milora_vl.models.loading import split_processor
+from milora_vl.models.llava import image_tokens, is_llava, tiling_of, uses_processor
 from milora_vl.models.losses import supervised_positions
-from milora_vl.models.processors import usable_inputs
+from milora_vl.models.processors import split_processor, usable_inputs
 
 
 def collator_for(

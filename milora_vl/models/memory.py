@@ -29,7 +29,7 @@ from milora_vl.core.policy.towers import find_towers
 from milora_vl.core.weights.matrices import factor_dtype
 from milora_vl.models.base import Base
 from milora_vl.models.devices import bytes_per_number
-from milora_vl.models.image_tokens import layers_of
+from milora_vl.models.llava import layers_of
 from milora_vl.models.losses import CHUNK, GradientsAtOnce, inner_model
 
 GIB = 1024**3

@@ -47,15 +47,4 @@ PART_OF: dict[str, tuple[str, str, dict[str, int]]] = {
     "openai/clip-vit-large-patch14": ("llava-1.5-7b", "vision_config", {"image_size": 224}),
 }
 
-
-def hub_id(name: str) -> str:
-    """Return the id on the model hub behind a name; any other name unchanged.
-
-    >>> hub_id("liuhaotian/llava-v1.5-7b"), hub_id("mine/model")
-    ('llava-hf/llava-1.5-7b-hf', 'mine/model')
-    """
-    name = SAME_WEIGHTS.get(name, name)
-    return NAMED_MODELS.get(name, name)
-
-
 BUILT_IN_MODELS = ("smol-llava", "smol-llava-unaligned", "smollm2", "tiny", "tiny-text")

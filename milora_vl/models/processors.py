@@ -11,7 +11,7 @@ from milora_data.encode.templates import no_videos
 from milora_data.pictures.videos import sampler
 from milora_data.records.record import IMAGE, Turn
 from milora_vl.common.errors import DataError, Key, UserError, at_flag, first_line
-from milora_vl.models.image_tokens import extra_tokens, is_llava
+from milora_vl.models.llava import extra_tokens, is_llava
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +29,14 @@ class ProcessorSettings:
     def of_videos(self) -> list[str]:
         names = ("video_min_pixels", "video_max_pixels", "fps", "num_frames")
         return [name for name in names if getattr(self, name) is not None]
+
+
+def split_processor(processor: Any) -> tuple[Any, Any | None]:
+    from transformers import ProcessorMixin
+
+    if isinstance(processor, ProcessorMixin):
+        return processor.tokenizer, processor.image_processor
+    return processor, None
 
 
 def complete_processor(processor: Any, config: Any) -> None:

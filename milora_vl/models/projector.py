@@ -18,7 +18,7 @@ from milora_vl.core.adapter.checkpoints import newest_checkpoint
 from milora_vl.core.adapter.folders import PROJECTOR_FILES, holds_projector_alone, newest_of_unfinished
 from milora_vl.core.policy.towers import find_towers
 from milora_vl.core.weights.tensor_files import read_weights
-from milora_vl.models import original
+from milora_vl.models.base import PROJECTOR_WEIGHTS, is_original, read_original
 
 PROJECTOR_PREFIX = "multi_modal_projector."
 _OURS = re.compile(r"(?:^|.*\.)multi_modal_projector\.(.+)")
@@ -71,8 +71,8 @@ def read_projector(source: Path) -> dict[str, Tensor]:
     `source` may also be a model in LLaVA's original layout. Raises UserError for a file without projector weights.
     """
 
-    if original.is_original(source):
-        inside = original.read_original(source).tensors(original.PROJECTOR)
+    if is_original(source):
+        inside = read_original(source).tensors(PROJECTOR_WEIGHTS)
         return {_inner(f"mm_projector.{name}"): tensor for name, tensor in inside.items()}
     file = projector_file(source)
     state = read_weights(file)

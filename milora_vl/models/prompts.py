@@ -11,8 +11,7 @@ from milora_vl.common.errors import UserError, at_flag
 from milora_vl.common.yaml_text import read_file
 from milora_vl.core.adapter.folders import base_of, holds_adapter
 from milora_vl.models.base import Base, find_base
-from milora_vl.models.loading import split_processor
-from milora_vl.models.processors import ProcessorSettings, configure_processor
+from milora_vl.models.processors import ProcessorSettings, configure_processor, split_processor
 
 if TYPE_CHECKING:
     from milora_data.pictures.pixels import AspectRatio

@@ -6,20 +6,18 @@ The projector is part of this package; the recipe `llava_recipes/smol-llava-alig
 
 from __future__ import annotations
 
-import hashlib
 import sys
-from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from milora_data.assets import cache_dir, fetch
+from milora_data.assets import fetch
 from milora_vl.common.atomic_write import complete_folder
 from milora_vl.common.compat.transformers import quiet_bars, silence_deepspeed, whole_weights
 from milora_vl.common.errors import UserError
-from milora_vl.models.assemble import compose, processor_for
+from milora_vl.models.llava import compose, processor_for
 from milora_vl.models.timm_tower import TimmTower, TimmTowerConfig
 from milora_vl.models.tiny import tiny_llama, tiny_llava
 
@@ -32,78 +30,35 @@ LEVELS = (2, 3)  # strides 8 and 16: colours and shapes, which the last layer la
 PROJECTOR = files("milora_vl.models") / "assets" / "smol_llava_projector.safetensors"
 
 
-def folder_of(name: str) -> Path:
-    return cache_dir() / "models" / _folder_names()[name]
-
-
-@cache
-def _folder_names() -> dict[str, str]:
-    return {
-        "smol-llava": f"smol-llava-{FOLDER_VERSION}-{hashlib.sha256(PROJECTOR.read_bytes()).hexdigest()[:12]}",
-        "smol-llava-unaligned": f"smol-llava-{FOLDER_VERSION}-unaligned",
-        "smollm2": f"smollm2-{FOLDER_VERSION}",
-        "tiny": f"tiny-{FOLDER_VERSION}",
-        "tiny-text": f"tiny-text-{FOLDER_VERSION}",
-    }
-
-
-def built_in(name: str) -> str | None:
-    """Return the built-in model that `name` means: its name, or its folder, perhaps on another machine; else None."""
-    return next((each for each, folder in _folder_names().items() if name == each or Path(name).name == folder), None)
-
-
-def is_to_build(name: str) -> bool:
-    """Return whether a name belongs to a model of this module whose folder does not exist yet."""
-    return name in ("smol-llava", "smol-llava-unaligned", "smollm2") and not (folder_of(name) / "config.json").is_file()
-
-
-def made_folder(name: str) -> Path:
-    """Return the folder with that model and its processor; builds it at first use (about a minute).
+def build(name: str, folder: Path) -> None:
+    """Write that model and its processor to `folder`, in about a minute.
 
     `smol-llava-unaligned` is smol-llava before stage 1, with a new projector; `smollm2` is its language model. Raises
     UserError if the parts cannot be fetched or the `demo` extra is not installed.
     """
-    folder = folder_of(name)
-    if (folder / "config.json").is_file():
-        return folder
-    if name.startswith("tiny"):
-        with (
-            complete_folder(folder) as staged,
-            quiet_bars(),
-            whole_weights(),
-        ):  # ZeRO-3 would initialize shards: other weights
-            for part in tiny_llava() if name == "tiny" else tiny_llama():
-                part.save_pretrained(staged)
-        return folder
-    parts = "SmolLM2-135M-Instruct" + ("" if name == "smollm2" else " and EfficientNet-Lite0")
-    sys.stderr.write(f"building {name} from {parts} (once, about a minute)\n")
-    silence_deepspeed()
-    with complete_folder(folder) as staged, quiet_bars(), whole_weights():
-        if name == "smollm2":
-            _write_language(staged)
-        else:
-            _write(staged, aligned=name == "smol-llava")
-    return folder
+    if not name.startswith("tiny"):
+        parts = "SmolLM2-135M-Instruct" + ("" if name == "smollm2" else " and EfficientNet-Lite0")
+        sys.stderr.write(f"building {name} from {parts} (once, about a minute)\n")
+        silence_deepspeed()
+    with complete_folder(folder) as staged, quiet_bars(), whole_weights():  # ZeRO-3 would initialize shards
+        for part in _model_and_processor(name):
+            part.save_pretrained(staged)
 
 
-def _write_language(folder: Path) -> None:
-    language, tokenizer = language_model()
-    language.to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-def _write(folder: Path, *, aligned: bool) -> None:
+def _model_and_processor(name: str) -> tuple[Any, Any]:
     from safetensors.torch import load
 
+    if name.startswith("tiny"):
+        return tiny_llava() if name == "tiny" else tiny_llama()
     language, tokenizer = language_model()
+    if name == "smollm2":
+        return language.to(torch.bfloat16), tokenizer
     model = compose(_tower(), language, tokenizer)
-    if aligned:
+    if name == "smol-llava":
         weights = {name.removeprefix("multi_modal_projector."): w for name, w in load(PROJECTOR.read_bytes()).items()}
         model.model.multi_modal_projector.load_state_dict(weights)
-    model.to(torch.bfloat16).save_pretrained(folder)
-    processor_for(tokenizer, image_size=IMAGE_SIZE, patch_size=IMAGE_SIZE // GRID, mean=MEAN, std=STD).save_pretrained(
-        folder
-    )
+    processor = processor_for(tokenizer, image_size=IMAGE_SIZE, patch_size=IMAGE_SIZE // GRID, mean=MEAN, std=STD)
+    return model.to(torch.bfloat16), processor
 
 
 def language_model() -> tuple[Any, Any]:

@@ -51,7 +51,7 @@ from milora_vl.core.policy import Target
 from milora_vl.core.weights.tensor_files import read_weights
 from milora_vl.models.base import Base
 from milora_vl.models.collator_for import CountingCollator, collator_for
-from milora_vl.models.loading import split_processor
+from milora_vl.models.processors import split_processor
 from milora_vl.train.launch import attention_of
 from milora_vl.train.recipe import DataConfig, Recipe, value_of
 

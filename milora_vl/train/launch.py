@@ -31,11 +31,9 @@ from milora_vl.common.compat.transformers import layer_kinds, unstarted_argument
 from milora_vl.common.errors import Key, UserError, first_line
 from milora_vl.core.adapter.lora import base_model_of
 from milora_vl.core.policy import Target
-from milora_vl.models import smol_llava
-from milora_vl.models.base import Base
+from milora_vl.models.base import Base, is_to_build
 from milora_vl.models.devices import quantization_config, train_device, unquantized
-from milora_vl.models.loading import load_weights
-from milora_vl.models.parts import require_parts
+from milora_vl.models.loading import load_weights, require_parts
 from milora_vl.models.processors import ProcessorSettings, configure_processor, usable_inputs
 from milora_vl.models.projector import load_projector, projector_file
 from milora_vl.train.recipe import AUTOCAST, RENAMED, DataConfig, Recipe, value_of
@@ -75,7 +73,7 @@ def missing_packages(recipe: Recipe) -> list[tuple[str, str, str]]:
         (of_bitsandbytes, "bitsandbytes", "train.optim", f"{QUANT}, or --optim adamw_torch"),
         (recipe.quantization != "none", "bitsandbytes", "quantization", QUANT),
         (train.get("deepspeed"), "deepspeed", "train.deepspeed", "pip install -e '.[deepspeed]', or --deepspeed \"\""),
-        (smol_llava.is_to_build(recipe.model), "gguf", "model", "pip install -e '.[demo]'"),
+        (is_to_build(recipe.model), "gguf", "model", "pip install -e '.[demo]'"),
     )
     return [need[1:] for need in needs if need[0] and importlib.util.find_spec(need[1]) is None]
 

@@ -32,10 +32,8 @@ from milora_vl.common.errors import Key, Problem, UserError, at_flag, collected
 from milora_vl.core.policy import Policy, Target
 from milora_vl.core.policy.resolve import frozen_towers, policy_rows
 from milora_vl.models import loading
-from milora_vl.models import parts as composing
-from milora_vl.models.base import Base, find_base
+from milora_vl.models.base import Base, Parts, find_base, tokenizer_at_hand
 from milora_vl.models.devices import fastest_dtype, quantized_layers
-from milora_vl.models.parts import Parts
 from milora_vl.train import data
 from milora_vl.train.callbacks import require_evaluation
 from milora_vl.train.counts import MIX665K, Batching, Counts, costs_of, num_devices, num_parameters, trained_sizes
@@ -116,7 +114,7 @@ class Run:
         if parts is None:
             loading.prepare(self.recipe.model)
             return self, ""
-        path, is_new = composing.base_folder(parts)
+        path, is_new = loading.base_folder(parts)
         done = "composed" if is_new else "composed before"
         line = f"base {path}, {done} from {parts.describe()}; the adapter refers to it"
         return replace(self, recipe=_on_composed(self.recipe, path), base=find_base(str(path))), line
@@ -199,7 +197,7 @@ def _on_composed(recipe: Recipe, path: Path) -> Recipe:
 
 def _as_composed(recipe: Recipe, base: Base, model: str) -> Recipe:
     """Return the recipe as an earlier run has it: on its composed base `model`, if that one has the same parts."""
-    is_same = base.parts is not None and composing.planned_folder(base.parts).name == Path(model).name
+    is_same = base.parts is not None and loading.planned_folder(base.parts).name == Path(model).name
     return _on_composed(recipe, Path(model)) if is_same else recipe
 
 
@@ -454,7 +452,7 @@ def _show_data(screen: Screen, run: Run) -> tuple[Counts, int | None, int | None
 
 def _collator(recipe: Recipe, base: Base) -> RecordCollator[Any] | None:
     """Return the collator of the run; None if the tokenizer of a LLaVA or of a text model is not on this machine."""
-    processor = base.processor if base.own_pictures else loading.tokenizer_at_hand(base.name)
+    processor = base.processor if base.own_pictures else tokenizer_at_hand(base.name)
     if processor is None:
         return None
     if recipe.template == OWN and base.parts is not None:  # a composed base has no chat template

@@ -33,9 +33,9 @@ from milora_vl.core.adapter.earlier import joined_rank, read_earlier
 from milora_vl.core.policy.resolve import policy_rows
 from milora_vl.core.weights.distributed import free_memory, gather_objects, raised_in_all, rank_and_world_size
 from milora_vl.forgetting.measure import Probe
-from milora_vl.models import loading
 from milora_vl.models.base import Base
 from milora_vl.models.memory import size_text
+from milora_vl.models.processors import split_processor
 from milora_vl.train import data
 from milora_vl.train.base_kl import BaseKL
 from milora_vl.train.callbacks import (
@@ -192,7 +192,7 @@ def load_base(run: Run, records: RunData, screen: Screen) -> tuple[nn.Module, An
         require_one_device(run.base, run.launch.dtype, args.device)
     with screen.step(f"loading {recipe.model}"):
         loaded, processor = load_base_model(recipe, run.base, run.launch.dtype, args.device)
-    tokenizer, pictures = loading.split_processor(processor)
+    tokenizer, pictures = split_processor(processor)
     if pictures is None and recipe.template == "vicuna_v1" and tokenizer.chat_template:
         screen.warn("the template is vicuna_v1, but this model has a chat template: use --template chat_template")
     return loaded, processor
@@ -281,7 +281,7 @@ def adapt(
 
 def set_chat_template(processor: Any, template: str) -> None:
     """Set the chat template of processor and tokenizer, so that it renders exactly the prompt of training."""
-    tokenizer, image_processor = loading.split_processor(processor)
+    tokenizer, image_processor = split_processor(processor)
     remember_legacy(tokenizer)
     if template != OWN:
         tokenizer.chat_template = render_chat_template(template, tokenizer, bos=image_processor is None)

@@ -13,7 +13,7 @@ from PIL import Image
 from milora_data.encode.labels import encode_prompt
 from milora_data.records.record import Turn
 from milora_vl.models.generate import Prompt, Reply, generate
-from milora_vl.models.image_tokens import image_token_id, image_tokens
+from milora_vl.models.llava import image_token_id, image_tokens
 
 Made = tuple[Any, Any]
 

@@ -16,8 +16,8 @@ from milora_data.records import parse_record
 from milora_data.records.record import Turn
 from milora_vl import load_model
 from milora_vl.common.errors import DataError
+from milora_vl.models.base import load_processor
 from milora_vl.models.generate import Prompt, prompt_ids
-from milora_vl.models.loading import load_processor
 from support.chat_models import (
     MARKED,
     MISTRAL_TOOLS,

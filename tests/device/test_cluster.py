@@ -20,8 +20,7 @@ from milora_vl.core.calibration import activations
 from milora_vl.core.calibration.activations import ROOM, _inputs_in_order, _passes, _shares, for_each_input
 from milora_vl.core.evaluation_mode import without_caches
 from milora_vl.core.policy import Policy
-from milora_vl.models.base import Base, find_base
-from milora_vl.models.loading import config_of, meta_model
+from milora_vl.models.base import Base, config_of, find_base, meta_model
 from milora_vl.models.memory import _Ledger, memory
 from milora_vl.models.tiny import tiny_llama
 from milora_vl.train.__main__ import main

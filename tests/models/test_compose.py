@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from milora_vl import compose
 from milora_vl.chat import __main__ as chat
-from milora_vl.models.parts import tower_config
+from milora_vl.models.base import tower_config
 from milora_vl.models.tiny import tiny_tokenizer
 from milora_vl.train import __main__ as train
 from support.problems import raises_code, raises_problem

@@ -19,8 +19,7 @@ from milora_vl import apply_milora, load_model, save_adapter
 from milora_vl.core.adapter.folders import NON_LORA
 from milora_vl.core.adapter.sidecar import stored_tensors
 from milora_vl.interop.llava_layout import read_llava
-from milora_vl.models import original
-from milora_vl.models.loading import config_of
+from milora_vl.models.base import _weight_files, config_of
 from milora_vl.models.projector import read_projector
 from milora_vl.train.output import run_failures
 from support.adapter_cases import one_rule
@@ -65,7 +64,7 @@ def test_code_in_the_place_of_weights_is_named_and_never_run(write: Callable[[Pa
         read_llava(adapter)
     write(Path("pytorch_model.bin"))
     with raises_code("weights-unreadable", says=SAID):
-        next(iter(original._weight_files(Path())))
+        next(iter(_weight_files(Path())))
     (adapter / "adapter_model.safetensors").unlink()
     write(adapter / "adapter_model.bin")
     with raises_code("weights-unreadable", says=SAID):

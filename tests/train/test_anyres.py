@@ -19,7 +19,7 @@ from milora_data.records import parse_record
 from milora_data.records.record import Turn
 from milora_vl import load_model
 from milora_vl.models.generate import Prompt, generate
-from milora_vl.models.image_tokens import tiling_of
+from milora_vl.models.llava import tiling_of
 from milora_vl.train.__main__ import main
 from support.problems import raises_code
 from support.tiny_next import GRIDS, saved, tiny_next

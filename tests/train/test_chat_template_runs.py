@@ -16,8 +16,8 @@ from milora_vl.chat.__main__ import main as chat
 from milora_vl.common.errors import UserError
 from milora_vl.export.__main__ import main as export
 from milora_vl.forgetting.__main__ import main as forgetting
-from milora_vl.models import loading
 from milora_vl.train import data as run_data
+from milora_vl.train import launch
 from milora_vl.train.__main__ import main
 from support.chat_models import TINY, record, write_text_model
 from support.plans import fitted
@@ -99,7 +99,7 @@ def test_a_tokenizer_without_one_is_refused_before_weights_load(
     def load_weights(*_: Any, **__: Any) -> Any:
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr(loading, "load_weights", load_weights)
+    monkeypatch.setattr(launch, "load_weights", load_weights)
     data = ["--data_path", str(text_data)] if model == "tiny-text" else []
     flags = training(tiny_data, tmp_path / "run", "--model", model, "--template", "chat_template", "--rank", "4", *data)
     for more in ([], ["--dry-run"]):

@@ -154,7 +154,7 @@ def test_a_base_that_cannot_be_loaded_is_named_by_its_own_flag(folder: Path) -> 
 
 def test_the_hub_is_not_waited_for_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("milora_data.formats.stored.hub_is_known", lambda: False)
-    monkeypatch.setattr("milora_vl.models.parts.hub_is_known", lambda: False)
+    monkeypatch.setattr("milora_vl.models.loading.hub_is_known", lambda: False)
     with raises_code("hub-unreadable", "hub:foo/bar", "the hub does not answer"):
         train([*RUN.split(), "--data_path", "hub:foo/bar"])
     pytest.importorskip("timm")

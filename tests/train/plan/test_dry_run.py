@@ -44,7 +44,7 @@ def test_a_named_model_of_another_family_is_planned_without_its_processor(
     tiny_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     """Without a network: the plan says that the records were not checked, and a training stops before any weights."""
-    monkeypatch.setattr("milora_vl.models.pretrained.hub_is_known", lambda: False)
+    monkeypatch.setattr("milora_vl.models.base.hub_is_known", lambda: False)
     words = ["--model", "smolvlm2-500m", "--data_path", str(tiny_data / "train.json"), "--dry-run"]
     assert main([*words, "--image_folder", str(tiny_data / "images")]) == 0
     shown = capsys.readouterr().out

@@ -9,9 +9,8 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 from milora_vl.common.cli.console import duration_text
 from milora_vl.core.policy import Policy
-from milora_vl.models.base import Base
+from milora_vl.models.base import Base, meta_model
 from milora_vl.models.devices import bytes_per_number
-from milora_vl.models.loading import meta_model
 from milora_vl.models.memory import (
     GIB,
     OVERHEAD,

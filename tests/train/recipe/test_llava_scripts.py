@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 import llava_recipes
-from milora_vl.models.loading import config_of
+from milora_vl.models.base import config_of
 from milora_vl.train.__main__ import main
 from support.launched import needs_deepspeed
 from support.problems import raises_code

@@ -11,7 +11,7 @@ import pytest
 
 import llava_recipes
 from milora_vl.common.errors import UserError
-from milora_vl.models import loading, names
+from milora_vl.models import base, names
 from milora_vl.train.__main__ import main as train
 from milora_vl.train.__main__ import parse
 from milora_vl.train.counts import num_parameters
@@ -64,8 +64,8 @@ def test_it_fits_devices_of_40_gib(name: str, tmp_path: Path, monkeypatch: pytes
 )
 def test_the_papers_text_models_have_their_sizes_without_a_network(name: str, parameters: int) -> None:
     """As their cards on the hub count them."""
-    config = loading.config_of(name)
-    assert num_parameters(loading.meta_model(config)) == parameters
+    config = base.config_of(name)
+    assert num_parameters(base.meta_model(config)) == parameters
     assert "vision_config" not in config.to_dict()
 
 
@@ -79,7 +79,7 @@ def test_the_papers_text_models_have_their_sizes_without_a_network(name: str, pa
 )  # fmt: skip
 def test_vision_language_models_have_their_published_sizes_without_a_network(name: str, parameters: int) -> None:
     """As the weight files on the hub count them."""
-    model = loading.meta_model(loading.config_of(name))
+    model = base.meta_model(base.config_of(name))
     assert num_parameters(model) == parameters
     assert {target.tower for target in fitted(["--model", name]).targets} == {"language", "projector"}
 
