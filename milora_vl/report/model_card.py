@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from milora_vl.core.adapter.checkpoints import read_environment
 from milora_vl.core.adapter.folders import has_config, holds_projector_alone, holds_text_model
 from milora_vl.core.policy.rules import METHODS, label_of, what_trains
 from milora_vl.models.names import BUILT_IN_MODELS
-from milora_vl.report.read_run import in_units
+from milora_vl.report.read_run import Evaluation, SuiteScores, in_units
 from milora_vl.report.tables import lowered_shares
 
 if TYPE_CHECKING:
@@ -103,20 +104,24 @@ def _task(path: Path) -> str:
 
 
 def _results(path: Path) -> list[EvalResult]:
+    """Return the headline of each benchmark, over the questions that the table of scores compares."""
     from huggingface_hub import EvalResult
 
+    files = sorted(path.glob("eval/**/final/results.json"))
+    finals = [Evaluation("final", _json(file), ()) for file in files]
+    suites = [SuiteScores("", Evaluation("base", {}, ()), final).scores() for final in finals]
+    headlines = [next(of_one) for suite in suites for _, of_one in groupby(suite, lambda score: score.benchmark)]
     return [
         EvalResult(
             task_type=_task(path),
-            dataset_type=benchmark["name"],
-            dataset_name=benchmark["name"],
-            metric_type=metric["name"],
-            metric_name=metric["name"],
-            metric_value=round(in_units(metric, metric["value"]), 2),
+            dataset_type=score.benchmark,
+            dataset_name=score.benchmark,
+            metric_type=score.any["name"],
+            metric_name=score.any["name"],
+            metric_value=round(in_units(score.any, score.after["value"]), 2),
         )
-        for file in sorted(path.glob("eval/**/final/results.json"))
-        for benchmark in _json(file).get("benchmarks", [])
-        for metric in benchmark["metrics"][:1]
+        for score in headlines
+        if score.after
     ]
 
 

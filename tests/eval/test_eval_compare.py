@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import ModelCard
 
 from milora_eval.__main__ import main
 from milora_eval.answers.store import Store, to_line
@@ -33,6 +34,7 @@ from milora_eval.stats import (
 )
 from milora_vl.common.errors import UserError
 from milora_vl.models.generate import Reply
+from milora_vl.report.model_card import update_scores
 from milora_vl.report.page import write_report
 from milora_vl.report.read_run import read_run
 from milora_vl.report.tables import change
@@ -251,6 +253,10 @@ def test_every_place_shows_the_one_comparison_over_equal_questions(tmp_path: Pat
     assert "40 questions that all have" in write_report(run).read_text(encoding="utf-8")
     assert re.search(r"\| 0\.0 +\| 0\.0 +\| \+0\.0", table)
     assert "40 questions that all have" in table
+    (run / "README.md").write_text("---\nlicense: other\n---\n<!-- scores -->\n<!-- end of scores -->")
+    update_scores(run)
+    (stored,) = ModelCard.load(run / "README.md").data.eval_results
+    assert (stored.dataset_name, stored.metric_value) == ("all", 0.0)
 
 
 ROOT = Path(__file__).resolve().parents[2]
