@@ -59,6 +59,10 @@ class Item:
         return self.turns[-1].text
 
     @property
+    def asks_boxes(self) -> bool:
+        return self.meta.get("metric") == "box"
+
+    @property
     def plain_text(self) -> str:
         """The question without its `<image>` line, as in LLaVA's question files."""
         return self.question.removeprefix("<image>\n")

@@ -71,7 +71,8 @@ class Prompt:
     form: `training` encodes the turns like training (pictures first, text stripped); `exact` keeps them unchanged, like
     LLaVA's evaluation; `raw` uses the text of the last turn without a template.
 
-    `source` is the file and number of the question, for errors; without it they show its text.
+    `source` is the file and number of the question, for errors; without it they show its text. With `boxes`, the boxes
+    in the reply are in pixels of the file of the only picture.
     """
 
     turns: tuple[Turn, ...]
@@ -79,6 +80,7 @@ class Prompt:
     form: Literal["training", "exact", "raw"] = "training"
     videos: tuple[Frames | Video, ...] = ()
     source: str = ""
+    boxes: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,8 +126,11 @@ def generate(
         return answers
 
     def keep(places: list[int], replies: list[Reply]) -> None:
-        for place, reply in zip(places, replies, strict=True):
-            answers[place] = reply
+        for number, place in enumerate(places):
+            if prompts[place].boxes:
+                text = reader.boxes.read(replies[number].text, _size(prompts[place].images[0]))
+                replies[number] = replace(replies[number], text=text)
+            answers[place] = replies[number]
         if on_batch is not None:
             on_batch(places, replies)
 
@@ -225,7 +230,7 @@ def _require_taken(base: Base, prompt: Prompt) -> None:
 
 def _form(prompt: Prompt) -> object:
     parts = tuple((turn.role, *(part["type"] for part in parts_of(turn.text))) for turn in prompt.turns)
-    return prompt.form, len(prompt.videos), parts
+    return prompt.form, prompt.boxes, len(prompt.videos), parts
 
 
 class ProcessorReader:
@@ -234,6 +239,7 @@ class ProcessorReader:
     def __init__(self, model: Any, processor: Any) -> None:
         self.model = model
         self.call = ProcessorInputs(processor)
+        self.boxes = Boxes.of(processor)
         self.tokenizer = self.call.tokenizer
         self.pad = pad_id_of(self.tokenizer)
 
@@ -256,7 +262,7 @@ class ProcessorReader:
         return text
 
     def _marked(self, prompt: Prompt, turns: Sequence[Turn]) -> list[Turn]:
-        turns = with_boxes(turns, Boxes.of(self.call.processor), lambda: list(map(_size, prompt.images)))
+        turns = _with_boxes(prompt, turns, self.boxes)
         return with_video_marks(turns, len(prompt.images), len(prompt.videos))
 
     def batches(self, prompts: Sequence[Prompt], batch_size: int) -> Iterator[list[int]]:
@@ -337,6 +343,12 @@ def _size(image: Shown) -> tuple[int, int]:
     return picture_size(image) if isinstance(image, str | Path | Picture) else (image.height, image.width)
 
 
+def _with_boxes(prompt: Prompt, turns: Sequence[Turn], boxes: Boxes) -> Sequence[Turn]:
+    if prompt.boxes:
+        boxes.form()  # raises DataError before the question is asked
+    return with_boxes(turns, boxes, lambda: list(map(_size, prompt.images)))
+
+
 def _named(prompt: Prompt) -> str:
     """Return how an error names a prompt: by its source, else by the start of its question."""
     if prompt.source:
@@ -364,6 +376,7 @@ class LlavaReader:
         self.image_token = None if images is None else image_token_id(model.config)
         self.image_tokens = 0 if images is None else image_tokens(model.config)
         self.tiling = None if images is None else tiling_of(model.config)
+        self.boxes = Boxes(f"LLaVA ({image_aspect_ratio if self.tiling is None else 'anyres'})")
         self.pad = pad_id_of(self.tokenizer)
         self._key_of = cache(file_key)
 
@@ -436,8 +449,7 @@ class LlavaReader:
         return len(self._ids(prompt)) + sum(self._num_tokens(picture) - 1 for picture in prompt.images)
 
     def _boxed(self, prompt: Prompt) -> Prompt:
-        boxes = Boxes("LLaVA (anyres)" if self.tiling is not None else f"LLaVA ({self.image_aspect_ratio})")
-        return replace(prompt, turns=tuple(with_boxes(prompt.turns, boxes, lambda: list(map(_size, prompt.images)))))
+        return replace(prompt, turns=tuple(_with_boxes(prompt, prompt.turns, self.boxes)))
 
     def _ids(self, prompt: Prompt) -> list[int]:
         if prompt.images and self.image_token is None:

@@ -10,13 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
+from transformers import GenerationMixin
 
 from milora_eval.__main__ import main
 from milora_eval.benchmark import Answer
 from milora_eval.benchmarks.own_data import OwnData
 from milora_eval.run_suite import TrainingSuites
+from milora_vl import load_model
 from milora_vl.common.errors import UserError
-from support.drawn import draw
+from support.drawn import draw, picture
 from support.problems import raises_code
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "contributing" / "add-a-benchmark.md"
@@ -69,6 +73,28 @@ def test_records_with_messages_are_accepted_as_they_are(tmp_path: Path) -> None:
     asked = [json.loads(line) for line in lines]
     assert [line["answers"] for line in asked] == [["Red."], ["Yes."], ["Red."], ["Red."]]
     assert [line["question"] for line in asked[:2]] == ["<image>\nIts color?", "<image>\nIs it red?"]
+
+
+def test_boxes_of_answers_are_scored_in_pixels_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture("red", (640, 428)).save(tmp_path / "a.png")
+    turns = [{"role": "user", "content": "<image>Where?"}, {"role": "assistant", "content": "<bbox>"}]
+    rows = [{"messages": turns, "images": ["a.png"], "objects": {"bbox": [[146, 137, 615, 415]]}}]
+    rows += [{"image": "a.png", "question": "It?", "answer": "[146, 137, 200, 200]", "metric": "box"}]
+    (tmp_path / "val.json").write_text(json.dumps(rows))
+
+    def answers(self: Any, *, input_ids: Tensor, **_: Any) -> Tensor:
+        ids = load_model("tiny")[1].tokenizer(" [0.23, 0.38, 0.96, 0.81]</s>", add_special_tokens=False)["input_ids"]
+        return torch.cat([input_ids, torch.tensor([ids] * len(input_ids))], 1)
+
+    monkeypatch.setattr(GenerationMixin, "generate", answers)
+    [result] = evaluate(str(tmp_path / "val.json"), tmp_path / "out", "--forgetting_tokens", "0")["benchmarks"]
+    assert (result["metrics"][0]["name"], result["metrics"][0]["value"]) == ("accuracy at IoU 0.5", 0.5)
+    lines = (tmp_path / "out" / "eval" / "val" / "base" / "predictions.jsonl").read_text().splitlines()
+    assert [json.loads(line)["prediction"] for line in lines] == ["[147.2, 137.2, 614.4, 412.4]"] * 2
+    rows[0]["metric"] = "exact"  # would compare texts
+    (tmp_path / "val.json").write_text(json.dumps(rows))
+    with raises_code("record-box"):
+        OwnData(str(tmp_path / "val.json")).load(tmp_path)
 
 
 @pytest.mark.parametrize("form", ["lines in .json", "lines with a mark", "list with a mark"])

@@ -81,6 +81,8 @@ def test_strange_answers_are_scored_stored_and_read_back(name: str, data: Path, 
         ("m4c", "the dog's", ["dog 's"], 1),
         ("anls", "helo", ["x", "hello"], 0.8),
         ("relaxed", "104", ["100", "7"], 1),
+        ("box", "[-2, 0, 10, 10], [0, 0, 2, 2]", ["[0, 0, 10, 5]"], 0),  # 50 / 120
+        ("box", "no box", ["[0, 0, 10, 5]"], 0),
     ],
 )
 def test_a_metric_of_own_data_is_what_its_name_says(metric: str, text: str, answers: list[str], value: float) -> None:

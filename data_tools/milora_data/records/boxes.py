@@ -86,7 +86,7 @@ class Boxes:
     >>> Boxes("Qwen3VLProcessor").written("It is at <bbox 0: 10 20 50 100>.", [(200, 100)])
     'It is at [100, 100, 500, 500].'
     >>> Boxes("Qwen3VLProcessor").read("It is at [100, 100, 500, 500].", (200, 100))
-    [[10.0, 20.0, 50.0, 100.0]]
+    'It is at [10, 20, 50, 100].'
     """
 
     def __init__(self, family: str, image_processor: Any = None) -> None:
@@ -105,26 +105,30 @@ class Boxes:
         """
         return MARK.sub(lambda mark: self._written(_numbers(mark), sizes[int(mark[1])]), text)
 
-    def read(self, text: str, size: Size) -> list[list[float]]:
-        """Return the boxes [x1, y1, x2, y2] in an answer, in pixels of the picture, which has this size."""
+    def read(self, text: str, size: Size) -> str:
+        """Return an answer with its boxes as [x1, y1, x2, y2] in pixels of the picture, which has this size."""
+        plain = re.sub(r"</?\|?[a-z_]+\|?>", "", self.form().box)  # decoding skips special tokens
         pattern = "".join(
-            re.escape(before).replace(r",\ ", r",\s*") + (rf"(?P<{name}>[0-9.]+)" if name else "")
-            for before, name, _, _ in Formatter().parse(self._form().box)
+            re.escape(before).replace(r",\ ", r",\s*") + (rf"(?P<{name}>[0-9]+(?:\.[0-9]+)?)" if name else "")
+            for before, name, _, _ in Formatter().parse(plain)
         )
         scale, shift, _ = self._grid(size)
-        return [
-            [(float(found[f"{axis}{end}"]) - shift[axis == "y"]) / scale[axis == "y"] for end in "12" for axis in "xy"]
-            for found in re.finditer(pattern, text)
-        ]
 
-    def _form(self) -> BoxForm:
+        def pixels(found: re.Match[str]) -> str:
+            corners = [float(found[name]) for name in ("x1", "y1", "x2", "y2")]
+            return in_pixels([round((x - shift[n % 2]) / scale[n % 2], 2) for n, x in enumerate(corners)])
+
+        return re.sub(pattern, pixels, text)
+
+    def form(self) -> BoxForm:
+        """Return how the family writes boxes. Raises `DataError` if no source says it."""
         if self.family not in FORMS:
             hint = f"known: {', '.join(FORMS)}; for others, write the numbers into the text"
             raise DataError(f"no source says how models of {self.family} write boxes", code="record-box", hint=hint)
         return FORMS[self.family]
 
     def _written(self, numbers: Sequence[float], size: Size) -> str:
-        form, (scale, shift, top) = self._form(), self._grid(size)
+        form, (scale, shift, top) = self.form(), self._grid(size)
         text = form.box if len(numbers) == 4 else form.point
         if text is None:
             raise _wrong(f"no source says how models of {self.family} write points")
@@ -142,7 +146,7 @@ class Boxes:
 
     def _grid(self, size: Size) -> tuple[Pair, Pair, Pair]:
         """Return scale, shift and largest value of x and y: a pixel x is x * scale + shift to the model."""
-        (height, width), unit = size, self._form().unit
+        (height, width), unit = size, self.form().unit
         if unit == "square":
             side = max(size)
             return (1 / side, 1 / side), ((side - width) // 2 / side, (side - height) // 2 / side), (1, 1)

@@ -63,7 +63,7 @@ def answer_key(settings: Mapping[str, Any], benchmark: Benchmark, item: Item, co
     Weights are among the settings by their content, so a model that trained on is asked again.
     """
     turns = [[turn.role, turn.text] for turn in benchmark.prompt(item)]
-    decoding = [benchmark.max_new_tokens, benchmark.num_beams, benchmark.form]
+    decoding = [benchmark.max_new_tokens, benchmark.num_beams, benchmark.form, *["boxes"] * item.asks_boxes]
     return digest([settings, decoding, turns, list(content)])
 
 

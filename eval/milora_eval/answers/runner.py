@@ -68,7 +68,7 @@ def finish(plan: EvaluationPlan, questions: Sequence[Question], folder: Path) ->
 def prompt_of(benchmark: Benchmark, item: Item) -> Prompt:
     """Return what the model is asked; errors name the question by its file and number, or by benchmark and id."""
     source = item.source or f"benchmark {benchmark.name}, question {item.id}"
-    return Prompt(benchmark.prompt(item), item.images, benchmark.form, item.videos, source)
+    return Prompt(benchmark.prompt(item), item.images, benchmark.form, item.videos, source, item.asks_boxes)
 
 
 def ask_model(model: Any, processor: Any, plan: EvaluationPlan, todo: Sequence[Question], keep: Keep) -> None:

@@ -158,6 +158,8 @@ def require_servable(plan: EvaluationPlan, items: Items) -> None:
         why = f"asks with {benchmark.num_beams} beams" if benchmark.num_beams > 1 else ""
         if benchmark.form == "raw" and any(item.images for item in items[benchmark.name]):
             why = "shows pictures without a chat template"
+        if any(item.asks_boxes for item in items[benchmark.name]):
+            why = "asks for boxes, in the numbers of a family of models"
         if why:
             message = f"benchmark {benchmark.name} {why}, which OpenAI's interface does not offer"
             hint = "leave it out, or load the model:  --model MODEL"

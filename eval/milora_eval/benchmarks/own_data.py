@@ -17,7 +17,7 @@ from typing import Any
 from milora_data.keys import KeyOf, data_key, digest, file_key
 from milora_data.pictures.load import Picture, refusal
 from milora_data.records import identifier_of, parse_record
-from milora_data.records.boxes import boxes_in
+from milora_data.records.boxes import boxes_in, with_pixels
 from milora_data.records.record import IMAGE, VIDEO
 from milora_eval.benchmark import (
     Answer,
@@ -61,6 +61,28 @@ def vqa(text: str, answers: Sequence[str]) -> float:
     return leave_one_out(said, references) if len(references) > 3 else float(said in references)
 
 
+BOX = re.compile(r"\[(-?[0-9.]+), (-?[0-9.]+), (-?[0-9.]+), (-?[0-9.]+)\]")
+
+
+def box(text: str, answers: Sequence[str]) -> float:
+    """Return whether the first box of a text has an IoU of at least 0.5 with an answer's, both in pixels of the file.
+
+    It is accuracy@0.5, the rule for RefCOCO in Qwen-VL's evaluate_grounding.py.
+
+    >>> box("At [0, 0, 10, 10].", ["[0, 0, 10, 20]"]), box("At [0, 0, 9, 10].", ["[0, 0, 10, 20]"])
+    (1.0, 0.0)
+    """
+    found = BOX.search(text)
+    return float(found is not None and any(_iou(found, other) >= 0.5 for other in map(BOX.search, answers) if other))
+
+
+def _iou(*boxes: re.Match[str]) -> float:
+    lefts, tops, rights, bottoms = zip(*(map(float, each.groups()) for each in boxes), strict=True)
+    shared = max(min(rights) - max(lefts), 0) * max(min(bottoms) - max(tops), 0)
+    areas = [(x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in zip(lefts, tops, rights, bottoms, strict=True)]
+    return shared / (sum(areas) - shared) if shared else 0.0
+
+
 METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
     "exact": lambda text, answers: float(exact_match(text, answers)),
     "equal": lambda text, answers: float(text in answers),
@@ -69,11 +91,13 @@ METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
     "vqa": vqa,
     "m4c": lambda text, answers: float(m4c_normalise(text) in map(m4c_normalise, answers)),
     "anls": anls,
+    "box": box,
     "relaxed": lambda text, answers: max(float(chartqa_correct(text, answer)) for answer in answers),
 }
 EQUALITIES = ("exact", "equal", "m4c")  # an answer in a sentence is wrong for them
 LENIENT = "answer in first line"
-NAMES = {"vqa": "VQA accuracy", "anls": "ANLS", "relaxed": "relaxed accuracy"}  # all others count right answers
+# All others count right answers.
+NAMES = {"vqa": "VQA accuracy", "anls": "ANLS", "relaxed": "relaxed accuracy", "box": "accuracy at IoU 0.5"}
 
 
 class OwnData(Benchmark):
@@ -168,19 +192,11 @@ def _item(row: Any, number: int, path: Path, data_dir: Path, read: KeyOf) -> Ite
     where = f"{path}, question {number}"
     if not isinstance(row, dict):
         raise DataError(f"expected an object, got {type(row).__name__}", where=where)
-    metric = row.get("metric", "exact")
-    if metric not in METRICS:
-        message = f'unknown metric "{metric}"; expected one of: {", ".join(METRICS)}'
-        hint = did_you_mean(suggest(str(metric), METRICS)[:1])
-        raise DataError(message, code="own-data-unknown-metric", where=where, hint=hint)
     is_record = any(key in row for key in ("conversations", "messages", "completion", "query"))
     record = parse_record(row if is_record else _as_record(row, where), source=where)
     turns, answers = record.turns, row.get("answers", row.get("answer"))
     if any(turn.keys or turn.role == "tools" for turn in turns):
         raise DataError("calls of tools are not scored", code="record-tools", where=where, hint="remove the record")
-    if any(boxes_in(turn.text for turn in turns if turn.role == "assistant")):
-        hint = "read the boxes of stored answers with milora_data.records.boxes.Boxes"
-        raise DataError("boxes in answers are not scored", code="record-box", where=where, hint=hint)
     answers = answers if isinstance(answers, list) else [] if answers is None else [answers]
     if turns and turns[-1].role == "assistant":
         turns, answers = turns[:-1], answers if row.get("answers") else [turns[-1].text]
@@ -191,7 +207,18 @@ def _item(row: Any, number: int, path: Path, data_dir: Path, read: KeyOf) -> Ite
         raise DataError(message, where=where, hint=hint)
     if not answers:
         raise DataError("no answer to compare with", where=where, hint='add "answer" to the question')
-    if metric == "yes_no" and not all(map(yes_or_no, map(str, answers))):
+    boxes = any(True for _ in boxes_in(map(str, answers)))
+    answers, metric = [with_pixels(str(answer)) for answer in answers], row.get("metric", "box" if boxes else "exact")
+    if metric not in METRICS:
+        message = f'unknown metric "{metric}"; expected one of: {", ".join(METRICS)}'
+        hint = did_you_mean(suggest(str(metric), METRICS)[:1])
+        raise DataError(message, code="own-data-unknown-metric", where=where, hint=hint)
+    if (boxes or metric == "box") and not (
+        metric == "box" and len(record.images) == 1 and all(len(BOX.findall(answer)) == 1 for answer in answers)
+    ):
+        message = f"boxes need the metric box, one picture, and one box in each answer, got {answers!r:.80}"
+        raise DataError(message, code="record-box", where=where, hint="write a box as [x1, y1, x2, y2]")
+    if metric == "yes_no" and not all(map(yes_or_no, answers)):
         raise DataError(f"the metric yes_no needs the answer yes or no, got {answers!r:.80}", where=where)
     if any(file.content for file in record.files):
         problems = refusal(f"{path}:{number}").problems
@@ -202,7 +229,7 @@ def _item(row: Any, number: int, path: Path, data_dir: Path, read: KeyOf) -> Ite
         turns=turns,
         images=tuple(map(str, record.images)),
         videos=record.videos,
-        answers=tuple(map(str, answers)),
+        answers=tuple(answers),
         kind=str(row.get("type") or row.get("category") or ""),
         group=next(filter(None, map(read, record.files)), None) or digest([turn.text for turn in turns]),
         meta={"metric": metric},
