@@ -21,9 +21,9 @@ from datasets import Dataset, Image, List
 from trl import DistillationConfig, DistillationTrainer, TrlParser
 
 from milora_data import load_records
+from milora_data.batches.processor_inputs import limit_pixels
 from milora_vl import apply_milora, calibration_texts, load_adapter, load_model, save_adapter
 from milora_vl.common.errors import UserError
-from milora_vl.models.processors import limit_pixels
 
 
 @dataclass

@@ -17,10 +17,10 @@ import torch
 from datasets import Dataset, Image, List
 from trl import DPOConfig, DPOTrainer, TrlParser
 
+from milora_data.batches.processor_inputs import limit_pixels
 from milora_data.formats.jsonfile import read_objects
 from milora_vl import apply_milora, calibration_texts, load_model, save_adapter
 from milora_vl.common.errors import UserError
-from milora_vl.models.processors import limit_pixels
 
 
 @dataclass

@@ -11,8 +11,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from milora_vl.common.cli.console import suggest
-from milora_vl.common.errors import UserError
+from milora_vl.common.errors import UserError, suggest
 from milora_vl.common.strict_models import Strict
 from milora_vl.core.calibration import VERSION as CALIBRATION_VERSION
 from milora_vl.core.policy import Policy

@@ -25,10 +25,9 @@ from milora_data.pictures.load import ImageError, ImagePolicy, Picture, describe
 from milora_data.pictures.videos import require_pyav, require_whole_video
 from milora_data.records.record import IMAGE, CompactRecords, Record
 from milora_data.stream import Source, load_records, mixed_records, record_items
-from milora_vl.common.cli import console as cli
 from milora_vl.common.cli.console import amount, command_line
 from milora_vl.common.cli.web import url_problem, web_address
-from milora_vl.common.errors import DataError, Problem, UserError, no_records, with_context
+from milora_vl.common.errors import DataError, Problem, UserError, no_folder, no_records, with_context
 
 Severity = Literal["error", "warning"]
 
@@ -402,7 +401,7 @@ class TrainingCheck:
         """
         folder = Path(image_folder or "")
         if not folder.is_dir():
-            raise DataError(problems=[no_folder(folder)])
+            raise DataError(problems=[no_image_folder(folder)])
         if self._reads_video_files:
             require_pyav()
         if not self.with_images:
@@ -596,7 +595,7 @@ def image_folder(data: Path, option: Path | None) -> Path:
     """
     if option is not None:
         if not option.is_dir():
-            raise UserError(problems=[no_folder(option)])
+            raise UserError(problems=[no_image_folder(option)])
         return option
     try:
         first = next((record.files[0] for record in load_records(data) if record.files), None)
@@ -606,11 +605,11 @@ def image_folder(data: Path, option: Path | None) -> Path:
     return next((place for place in places if first and _num_bytes(first, place) is not None), data.parent)
 
 
-def no_folder(folder: Path) -> Problem:
+def no_image_folder(folder: Path) -> Problem:
     address = url_problem(folder)
     if address is not None:
         return replace(address, where="--image_folder")
-    return cli.no_folder(folder, "--image_folder", "image folder")
+    return no_folder(folder, "--image_folder", "image folder")
 
 
 def _broken(findings: Sequence[Finding]) -> DataError:

@@ -17,8 +17,7 @@ from milora_data.pictures.load import PictureFile
 from milora_data.records.record import Turn, Video
 from milora_eval.stats import clustered_stderr, mean, stratified_mean, stratified_stderr
 from milora_vl.common.atomic_write import write_text
-from milora_vl.common.cli.console import did_you_mean, suggest
-from milora_vl.common.errors import UserError
+from milora_vl.common.errors import UserError, did_you_mean, suggest
 
 
 class MissingData(UserError):

@@ -19,7 +19,7 @@ from milora_vl.common.cli.parser import OR_ADAPTER, Command, option, shared
 from milora_vl.common.errors import UserError
 from milora_vl.core.adapter.folders import model_of
 from milora_vl.interop.load_model import load_by_flags
-from milora_vl.models.processors import split_processor
+from milora_vl.models.base import split_processor
 
 COMMAND = Command(
     "milora_eval.lm_eval",

@@ -21,8 +21,7 @@ from milora_eval.benchmark import Benchmark
 from milora_eval.benchmarks.own_data import OwnData
 from milora_eval.data_files import existing, other_questions
 from milora_vl.common.atomic_write import read_json
-from milora_vl.common.cli.console import did_you_mean, suggest
-from milora_vl.common.errors import MALFORMED, UserError
+from milora_vl.common.errors import MALFORMED, UserError, did_you_mean, suggest
 
 SEE = "see: python -m milora_eval ls"
 

@@ -36,9 +36,8 @@ from milora_vl.forgetting.answers import measure_on_answers
 from milora_vl.forgetting.measure import can_recover_base, general_text, measure_forgetting
 from milora_vl.interop.load_model import load_by_flags, require_scalable
 from milora_vl.interop.scale import Update
-from milora_vl.models.base import find_base
+from milora_vl.models.base import find_base, split_processor
 from milora_vl.models.generate import require_prompts
-from milora_vl.models.processors import split_processor
 from milora_vl.models.prompts import prompts_of
 
 

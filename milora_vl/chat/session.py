@@ -19,17 +19,16 @@ from milora_data.pictures.load import Picture, load_image
 from milora_data.pictures.pixels import AspectRatio
 from milora_data.pictures.videos import Frames, require_one_size, require_pyav
 from milora_data.records.record import IMAGE, VIDEO, Turn, Video
-from milora_vl.common.cli.console import beside, report
+from milora_vl.common.cli.console import report
 from milora_vl.common.cli.web import web_address
-from milora_vl.common.errors import UserError, at_flag
+from milora_vl.common.errors import UserError, at_flag, beside
 from milora_vl.core.adapter.folders import base_of, holds_adapter
 from milora_vl.forgetting.measure import can_recover_base
 from milora_vl.interop.load_model import load_by_flags, update_since
 from milora_vl.interop.scale import Update
-from milora_vl.models.base import find_base
+from milora_vl.models.base import find_base, split_processor
 from milora_vl.models.generate import Prompt, Reply, generate, require_prompts, require_shown
 from milora_vl.models.llava import uses_processor
-from milora_vl.models.processors import split_processor
 from milora_vl.models.prompts import prompts_of
 
 FRAMES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff")

@@ -5,11 +5,14 @@ The commands print them without a traceback (`cli.command_line.run`); with `--fo
 
 from __future__ import annotations
 
+import difflib
+import os
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 from milora_vl.common.secrets import without_secrets
@@ -217,3 +220,51 @@ def no_records(path: object) -> Problem:
 
 def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+def suggest(word: str, candidates: Iterable[str]) -> list[str]:
+    """Return up to three of `candidates` that are similar to `word`, the most similar first.
+
+    >>> suggest("vicuna", ["plain", "vicuna_v1"])
+    ['vicuna_v1']
+    """
+    return difflib.get_close_matches(word, list(candidates), n=3, cutoff=0.6)
+
+
+def did_you_mean(names: Sequence[str]) -> str:
+    """Return a hint that names similar words, or an empty string without such words.
+
+    >>> did_you_mean(["--model", "--modules"]), did_you_mean([])
+    ('did you mean --model or --modules?', '')
+    """
+    return f"did you mean {' or '.join(names)}?" if names else ""
+
+
+def beside(missing: Path) -> str:
+    """Return a hint for a path that does not exist: similar names in its folder, or where paths start."""
+    if missing.parent.is_dir():
+        near = suggest(missing.name, (path.name for path in missing.parent.iterdir()))
+        if near:
+            return did_you_mean([str(missing.parent / name) for name in near])
+    return "check the path" if missing.is_absolute() else f"check the path; it starts at {Path.cwd()}"
+
+
+def no_folder(path: Path, flag: str, what: str = "folder") -> Problem:
+    """Return the problem of a path that should be an existing folder, at the flag or argument that names it."""
+    if path.exists():
+        return Problem(f"{path} is a file, not a folder", "path-not-a-folder", flag, "name a folder")
+    return Problem(f"no such {what}: {path}", "path-missing", flag, beside(path))
+
+
+def require_folder(path: Path, flag: str | Key = "--output_dir", *, is_written: bool = True) -> None:
+    """Raise UserError, at `flag`, if `path` is not a folder that can be written to, or created. Writes nothing.
+
+    With `is_written` False, a folder that can only be read is accepted.
+    """
+    existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not existing.is_dir():
+        within = "" if existing == path else f"{path} is inside "
+        message, hint = f"{within}{existing}{', which' if within else ''} is a file, not a folder", "use another folder"
+        raise UserError(message, code="path-not-a-folder", where=flag, hint=hint)
+    if is_written and not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"{existing} is not writable", where=flag, hint="use another folder, or change its permissions")

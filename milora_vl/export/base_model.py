@@ -17,9 +17,8 @@ from torch import nn
 
 from milora_vl.common.atomic_write import atomic_file
 from milora_vl.common.errors import UserError, at_flag
-from milora_vl.models.base import config_of, load_processor
+from milora_vl.models.base import config_of, load_processor, split_processor
 from milora_vl.models.loading import load_weights
-from milora_vl.models.processors import split_processor
 from milora_vl.models.timm_tower import TimmTowerConfig
 
 PREFIXED_TOWERS = ("clip_vision_model", "siglip_vision_model")

@@ -11,17 +11,17 @@ import torch
 from milora_data.check import read_training_records
 from milora_vl.common.atomic_write import write_json
 from milora_vl.common.errors import UserError
+from milora_vl.core.adapter.folders import recipe_of_run
 from milora_vl.export.request import Options
 from milora_vl.forgetting.measure import measure_forgetting
 from milora_vl.interop.load_model import load_any, require_scalable
 from milora_vl.interop.scale import Update
-from milora_vl.models.base import load_processor
+from milora_vl.models.base import load_processor, split_processor
 from milora_vl.models.collator_for import collator_for
 from milora_vl.models.devices import device_named
 from milora_vl.models.loading import load_weights
 from milora_vl.models.losses import record_losses
-from milora_vl.models.processors import split_processor
-from milora_vl.models.prompts import prompts_of, recipe_of_run
+from milora_vl.models.prompts import prompts_of
 
 MEASURED = (0.0, 0.25, 0.4, 0.6, 0.8, 1.0)
 KEPT = 0.95  # share of the largest fall of the held-out loss

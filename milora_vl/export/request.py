@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from milora_vl.common.cli.console import suggest
-from milora_vl.common.errors import UserError
+from milora_vl.common.errors import UserError, suggest
 
 if TYPE_CHECKING:
     import torch

@@ -12,15 +12,13 @@ from milora_data import load_records
 from milora_data.formats.stored import is_saved
 from milora_data.keys import digest
 from milora_vl.common.atomic_write import read_json, write_json
-from milora_vl.common.cli.console import beside
-from milora_vl.common.errors import UserError, at_flag
+from milora_vl.common.errors import UserError, at_flag, beside
 from milora_vl.core.adapter.folders import require_no_base
 from milora_vl.core.weights.tensor_files import weights_digest
 from milora_vl.forgetting.answers import measure_on_answers
 from milora_vl.forgetting.measure import can_recover_base, measure_forgetting
 from milora_vl.interop.load_model import load_by_flags
-from milora_vl.models.base import load_processor
-from milora_vl.models.processors import split_processor
+from milora_vl.models.base import load_processor, split_processor
 from milora_vl.models.prompts import prompts_of
 
 FILE = "forgetting.json"

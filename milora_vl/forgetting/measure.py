@@ -20,7 +20,7 @@ from milora_vl.common.progress import progress_bar
 from milora_vl.core.calibration.texts import padded
 from milora_vl.core.evaluation_mode import evaluated
 from milora_vl.core.weights.distributed import gathered_in_forward
-from milora_vl.models.processors import split_processor
+from milora_vl.models.base import split_processor
 
 # Positions at a time. Their distributions over the vocabulary, in float32, should stay in the caches of a CPU.
 _POSITIONS, _POSITIONS_ON_CPU = 256, 16

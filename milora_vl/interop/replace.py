@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 
-from milora_vl.common.cli.console import beside, run
+from milora_vl.common.cli.console import run
 from milora_vl.common.cli.parser import Command, option
-from milora_vl.common.errors import UserError
+from milora_vl.common.errors import UserError, beside
 
 
 @contextmanager

@@ -24,16 +24,16 @@ from torch import Tensor, nn
 from milora_data.assets import cache_dir
 from milora_data.encode.tokens import share_template
 from milora_data.pictures.pixels import Tiling
-from milora_vl.common.cli.console import suggest
 from milora_vl.common.cli.web import hub_is_known
 from milora_vl.common.compat.transformers import quiet_bars, whole_weights
-from milora_vl.common.errors import UserError, first_line
+from milora_vl.common.errors import UserError, first_line, suggest
 from milora_vl.core.adapter.folders import has_config, newest_of_unfinished
 from milora_vl.core.weights.tensor_files import read_weights
 from milora_vl.models import smol_llava
 from milora_vl.models.llava import (
     IMAGE_TOKEN,
     TowerPlan,
+    complete_processor,
     composed_config,
     image_tokens,
     plan_tower,
@@ -42,7 +42,6 @@ from milora_vl.models.llava import (
     uses_processor,
 )
 from milora_vl.models.names import BUILT_IN_MODELS, NAMED_MODELS, PART_OF, SAME_WEIGHTS
-from milora_vl.models.processors import complete_processor, split_processor
 from milora_vl.models.timm_tower import TimmTowerConfig, as_map, register
 
 
@@ -472,6 +471,14 @@ def picture_statistics(name: str) -> tuple[Sequence[float], Sequence[float]]:
         sys.stderr.write(f"warning: {name} has no image mean and standard deviation: using the values of CLIP\n")
         return CLIP_MEAN, CLIP_STD
     return processor.image_mean, processor.image_std
+
+
+def split_processor(processor: Any) -> tuple[Any, Any | None]:
+    from transformers import ProcessorMixin
+
+    if isinstance(processor, ProcessorMixin):
+        return processor.tokenizer, processor.image_processor
+    return processor, None
 
 
 def tokenizer_at_hand(name: str) -> Any | None:

@@ -11,6 +11,7 @@ from transformers.trainer_utils import RemoveColumnsCollator
 
 from milora_data.batches.image_text_collator import ImageTextCollator
 from milora_data.batches.processor_collator import ProcessorCollator
+from milora_data.batches.processor_inputs import usable_inputs
 from milora_data.batches.record_collator import Item, RecordCollator
 from milora_data.encode.templates import OWN
 from milora_data.keys import FileKeys, record_key
@@ -18,9 +19,9 @@ from milora_data.pictures.load import ImagePolicy
 from milora_data.pictures.pixels import AspectRatio
 from milora_vl.common.compat.transformers import pass_texts_unchanged
 from milora_vl.common.errors import UserError
+from milora_vl.models.base import split_processor
 from milora_vl.models.llava import image_tokens, is_llava, tiling_of, uses_processor
 from milora_vl.models.losses import supervised_positions
-from milora_vl.models.processors import split_processor, usable_inputs
 
 
 def collator_for(

@@ -34,10 +34,9 @@ from milora_vl.common.cli.console import amount
 from milora_vl.common.errors import DataError, UserError, first_line, with_context
 from milora_vl.core.evaluation_mode import evaluated
 from milora_vl.core.policy.towers import is_wrapped_by_peft
-from milora_vl.models.base import Base
+from milora_vl.models.base import Base, split_processor
 from milora_vl.models.devices import out_of_memory
 from milora_vl.models.llava import image_token_id, image_tokens, is_llava, tiling_of, uses_processor
-from milora_vl.models.processors import split_processor
 
 if TYPE_CHECKING:
     from PIL import Image

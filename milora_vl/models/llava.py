@@ -235,3 +235,16 @@ def count_tokens(config: Any, layer: int) -> int:
                 hint="expected:  an encoder with hidden states (batch, tokens, channels), or timm/NAME",
             ) from None
     return int(tokens)
+
+
+def complete_processor(processor: Any, config: Any) -> None:
+    """Set the fields that the processor needs to count image tokens, and square padding as in LLaVA-1.5."""
+    if not is_llava(config):
+        return
+    processor.patch_size = config.vision_config.patch_size
+    processor.vision_feature_select_strategy = config.vision_feature_select_strategy
+    processor.num_additional_image_tokens = extra_tokens(config)
+    if config.model_type == "llava_next":
+        processor.image_processor.image_grid_pinpoints = config.image_grid_pinpoints
+    elif type(processor.image_processor).__name__.startswith("LlavaImageProcessor"):  # ...Fast, ...Pil
+        processor.image_processor.do_pad = True

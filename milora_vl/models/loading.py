@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from milora_data.assets import cache_dir
 from milora_vl.common.atomic_write import complete_folder
-from milora_vl.common.cli.console import beside
 from milora_vl.common.cli.web import hub_is_known
 from milora_vl.common.compat.transformers import forget_conversions, pass_texts_unchanged, quiet_bars, whole_weights
-from milora_vl.common.errors import UserError, first_line
+from milora_vl.common.errors import UserError, beside, first_line
+from milora_vl.core.adapter.folders import projector_file
 from milora_vl.core.evaluation_mode import keep_weights_readable
 from milora_vl.core.weights.tensor_files import read_weights
 from milora_vl.models import base
@@ -32,7 +32,7 @@ from milora_vl.models.base import TIMM, Parts, is_original, parts_of_original, r
 from milora_vl.models.devices import Quantization, quantization_config, unquantized
 from milora_vl.models.llava import ROWS, TowerPlan, compose
 from milora_vl.models.names import BUILT_IN_MODELS
-from milora_vl.models.projector import load_projector, projector_file
+from milora_vl.models.projector import load_projector
 from milora_vl.models.timm_tower import TimmTower
 
 if TYPE_CHECKING:

@@ -14,8 +14,7 @@ from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 
 from milora_vl.common.errors import UserError
-from milora_vl.core.adapter.checkpoints import newest_checkpoint
-from milora_vl.core.adapter.folders import PROJECTOR_FILES, holds_projector_alone, newest_of_unfinished
+from milora_vl.core.adapter.folders import PROJECTOR_FILES, projector_file
 from milora_vl.core.policy.towers import find_towers
 from milora_vl.core.weights.tensor_files import read_weights
 from milora_vl.models.base import PROJECTOR_WEIGHTS, is_original, read_original
@@ -87,16 +86,6 @@ def read_projector(source: Path) -> dict[str, Tensor]:
         hint = "expected:  two layers (mlp2x_gelu), as in LLaVA-1.5 and Hugging Face's LLaVA"
         raise UserError(message, where=str(file), hint=hint)
     return weights
-
-
-def projector_file(source: Path) -> Path:
-    files = [source / name for name in PROJECTOR_FILES if (source / name).is_file()] if source.is_dir() else [source]
-    if not files or not files[0].is_file():
-        newest = newest_checkpoint(source)
-        hint = newest_of_unfinished(source, "--projector_weights") if newest and holds_projector_alone(newest) else ""
-        message = f"no projector weights: expected a file or a folder with {' or '.join(PROJECTOR_FILES)}"
-        raise UserError(message, where=str(source), hint=hint)
-    return files[0]
 
 
 def _llava_name(name: str) -> str:

@@ -6,12 +6,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from milora_data.batches.processor_inputs import ProcessorSettings, configure_processor
 from milora_data.encode.templates import OWN, TRAINED_WITH
 from milora_vl.common.errors import UserError, at_flag
-from milora_vl.common.yaml_text import read_file
-from milora_vl.core.adapter.folders import base_of, holds_adapter
-from milora_vl.models.base import Base, find_base
-from milora_vl.models.processors import ProcessorSettings, configure_processor, split_processor
+from milora_vl.core.adapter.folders import base_of, holds_adapter, recipe_of_run
+from milora_vl.models.base import Base, find_base, split_processor
 
 if TYPE_CHECKING:
     from milora_data.pictures.pixels import AspectRatio
@@ -61,12 +60,6 @@ def _default_template(base: Base, folder: Path) -> str:
         return trained_template(folder)
     own = split_processor(base.processor)[0].chat_template
     return OWN if own and (base.kind == "text" or str(own).startswith(TRAINED_WITH)) else trained_template(folder)
-
-
-def recipe_of_run(folder: Path) -> dict[str, Any]:
-    """Return the content of the recipe.yaml in a run folder, or in the folder above a checkpoint; empty without one."""
-    file = next((place / "recipe.yaml" for place in (folder, folder.parent) if (place / "recipe.yaml").is_file()), None)
-    return {} if file is None else read_file(file)
 
 
 def trained_template(folder: Path) -> str:

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from milora_vl.common.cli.console import suggest
-from milora_vl.common.errors import UserError
+from milora_vl.common.errors import UserError, suggest
 from milora_vl.core.policy.rules import METHODS, label_of
 from milora_vl.train.recipe import ADAPTERS, RENAMED, EvalConfig, PolicyEdits, Recipe, SweepConfig, value_of
 from milora_vl.train.settings import edited, is_adapter

@@ -49,9 +49,8 @@ from milora_vl.core.adapter.fixed_a import Protection, protected_directions
 from milora_vl.core.calibration.texts import SEED
 from milora_vl.core.policy import Target
 from milora_vl.core.weights.tensor_files import read_weights
-from milora_vl.models.base import Base
+from milora_vl.models.base import Base, split_processor
 from milora_vl.models.collator_for import CountingCollator, collator_for
-from milora_vl.models.processors import split_processor
 from milora_vl.train.launch import attention_of
 from milora_vl.train.recipe import DataConfig, Recipe, value_of
 

@@ -26,16 +26,16 @@ from transformers.training_args import trainer_log_levels
 from transformers.utils import is_accelerate_available
 
 import llava_recipes
-from milora_vl.common.cli.console import did_you_mean, require_folder, suggest
+from milora_data.batches.processor_inputs import ProcessorSettings, configure_processor, usable_inputs
 from milora_vl.common.compat.transformers import layer_kinds, unstarted_arguments, use_one_gpu
-from milora_vl.common.errors import Key, UserError, first_line
+from milora_vl.common.errors import Key, UserError, did_you_mean, first_line, require_folder, suggest
+from milora_vl.core.adapter.folders import projector_file
 from milora_vl.core.adapter.lora import base_model_of
 from milora_vl.core.policy import Target
 from milora_vl.models.base import Base, is_to_build
 from milora_vl.models.devices import quantization_config, train_device, unquantized
 from milora_vl.models.loading import load_weights, require_parts
-from milora_vl.models.processors import ProcessorSettings, configure_processor, usable_inputs
-from milora_vl.models.projector import load_projector, projector_file
+from milora_vl.models.projector import load_projector
 from milora_vl.train.recipe import AUTOCAST, RENAMED, DataConfig, Recipe, value_of
 
 if TYPE_CHECKING:

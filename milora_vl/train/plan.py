@@ -25,10 +25,10 @@ from milora_data.batches.pack import require_packable
 from milora_data.batches.record_collator import RecordCollator
 from milora_data.encode.templates import OWN, no_videos
 from milora_data.records.record import IMAGE, Record
-from milora_vl.common.cli.console import amount, beside
+from milora_vl.common.cli.console import amount
 from milora_vl.common.cli.screen import Screen
 from milora_vl.common.cli.table import drawn
-from milora_vl.common.errors import Key, Problem, UserError, at_flag, collected
+from milora_vl.common.errors import Key, Problem, UserError, at_flag, beside, collected
 from milora_vl.core.policy import Policy, Target
 from milora_vl.core.policy.resolve import frozen_towers, policy_rows
 from milora_vl.models import loading

@@ -32,9 +32,8 @@ from pydantic import (
 import llava_recipes
 from milora_data.encode.templates import template_name
 from milora_data.stream import Source
-from milora_vl.common.cli.console import suggest
 from milora_vl.common.cli.parser import RECORDS
-from milora_vl.common.errors import Key, Problem, UserError
+from milora_vl.common.errors import Key, Problem, UserError, suggest
 from milora_vl.common.strict_models import EXPECTED, Strict, problems_of, unknown_key
 from milora_vl.common.yaml_text import read_file, read_mapping
 from milora_vl.core.policy import Policy, PolicyError, Target

@@ -21,16 +21,15 @@ from torch import nn
 from milora_data.check import KEY_BYTES, RunData, files_of
 from milora_data.records.record import Record
 from milora_vl.common import atomic_write
-from milora_vl.common.cli.console import amount, command_line, require_folder
-from milora_vl.common.errors import Key, UserError
+from milora_vl.common.cli.console import amount, command_line
+from milora_vl.common.errors import Key, UserError, require_folder
 from milora_vl.common.yaml_text import read_file
 from milora_vl.core.adapter import checkpoints
 from milora_vl.core.adapter.checkpoints import HELD_OUT, is_sharded, num_processes, step_of, zero_stage
-from milora_vl.core.adapter.folders import module_path
+from milora_vl.core.adapter.folders import module_path, recipe_of_run
 from milora_vl.core.adapter.sidecar import Sidecar, read_sidecar, require_layers
 from milora_vl.core.policy import Target
 from milora_vl.models.devices import fastest_dtype, train_device
-from milora_vl.models.prompts import recipe_of_run
 from milora_vl.train.data import Task, task_entry
 from milora_vl.train.recipe import Changes, Recipe, Request, differences, load_recipe, value_of
 from milora_vl.train.settings import to_merge

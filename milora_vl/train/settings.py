@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from milora_vl.common.cli.console import beside, command_line
-from milora_vl.common.errors import Key, Problem, UserError, with_problems
+from milora_vl.common.cli.console import command_line
+from milora_vl.common.errors import Key, Problem, UserError, beside, with_problems
 from milora_vl.common.yaml_text import TEXT, YamlTextError, parse_yaml
 from milora_vl.core.adapter import checkpoints
 from milora_vl.core.adapter.folders import (
@@ -24,6 +24,7 @@ from milora_vl.core.adapter.folders import (
     has_config,
     holds_llava_adapter,
     holds_projector_alone,
+    recipe_of_run,
     require_adapter,
 )
 from milora_vl.core.adapter.sidecar import FILE_NAME, read_sidecar, require_trainable
@@ -33,7 +34,6 @@ from milora_vl.core.policy.rules import DEFAULT_RULES, FULL_PROJECTOR, UNALIGNED
 from milora_vl.core.policy.rules import METHODS as RULE_METHODS
 from milora_vl.core.policy.towers import find_towers
 from milora_vl.models.base import Base
-from milora_vl.models.prompts import recipe_of_run
 from milora_vl.train.recipe import (
     ADAPTERS,
     PROG,

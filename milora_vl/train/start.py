@@ -49,10 +49,9 @@ from milora_vl.core.policy.towers import find_towers
 from milora_vl.core.weights.distributed import gather_objects, gathered, rank_and_world_size, result_or_error
 from milora_vl.core.weights.tensor_files import shared_digest
 from milora_vl.forgetting.measure import ends_of, general_text, padded_batches
-from milora_vl.models.base import Base
+from milora_vl.models.base import Base, split_processor
 from milora_vl.models.devices import measured_flops
 from milora_vl.models.generate import Prompt, generate
-from milora_vl.models.processors import split_processor
 from milora_vl.models.projector import load_projector
 from milora_vl.train.counts import (
     A100,

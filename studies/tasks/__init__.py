@@ -8,8 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from milora_vl.common.cli.console import suggest
-from milora_vl.common.errors import UserError
+from milora_vl.common.errors import UserError, suggest
 
 if TYPE_CHECKING:
     from studies.task import Task

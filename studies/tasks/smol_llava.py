@@ -22,10 +22,10 @@ from milora_vl.core.calibration.bases import Calibration, sources_of
 from milora_vl.core.calibration.texts import ROWS
 from milora_vl.forgetting.answers import answer_batches, drawn_questions
 from milora_vl.interop.load_model import load_model
+from milora_vl.models.base import split_processor
 from milora_vl.models.devices import fastest_dtype
 from milora_vl.models.generate import Prompt, generate
 from milora_vl.models.llava import image_tokens
-from milora_vl.models.processors import split_processor
 from milora_vl.train.start import CAPTION_TOKENS, QUESTION, with_pictures
 from studies.tasks import EASY_VQA, EMOJI
 from studies.tasks.answers import AnswerTask

@@ -14,13 +14,12 @@ from transformers.video_utils import load_video
 
 from milora_data.__main__ import main
 from milora_data.batches.processor_collator import ProcessorCollator
-from milora_data.batches.processor_inputs import ProcessorInputs
+from milora_data.batches.processor_inputs import ProcessorInputs, ProcessorSettings, configure_processor
 from milora_data.pictures.load import ImageError
 from milora_data.records import parse_record
 from milora_data.stream import load_records
 from milora_vl.common.errors import DataError
 from milora_vl.models.losses import summed_loss
-from milora_vl.models.processors import ProcessorSettings, configure_processor
 from support.problems import raises_code
 from support.versions import needs_places
 from support.videos import VIDEO_PARTS, asked, video_template, write_video

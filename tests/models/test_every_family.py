@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 
 from milora_data.batches.processor_collator import ProcessorCollator
+from milora_data.batches.processor_inputs import usable_inputs
 from milora_data.records.record import Turn
 from milora_vl import collator_for
 from milora_vl.core.policy.policy import Policy
 from milora_vl.core.policy.towers import find_towers
 from milora_vl.models.generate import Prompt, generate
-from milora_vl.models.processors import usable_inputs
 from support import family_table
 from support.any_family import tiny_family, tiny_model
 from support.family_table import COLUMNS, FAMILIES, PAGE, RESULTS, check, rows_of

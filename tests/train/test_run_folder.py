@@ -19,10 +19,11 @@ from milora_vl.chat import __main__ as chat
 from milora_vl.common import atomic_write
 from milora_vl.common.errors import UserError
 from milora_vl.core.adapter.checkpoints import is_finished
+from milora_vl.core.adapter.folders import projector_file
 from milora_vl.export import __main__ as export
 from milora_vl.forgetting import job
 from milora_vl.forgetting.__main__ import main as forget
-from milora_vl.models.projector import projector_file, save_projector
+from milora_vl.models.projector import save_projector
 from milora_vl.train.__main__ import main
 from milora_vl.train.recipe import Recipe
 from milora_vl.train.resume import choose_folder, default_folder

@@ -16,8 +16,8 @@ from typing import Any, Literal, NamedTuple
 
 from milora_data.encode.tokens import bos_ids, eos_text, glue_after, own_template
 from milora_data.records.record import IMAGE, Turn
-from milora_vl.common.cli.console import amount, did_you_mean, suggest
-from milora_vl.common.errors import DataError, UserError
+from milora_vl.common.cli.console import amount
+from milora_vl.common.errors import DataError, UserError, did_you_mean, suggest
 
 EOS = "{eos}"
 OWN = "chat_template"

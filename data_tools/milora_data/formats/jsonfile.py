@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from milora_vl.common.atomic_write import atomic_file
-from milora_vl.common.cli.console import beside, command_line
+from milora_vl.common.cli.console import command_line
 from milora_vl.common.cli.web import url_problem
-from milora_vl.common.errors import DataError
+from milora_vl.common.errors import DataError, beside
 
 TABLES = (".csv", ".tsv")
 DELIMITERS = ",;\t"

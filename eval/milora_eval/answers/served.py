@@ -28,8 +28,7 @@ from milora_data.keys import digest
 from milora_data.pictures.load import ORIENTATION, content_of, load_image, opened_picture
 from milora_eval.answers.questions import EvaluationPlan, Items, Question, group_order, questions_of
 from milora_eval.answers.runner import Keep, prompt_of
-from milora_vl.common.cli.console import did_you_mean, suggest
-from milora_vl.common.errors import MALFORMED, Problem, UserError, first_line, with_context
+from milora_vl.common.errors import MALFORMED, Problem, UserError, did_you_mean, first_line, suggest, with_context
 from milora_vl.common.secrets import HIDDEN
 from milora_vl.models.generate import Prompt, Reply
 

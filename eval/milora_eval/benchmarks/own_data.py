@@ -34,9 +34,8 @@ from milora_eval.benchmark import (
 from milora_eval.benchmarks.short_answers import FIRST_LINE, anls, chartqa_correct, exact_match, in_first_line
 from milora_eval.benchmarks.vqa import clean, leave_one_out, m4c_normalise, normalise
 from milora_eval.data_files import json_values
-from milora_vl.common.cli.console import beside, did_you_mean, suggest
 from milora_vl.common.cli.web import url_problem
-from milora_vl.common.errors import DataError, Problem, UserError, collected
+from milora_vl.common.errors import DataError, Problem, UserError, beside, collected, did_you_mean, suggest
 
 
 def yes_or_no(text: str) -> str:

@@ -70,10 +70,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _losses(model: str, options: argparse.Namespace) -> tuple[list[dict[str, object]], int]:
     """Return a line for each record that can be used, highest loss first, and the number of the others; logs each."""
     from milora_data.batches.record_collator import record_of
+    from milora_vl.core.adapter.folders import recipe_of_run
     from milora_vl.interop.load_model import load_by_flags
     from milora_vl.models.collator_for import collator_for
     from milora_vl.models.losses import record_losses
-    from milora_vl.models.prompts import prompts_of, recipe_of_run
+    from milora_vl.models.prompts import prompts_of
 
     folder, items = image_folder(options.data, options.image_folder), list(record_items(options.data))
     errors = [item for item in items if isinstance(item, DataError)]

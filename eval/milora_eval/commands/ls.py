@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from milora_eval.registry import SUITES, listing
-from milora_vl.common.cli.console import next_step, no_folder
+from milora_vl.common.cli.console import next_step
 from milora_vl.common.cli.parser import Command, shared
-from milora_vl.common.errors import UserError
+from milora_vl.common.errors import UserError, no_folder
 
 COMMAND = Command(
     "milora_eval ls",

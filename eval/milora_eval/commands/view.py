@@ -17,9 +17,9 @@ from milora_eval.answers.questions import select
 from milora_eval.answers.store import Line, by_question, to_answer
 from milora_eval.commands.flags import names_of
 from milora_eval.scores.results import require_lines
-from milora_vl.common.cli.console import next_step, require_folder
+from milora_vl.common.cli.console import next_step
 from milora_vl.common.cli.parser import Command, option, shared
-from milora_vl.common.errors import UserError
+from milora_vl.common.errors import UserError, require_folder
 from milora_vl.report.page import answer_card
 
 Runs = Sequence[tuple[str, Sequence[Line]]]

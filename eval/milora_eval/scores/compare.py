@@ -30,8 +30,8 @@ from milora_eval.stats import (
     resampled_difference,
     too_few,
 )
-from milora_vl.common.cli.console import amount, did_you_mean, suggest
-from milora_vl.common.errors import UserError
+from milora_vl.common.cli.console import amount
+from milora_vl.common.errors import UserError, did_you_mean, suggest
 from milora_vl.core.adapter.checkpoints import step_of
 
 WORK = 1_000_000  # largest number of answers that a bootstrap scores

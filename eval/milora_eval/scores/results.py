@@ -16,8 +16,7 @@ from milora_eval.benchmark import Metric
 from milora_eval.registry import SUITES, stored_benchmark
 from milora_eval.stats import mean
 from milora_vl.common.atomic_write import read_json, write_json
-from milora_vl.common.cli.console import no_folder
-from milora_vl.common.errors import UserError, expected_format
+from milora_vl.common.errors import UserError, expected_format, no_folder
 
 RESULTS, TABLE = "results.json", "table.md"
 Results = dict[str, Any]

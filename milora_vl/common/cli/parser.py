@@ -14,9 +14,8 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, NoReturn
 
-from milora_vl.common.cli.console import did_you_mean, require_folder, suggest
 from milora_vl.common.cli.web import url_problem
-from milora_vl.common.errors import Problem, UserError
+from milora_vl.common.errors import Problem, UserError, did_you_mean, require_folder, suggest
 
 NEGATIVE = re.compile(r"-[\d.]+e[-+]?\d+|-inf|-nan", re.IGNORECASE)
 

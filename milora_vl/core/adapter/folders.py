@@ -10,8 +10,10 @@ import json
 import shlex
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from milora_vl.common.errors import MALFORMED, Problem, UserError
+from milora_vl.common.yaml_text import read_file
 from milora_vl.core.adapter.checkpoints import holds_weights, newest_checkpoint, step_of
 
 
@@ -122,6 +124,16 @@ def newest_of_unfinished(folder: Path, *call: object) -> str:
     )
 
 
+def projector_file(source: Path) -> Path:
+    files = [source / name for name in PROJECTOR_FILES if (source / name).is_file()] if source.is_dir() else [source]
+    if not files or not files[0].is_file():
+        newest = newest_checkpoint(source)
+        hint = newest_of_unfinished(source, "--projector_weights") if newest and holds_projector_alone(newest) else ""
+        message = f"no projector weights: expected a file or a folder with {' or '.join(PROJECTOR_FILES)}"
+        raise UserError(message, where=str(source), hint=hint)
+    return files[0]
+
+
 def base_of(folder: Path) -> str:
     """Return the name of the base model that an adapter belongs to, as `from_there` finds it.
 
@@ -167,6 +179,12 @@ def model_of(model: str | None, adapter: Path | None, *call: object) -> str:
         where="--model",
         hint="for example  --model llava-1.5-7b" + (", or an adapter, which names its base" if adapter is None else ""),
     )
+
+
+def recipe_of_run(folder: Path) -> dict[str, Any]:
+    """Return the content of the recipe.yaml in a run folder, or in the folder above a checkpoint; empty without one."""
+    file = next((place / "recipe.yaml" for place in (folder, folder.parent) if (place / "recipe.yaml").is_file()), None)
+    return {} if file is None else read_file(file)
 
 
 def holds_text_model(folder: Path) -> bool:

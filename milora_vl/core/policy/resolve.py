@@ -231,7 +231,7 @@ def _collect(rules: Sequence[Rule], selector: Selector, problems: list[Problem])
         except PolicyError as error:
             problems += [problem.inside("policy", number, "modules") for problem in error.problems]
             continue
-        named = rule.named_fields()
+        named = {name: value for name, value in rule if name != "modules" and value is not None}
         for path in paths:
             plans[path].apply(number, named)
         methods = {plans[path].fields["method"] for path in paths if "method" in plans[path].fields}

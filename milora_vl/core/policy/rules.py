@@ -134,9 +134,6 @@ class Rule(Strict):
             except ValidationError as error:
                 raise PolicyError(problems=problems_of(error, type(self), "policy")) from None
 
-    def named_fields(self) -> dict[str, Any]:
-        return {name: value for name, value in self if name != "modules" and value is not None}
-
     def in_force(self) -> dict[str, Any]:
         """Return the rule as a mapping, as in YAML, with the share that its method protects by default."""
         share = {} if self.method is None else {"protect": METHODS[self.method].protect}
