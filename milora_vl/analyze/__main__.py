@@ -72,8 +72,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"there are {len(found):,} layers, for example {found[0].path}"
         raise UserError(f"no layer matches {options.modules}", where="--modules", hint=hint)
     of = {"subject": options.subject, "base": base_name, "rank": options.rank, "modules": options.modules}
-    rows = layers.rows_of(chosen, options.device, options.rank)
+    store = folder / "unfinished.jsonl"
+    rows = layers.rows_of(chosen, options.device, options.rank, store)
     summary = figures.write(folder, of, rows)
+    store.unlink()
     if options.format == "json":
         sys.stdout.write(json.dumps(summary | {"rows": rows}, ensure_ascii=False) + "\n")
     else:

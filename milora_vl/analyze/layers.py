@@ -6,6 +6,7 @@ are read as `load_model` reads them.
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from milora_vl.common.atomic_write import json_lines
 from milora_vl.common.errors import UserError
 from milora_vl.common.progress import progress_bar
 from milora_vl.core.adapter.anchored import anchors_of, factors, has_anchor
@@ -26,6 +28,7 @@ from milora_vl.core.adapter.peft_model import MiloraMixin
 from milora_vl.core.policy.towers import Towers, find_towers
 from milora_vl.core.svd import Factors, decompose
 from milora_vl.core.weights.matrices import is_adaptable, is_linear, read_matrix
+from milora_vl.core.weights.tensor_files import weights_digest
 from milora_vl.interop.load_model import load_any
 from milora_vl.models.devices import device_named
 from milora_vl.models.loading import load_weights
@@ -273,12 +276,22 @@ def matrices(model: nn.Module) -> dict[str, nn.Module]:
     return inside or {path: module for path, module in modules.items() if is_linear(module)}
 
 
-def rows_of(layers: Sequence[Layer], device: str | None, rank: int) -> list[Row]:
-    """Return a row for every layer. `device` is the value of --device."""
+def rows_of(layers: Sequence[Layer], device: str | None, rank: int, store: Path) -> list[Row]:
+    """Return a row for every layer. `device` is the value of --device.
+
+    The file `store` keeps each row with a hash of its weights: an analysis that was interrupted computes the others.
+    """
     rows, on = list[Row](), device_named(device)
-    with torch.inference_mode(), progress_bar("analysing", len(layers), "layers") as bar:
+    stored = {line["key"]: line["row"] for line in json_lines(store)}
+    store.parent.mkdir(parents=True, exist_ok=True)
+    with torch.inference_mode(), store.open("a") as file, progress_bar("analysing", len(layers), "layers") as bar:
         for layer in layers:
-            rows.append(layer.row(on, rank))
+            key = f"{layer.path} {rank} {weights_digest(layer.before)} {weights_digest(layer.after)}"
+            if key not in stored:
+                stored[key] = layer.row(on, rank)
+                file.write("\n" + json.dumps({"key": key, "row": stored[key]}))  # not behind a line that was cut off
+                file.flush()
+            rows.append(stored[key])
             bar.update()
     return rows
 

@@ -35,7 +35,7 @@ def disturbed(model: Any) -> Any:
 def analysed(folder: Path, base: Path) -> dict[str, dict[str, Any]]:
     """The rows of a trained folder by path, without figures, which take their time."""
     _, layers = layers_of(str(folder), str(base))
-    rows = rows_of(layers, "cpu", 8)
+    rows = rows_of(layers, "cpu", 8, folder / "rows.jsonl")
     return {row["path"]: row for row in rows}
 
 
@@ -90,12 +90,31 @@ def test_a_model_tuned_in_full_and_an_adapter_of_peft(base: Path, tmp_path: Path
 
 
 @pytest.mark.usefixtures("real_plots")
-def test_the_command_writes_a_table_and_figures(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_writes_a_table_and_figures(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also after it was interrupted, and a line was cut off: the layers that were finished are not computed again."""
     rules = "[{modules: language.mlp, method: milora, rank: 2, protect: 0}]"
     disturbed(apply_milora(load_model(base)[0], Policy.parse(rules))).save_pretrained(str(tmp_path / "run"))
     folder = tmp_path / "analysis"
     flags = ["--base", str(base), "--modules", "*language*mlp*", "--output_dir", str(folder)]
+    rows, computed = measures.Layer.row, list[str]()
+
+    def row(layer: Any, *settings: Any) -> Any:
+        computed.append(layer.path)
+        if len(computed) == 4:
+            raise KeyboardInterrupt
+        return rows(layer, *settings)
+
+    monkeypatch.setattr(measures.Layer, "row", row)
+    with pytest.raises(KeyboardInterrupt):
+        main([str(tmp_path / "run"), *flags])
+    store = folder / "unfinished.jsonl"
+    store.write_text(store.read_text()[:-9])
     assert main([str(tmp_path / "run"), *flags]) == 0
+    assert computed[4:6] == computed[2:4]
+    assert len(computed) == 8
+    assert not store.exists()
     with (folder / "layers.csv").open() as table:
         assert len(list(csv.DictReader(table))) == 6
     printed = capsys.readouterr().out

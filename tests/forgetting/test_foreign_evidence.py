@@ -42,7 +42,7 @@ def saved_base(folder: Path, **config: Any) -> str:
 
 def analysed(folder: Path, base: str | None = None) -> dict[str, dict[str, Any]]:
     _, layers = layers_of(str(folder), base)
-    return {row["path"]: row for row in rows_of(layers, "cpu", 8)}
+    return {row["path"]: row for row in rows_of(layers, "cpu", 8, folder / "rows.jsonl")}
 
 
 @pytest.mark.skipif(not SAVES_BIASES, reason="this PEFT loses them")
