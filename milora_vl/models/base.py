@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from filelock import FileLock
 from torch import Tensor, nn
 
 from milora_data.assets import cache_dir
@@ -197,7 +198,9 @@ def source_of(name: str) -> str:
     if built == name or (built and not folder.is_dir()):
         made = folder_of(built)
         if not (made / "config.json").is_file():
-            smol_llava.build(built, made)
+            with FileLock(f"{made}.lock"):  # the processes of a run wait here, and in no collective
+                if not (made / "config.json").is_file():
+                    smol_llava.build(built, made)
         return str(made)
     if folder.is_dir():
         if not (folder / "config.json").is_file():

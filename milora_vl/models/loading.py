@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from filelock import FileLock
 from torch import Tensor, nn
 
 from milora_data.assets import cache_dir
@@ -112,9 +113,12 @@ def base_folder(parts: Parts) -> tuple[Path, bool]:
     folder = planned_folder(parts)
     if (folder / "config.json").is_file():
         return folder, False
-    with complete_folder(folder) as staged:
-        write(parts, staged)
-    return folder, True
+    with FileLock(f"{folder}.lock"):  # as in `base.source_of`
+        is_new = not (folder / "config.json").is_file()
+        if is_new:
+            with complete_folder(folder) as staged:
+                write(parts, staged)
+    return folder, is_new
 
 
 @whole_weights()

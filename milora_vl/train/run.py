@@ -175,10 +175,7 @@ def freeze_unseen_projector(run: Run, records: RunData, screen: Screen) -> Run:
 def compose_base(run: Run, screen: Screen) -> Run:
     """Return the run on a base that exists, with the repository of --push_to_hub open."""
     open_repository(run.recipe.train, run.folder.path, run.hub_token)
-    is_first = run.args.local_process_index == 0
-    composed = run.composed() if is_first else None
-    gather_objects(None)  # an error of the first process ends the others here, which a barrier does not
-    run, line = composed or run.composed()
+    run, line = run.composed()
     if line:
         screen.say(line)
     return run
