@@ -214,7 +214,7 @@ class KeepDigits(TrainerCallback):
     """Give the buffers that never change the digits back that DeepSpeed 0.17 rounds off with the model."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.buffers = {name: model.get_buffer(name).cpu() for name in fixed_names(model)}
+        self.buffers = {name: model.get_buffer(name) for name in fixed_names(model)}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **objects: Any
@@ -224,6 +224,7 @@ class KeepDigits(TrainerCallback):
             module, here = model.get_submodule(path), model.get_buffer(name)
             if here.dtype != kept.dtype:
                 module.register_buffer(key, kept.to(here.device), persistent=key not in EARLIER)
+        self.buffers.clear()
 
 
 class FrozenTowers(TrainerCallback):
