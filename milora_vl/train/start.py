@@ -7,7 +7,6 @@ keeps them for the run itself, a cache by a hash of the weights for other runs.
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,9 +14,10 @@ from functools import cached_property, lru_cache
 from hashlib import sha256
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field, NonNegativeInt, TypeAdapter
 from torch import Tensor, nn
 from transformers import GenerationMixin
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -77,6 +77,7 @@ MOST_TOKENS = 65_536  # of a picture and its caption
 MOST_RECORDS = 512  # of data
 NGRAM = 12  # words in a row that two texts share only if one is copied
 _VERSION = 5  # increase it if equal settings can give other texts
+_Rows = list[Annotated[list[NonNegativeInt], Field(min_length=1)]]
 
 
 @dataclass(frozen=True)
@@ -210,7 +211,9 @@ def _written_rows(sources: _Sources, count: int) -> list[tuple[str, list[int]]]:
         return sampled_rows(model, *ends_of(tokenizer), **at, on_tokens=on_work)
 
     jobs = [_Job(f"{number} {part} {LENGTH}", part, LENGTH - 1) for number, part in enumerate(parts)]
-    rows = _cached(sources, "texts", TEXTS, "tokens", jobs, write)
+    rows = _cached(
+        sources, "texts", list[Annotated[list[NonNegativeInt], Field(min_length=1)]], TEXTS, "tokens", jobs, write
+    )
     kept = [row for row in rows if not shares_probe_text(tokenizer.decode(row, skip_special_tokens=True))]
     return [(f"sample {number}", row) for number, row in enumerate(kept)]
 
@@ -273,7 +276,7 @@ def _captions(sources: _Sources, records: Sequence[Record], folder: Path) -> lis
 
     asked = f"{recipe.template} {recipe.data.image_aspect_ratio} {CAPTION_TOKENS} {QUESTION}"
     jobs = [_Job(f"{asked} {[[file_key(path) for path in paths] for paths in part]}", len(part)) for part in parts]
-    return _cached(sources, "captions", CAPTIONS, "pictures", jobs, write)
+    return _cached(sources, "captions", list[str], CAPTIONS, "pictures", jobs, write)
 
 
 def _collated(collate: RecordCollator[Any], records: Sequence[Record], size: int) -> list[Mapping[str, Tensor]]:
@@ -313,6 +316,7 @@ class _Job:
 def _cached(
     sources: _Sources,
     what: str,
+    kind: Any,
     title: str,
     unit: str,
     jobs: Sequence[_Job],
@@ -320,13 +324,14 @@ def _cached(
 ) -> list[Any]:
     """Return the results of all jobs, the same in every process: from the cache of the first one, or written.
 
-    The processes share the jobs. `write` gets the number of a job and what to call with the work that is done.
+    The processes share the jobs. `write` gets the number of a job and what to call with the work that is done; it
+    returns a value of the type `kind`.
     """
     rank, processes = rank_and_world_size()
     keys = [sha256(f"{_VERSION} {sources.weights} {what} {job.settings}".encode()).hexdigest()[:32] for job in jobs]
     files = [cache_folder(sources.recipe) / f"calibration-{key}.json" for key in keys]
     found = gather_objects(
-        [_read(file, job.count) for file, job in zip(files, jobs, strict=True)] if rank == 0 else None
+        [_read(file, kind, job.count) for file, job in zip(files, jobs, strict=True)] if rank == 0 else None
     )[0]
     if used := sum(map(len, filter(None, found))):
         sources.screen.say(f"{used} calibration {what} of an earlier start are used")
@@ -355,13 +360,13 @@ def cache_folder(recipe: Recipe) -> Path:
     return Path(recipe.factor_cache or cache_dir() / "calibration")
 
 
-def _read(file: Path, count: int) -> list[Any] | None:
+def _read(file: Path, kind: Any, count: int) -> list[Any] | None:
     """Return the `count` texts of an entry; None for a text that is missing or does not fit."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found: list[Any] = TypeAdapter(kind).validate_json(file.read_bytes(), strict=True)
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, list) and len(found) == count else None
+    return found if len(found) == count else None
 
 
 @dataclass(frozen=True, slots=True)

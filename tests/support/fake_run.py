@@ -92,9 +92,7 @@ def policy() -> Json:
                 "sigma_top": 6.0,
                 "energy": 0.003 + 0.0001 * block,
             }
-            layers.append(
-                common | measured | {"method": "milora", "protect": 0, "excess": 4e-7, "svd": "exact", "seconds": 0.05}
-            )
+            layers.append(common | measured | {"method": "milora", "protect": 0, "excess": 4e-7, "svd": "exact"})
     for leaf, shape in (("linear_1", (576, 320)), ("linear_2", (576, 576))):
         path = f"model.multi_modal_projector.{leaf}"
         common = {"path": path, "shape": shape, "tower": "projector", "rank": None}

@@ -136,9 +136,10 @@ def test_texts_are_written_once_and_an_entry_that_does_not_fit_again(
     settings = recipe(tiny_data, samples=3, pictures=0)
     calibrated(settings)
     (entry,) = cache.iterdir()
-    entry.write_text("[[1, 5, 2]]")
-    first = calibrated(settings)
-    assert [batch["input_ids"].shape[0] for batch in first] == [8, 3]  # eight texts more than the recipe names
+    for damaged in ([[1, 5, 2]], ["a text"] * 11, [[1.5]] * 11, [[]] * 11):
+        entry.write_text(json.dumps(damaged))
+        first = calibrated(settings)
+        assert [batch["input_ids"].shape[0] for batch in first] == [8, 3]  # eight texts more than the recipe names
     monkeypatch.setattr(start, "sampled_rows", None)
     assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(first, calibrated(settings), strict=True))
 

@@ -39,10 +39,10 @@ import torch.nn.functional as F
 import xxhash
 from peft.tuners import lora
 from peft.tuners.lora import LoraLayer
+from pydantic import TypeAdapter
 from torch import Tensor, autocast, nn
 
 from milora_vl.common.compat.peft import ForwardVariant, set_variant
-from milora_vl.common.errors import MALFORMED
 from milora_vl.core.adapter.initialize import WeightError, seed_of
 from milora_vl.core.calibration import VERSION
 from milora_vl.core.calibration.activations import for_each_input
@@ -168,7 +168,7 @@ def protect(
 
     Devices differ in the signs and in the order of nearly equal directions, and gradients of B add up only for one A.
     `weights` is the key of the model if it is known, and `is_shown` shows a progress bar, or the file of the cache, on
-    stderr. Warns about layers that protect less than asked, and about too little data.
+    stderr. Warns about layers that protect less than asked or almost nothing, and about too little data.
     """
     fixed = [target for target in targets if target.has_fixed_A]
     if calibration is None or not fixed:
@@ -199,10 +199,11 @@ def protect(
 
 
 LEAST_HELD_OUT = 0.5  # of the share; a layer that holds less of held-out energy than this gets a warning
+FEWEST = 0.01  # a layer that protects a smaller share of its input directions than this gets a warning
 
 
 def _warn(targets: Sequence[Target], about: Mapping[str, Protection]) -> None:
-    """Warn about layers that protect less than their rule asks for, and about too little data.
+    """Warn about layers that protect almost nothing, or less than their rule asks for, and about too little data.
 
     With too little data, directions describe the calibration batches and not the inputs of the layer in general.
     """
@@ -221,6 +222,14 @@ def _warn(targets: Sequence[Target], about: Mapping[str, Protection]) -> None:
             f"energy on them, and {seen}. Calibrate with more data.",
             stacklevel=4,
         )
+    few = [path for path, one in about.items() if one.directions < FEWEST * one.inputs and path not in lowered]
+    if few:
+        one = about[few[0]]
+        warnings.warn(
+            f"{len(few):,} of {len(about):,} layers protect almost nothing: {few[0]} protects {one.directions} of "
+            f"{one.inputs:,} input directions, which hold {one.energy:.1%} of its energy. Raise protect for them.",
+            stacklevel=4,
+        )
     if lowered:
         lowest = min(lowered, key=lambda path: lowered[path])
         warnings.warn(
@@ -233,12 +242,13 @@ def _warn(targets: Sequence[Target], about: Mapping[str, Protection]) -> None:
 def _read(file: Path, targets: Sequence[Target]) -> tuple[dict[str, Tensor], dict[str, Protection]] | None:
     """Return A and its protection by path; None for an entry that is missing or does not fit."""
     tensors, metadata = read_cached(file.parent, file.stem) or ({}, {})
-    if {path: A.shape for path, A in tensors.items()} != {t.path: (t.rank, t.shape[1]) for t in targets}:
-        return None
     try:
-        return tensors, {path: Protection(**one) for path, one in json.loads(metadata["content"]).items()}
-    except MALFORMED:
+        about = TypeAdapter(dict[str, Protection]).validate_json(metadata.get("content", ""), strict=True)
+    except ValueError:
         return None
+    wanted = {t.path: ((t.rank, t.shape[1]), torch.float32) for t in targets}
+    fits = about.keys() == wanted.keys() and wanted == {path: (A.shape, A.dtype) for path, A in tensors.items()}
+    return (tensors, about) if fits else None
 
 
 def off_inputs(rows: Tensor, V: Tensor) -> tuple[Tensor, float]:

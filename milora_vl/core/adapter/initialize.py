@@ -14,7 +14,7 @@ several processes each one decomposes a share of the weights, and all of them ge
 
 from __future__ import annotations
 
-import time
+import warnings
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,7 +41,6 @@ class LayerReport:
     - `sigma_top`: the largest singular value of W; a lower estimate if `svd` is gram or gram64.
     - `energy`: the share of ||W||_F^2 in the trained components.
     - `excess`: a certified bound on the error of their norm, see `Factors`.
-    - `seconds`: the time of the decomposition.
     """
 
     path: str
@@ -55,7 +54,6 @@ class LayerReport:
     energy: float
     excess: float
     svd: str
-    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +79,7 @@ def initialize(
     distributed run each process decomposes a share of the layers; ZeRO-3 gathers one layer at a time.
 
     Raises WeightError, in every process and with the module, for NaN and infinite values, for empty and missing weights
-    and for ranks that are too large.
+    and for ranks that are too large. Warns about singular values at zero.
 
     >>> from milora_vl.core.policy import Policy
     >>> model = nn.Sequential(nn.Linear(4, 4, bias=False))
@@ -118,12 +116,19 @@ def initialize(
         A0 = broadcast(None if own is None else own.A0, (report.rank, inn), dtype, device, owner)
         B0 = broadcast(None if own is None else own.B0, (out, report.rank), dtype, device, owner)
         initial[t.path] = Initial(A0, B0, of_base, report)
+    # Row i of A0 and column i of B0 have the length sqrt(S_i / s). Where both are 0, so are their gradients.
+    dead = [path for path, one in initial.items() if one.report.sigma_min <= 1e-7 * one.report.sigma_top]
+    if dead and rank == 0:
+        warnings.warn(
+            f"{len(dead):,} of {len(initial):,} adapters hold singular values at zero (first: {dead[0]}), which learn "
+            "slowly or not at all. Remove  protect: 0,  or set  method: lora  for them.",
+            stacklevel=3,
+        )
     return initial
 
 
 def _initial(W: Tensor, dtype: torch.dtype, target: Target, cache: Path | None) -> Initial:
     """Raises WeightError for a weight that cannot be decomposed. Warns if the cache cannot be written."""
-    start = time.perf_counter()
     assert target.rank is not None
     assert target.part is not None
     try:
@@ -131,8 +136,7 @@ def _initial(W: Tensor, dtype: torch.dtype, target: Target, cache: Path | None) 
     except (ValueError, torch.linalg.LinAlgError) as error:
         raise WeightError(str(error), where=target.path) from error
     A0, B0 = factors.lora(target.scaling)  # any scale is allowed, because B0 A0 is subtracted
-    report = _report(factors, target, time.perf_counter() - start)
-    return Initial(A0.to(dtype), B0.to(dtype), fingerprint(W), report)
+    return Initial(A0.to(dtype), B0.to(dtype), fingerprint(W), _report(factors, target))
 
 
 def seed_of(target: Target) -> int:
@@ -140,7 +144,7 @@ def seed_of(target: Target) -> int:
     return zlib.crc32(target.path.encode(), target.seed) if target.part == "random" else 0
 
 
-def _report(factors: Factors, target: Target, seconds: float) -> LayerReport:
+def _report(factors: Factors, target: Target) -> LayerReport:
     energy = float(factors.S.double().square().sum())
     return LayerReport(
         path=target.path,
@@ -154,5 +158,4 @@ def _report(factors: Factors, target: Target, seconds: float) -> LayerReport:
         energy=energy / factors.norm**2 if factors.norm > 0 else 0.0,
         excess=factors.excess,
         svd=factors.method,
-        seconds=seconds,
     )

@@ -11,6 +11,7 @@ import json
 import re
 import warnings
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from itertools import chain
 from operator import itemgetter
 from pathlib import Path
@@ -91,12 +92,14 @@ def cached_factors(W: Tensor, rank: int, part: Part, folder: Path | None, *, see
     Raises ValueError as `decompose`. Warns if the cache cannot be written.
     """
     key = "" if folder is None or W.is_meta else cache_key(W, rank, part, seed)
-    entry = read_cached(folder, key) if folder is not None and key else None
-    if entry is not None:
-        tensors, metadata = entry
+    tensors, metadata = (read_cached(folder, key) if folder is not None and key else None) or ({}, {})
+    with suppress(*MALFORMED):  # an entry that does not fit is written again
         norm, sigma_max, excess = (float(metadata[name]) for name in ("norm", "sigma_max", "excess"))
         U, S, Vh = (tensors[name].to(W.device) for name in ("U", "S", "Vh"))
-        return Factors(U, S, Vh, tensors["index"], norm, sigma_max, excess, metadata["method"])
+        found = Factors(U, S, Vh, tensors["index"], norm, sigma_max, excess, metadata["method"])
+        is_whole = (*U.shape, *S.shape, *Vh.shape) == (W.shape[0], rank, rank, rank, W.shape[1])
+        if is_whole and {U.dtype, S.dtype, Vh.dtype} == {torch.promote_types(W.dtype, torch.float32)}:
+            return found
     factors = decompose(W, rank, part, generator=torch.Generator().manual_seed(seed))
     if folder is not None:
         tensors = {name: getattr(factors, name) for name in ("U", "S", "Vh", "index")}

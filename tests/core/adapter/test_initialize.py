@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -50,7 +51,15 @@ def test_the_report_tells_the_spectrum(method: str, part: str) -> None:
     assert report.energy == pytest.approx(float(chosen.square().sum() / S.square().sum()), rel=1e-4)
     assert (report.path, report.shape, report.tower, report.rank) == ("0", (6, 9), "language", 2)
     assert (report.excess, report.svd) == (0.0, "eigh")
-    assert report.seconds > 0
+
+
+def test_singular_values_at_zero_are_warned_of_once_with_the_count() -> None:
+    model = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5), nn.Linear(5, 5))
+    for layer in model[:2]:
+        layer.weight.data[0] = layer.weight.data[1]
+    with pytest.warns(UserWarning, match=r"2 of 3 adapters hold singular values at zero \(first: 0\)") as caught:
+        initial(model, one_rule())
+    assert len(caught) == 1
 
 
 def test_conv1d_and_convolution_are_read_in_peft_orientation() -> None:
@@ -94,7 +103,11 @@ def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path) -> None:
 
 def test_factors_come_back_as_they_were_and_a_damaged_entry_is_made_again(tmp_path: Path) -> None:
     made = decompose(W, 2)
-    for damage in (None, lambda whole: whole[:-9], lambda whole: b"", lambda whole: b"junk"):
+    others = [{"U": made.U}, {"U": made.U, "S": made.S, "Vh": made.Vh.half(), "index": made.index}]
+    damages = [None, lambda whole: whole[:-9], lambda whole: b"", lambda whole: b"junk"]
+    about = {"norm": "1", "sigma_max": "1", "excess": "0", "method": "eigh"}
+    damages += [lambda _, other=other: save(other, about) for other in others]
+    for damage in damages:
         if damage:
             (file,) = tmp_path.iterdir()
             file.write_bytes(damage(file.read_bytes()))

@@ -27,7 +27,7 @@ TARGETS = [
 ]
 REPORT = LayerReport(
     path=PATH, shape=(4, 3), tower="language", method="milora", rank=2, sigma_min=0.1, sigma_max=0.2, sigma_top=3.0,
-    energy=0.01, excess=0.0, svd="exact", seconds=0.5,
+    energy=0.01, excess=0.0, svd="exact",
 )  # fmt: skip
 
 

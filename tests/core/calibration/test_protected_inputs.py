@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -100,13 +101,18 @@ def test_protected_inputs_are_cached_by_weights_rules_and_batches(tiny_llama, tm
     for other in (tuned(seed=1), tuned(batches=TEXT[1:]), tuned(protect=0.5)):
         assert other.milora_protection != first.milora_protection
     assert len(list(tmp_path.glob("calibration-*"))) == count + 3
-    for fits in (True, False):  # an entry of other content or other tensors is written again
+    about = {path: asdict(one) for path, one in first.milora_protection.items()}
+    wrong = {path: one | {"directions": "3"} for path, one in about.items()}
+    same, half, flat = torch.Tensor.clone, torch.Tensor.half, torch.Tensor.flatten
+    for change, content in ((half, about), (flat, about), (same, wrong), (same, [])):  # entries that do not fit
         for file in tmp_path.glob("calibration-*"):
-            save_file(load_file(file) if fits else {"another": torch.zeros(1)}, file, metadata={"content": "[]"})
-        assert tuned().milora_protection == first.milora_protection
+            tensors = {path: change(A) for path, A in load_file(file).items()}
+            save_file(tensors, file, metadata={"content": json.dumps(content)})
+        again = tuned()
+        assert again.milora_protection == first.milora_protection
+        assert all(torch.equal(A, starts(again)[name]) for name, A in starts(first).items())
     monkeypatch.setattr("milora_vl.core.adapter.fixed_a.for_each_input", None)  # from the cache alone
-    again = tuned()
-    assert all(torch.equal(A, starts(again)[name]) for name, A in starts(first).items())
+    assert tuned().milora_protection == first.milora_protection
 
 
 def test_bad_calibrations_are_refused_before_the_model_changes(tiny_llama) -> None:
@@ -147,6 +153,12 @@ def test_a_layer_whose_rank_needs_the_protected_directions_protects_a_lower_shar
     model.save_pretrained(str(tmp_path))
     modules = json.loads((tmp_path / "milora.json").read_text())["modules"]
     assert modules[Q]["protection"]["energy"] == lowered.energy
+
+
+def test_a_layer_that_protects_almost_nothing_gets_a_warning() -> None:
+    x = torch.randn(64, 256) * torch.tensor([1e4, *[1.0] * 255])
+    with pytest.warns(UserWarning, match="1 of 1 layers protect almost nothing: 0 protects 1 of 256 input directions"):
+        apply_milora(nn.Sequential(nn.Linear(256, 8)), one_rule(protect=0.9), calibration=[{"input": x}])
 
 
 def test_a_tower_that_no_picture_reaches_is_refused(tiny_llava) -> None:
