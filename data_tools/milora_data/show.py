@@ -14,11 +14,11 @@ from typing import Any, Literal, NamedTuple
 
 from milora_data.cards import Card, small, write_cards
 from milora_data.check import image_folder
-from milora_data.encode.templates import OWN, get_template, place_images, render
+from milora_data.encode.templates import OWN, Segment, get_template, place_images, render
 from milora_data.keys import FileKeys, record_key
 from milora_data.pictures.load import ImageError, load_image
 from milora_data.records.boxes import boxes_in, with_pixels
-from milora_data.records.record import IMAGE, Record
+from milora_data.records.record import IMAGE, Record, Turn
 from milora_data.stream import load_records
 from milora_vl.common.atomic_write import json_lines
 from milora_vl.common.cli.console import amount, command_line, next_step
@@ -33,7 +33,8 @@ COMMAND = Command(
     "milora_data show",
     "Print records as training sees them, with the loss mask.",
     """\
-[[ ]] marks the supervised text; a training with --dry-run counts the tokens of its model
+[[ ]] marks the supervised text; a training with --dry-run counts the tokens of its model, which writes tools in
+its own form
 
 examples:
   python -m milora_data show train.json
@@ -136,7 +137,8 @@ def pieces_of(record: Record, template: str = DEFAULT_TEMPLATE) -> list[Piece]:
     try:
         turns = [replace(turn, text=with_pixels(turn.text)) for turn in record.turns]
         turns = place_images(turns, len(record.images))
-        segments = render(turns, get_template(template), "</s>")
+        has_tools = any(turn.role == "tools" or turn.keys for turn in turns)
+        segments = _with_tools(turns) if has_tools else render(turns, get_template(template), "</s>")
     except DataError as error:
         raise with_context(error, record.place) from None
     pieces = []
@@ -145,6 +147,19 @@ def pieces_of(record: Record, template: str = DEFAULT_TEMPLATE) -> list[Piece]:
             pieces += [Piece("picture", IMAGE)] * bool(number)
             pieces += [Piece("learnt" if supervised else "given", part)] * bool(part)
     return pieces
+
+
+def _with_tools(turns: Sequence[Turn]) -> list[Segment]:
+    """Return turns with tools in a plain form: the model's own template, which writes them, is not loaded here."""
+    return [
+        Segment(text, supervised)
+        for turn in turns
+        for text, supervised in (
+            (f"{turn.role}: ", False),
+            ("\n".join(filter(None, [turn.text, turn.keys])), turn.role == "assistant" and turn.weight == 1),
+            ("\n", False),
+        )
+    ]
 
 
 def _content(record: Record, pieces: Sequence[Piece]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from milora_data.encode.labels import IGNORE, encode, encode_prompt
 from milora_data.keys import record_key
 from milora_data.records import parse_record
 from milora_data.records.record import Turn
+from milora_data.show import pieces_of
 from milora_vl import load_model
 from milora_vl.common.errors import DataError
 from milora_vl.models.base import load_processor
@@ -101,6 +102,15 @@ TOOL_TURNS: list[dict[str, Any]] = [
 DEFINED = [
     {"type": "function", "function": {"name": name, "parameters": {"type": "object"}}} for name in ("zoom", "count")
 ]
+
+
+def test_show_marks_calls_of_tools_as_learnt_and_their_results_as_given() -> None:
+    pieces = pieces_of(parse_record({"messages": TOOL_TURNS, "tools": DEFINED}))
+    learnt = [text for kind, text in pieces if kind == "learnt"]
+    assert [json.loads(text)["tool_calls"][0]["function"]["name"] for text in learnt[:1]] == ["zoom"]
+    assert learnt[1::2] == ["Three.", "Yes."]
+    assert learnt[2].startswith("I look again.\n{")
+    assert any('tool: {"seen": "no"}' in text for kind, text in pieces if kind == "given")
 
 
 @pytest.mark.parametrize("system", [[], [{"role": "system", "content": "Be brief."}]])
