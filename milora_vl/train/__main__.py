@@ -190,7 +190,7 @@ def _require_known(run: dict[str, Any], edits: dict[str, Any]) -> None:
     for name, known in words.items():
         value = {**run, **edits}.get(name)
         if value not in (None, *known):
-            near = cli.did_you_mean(cli.suggest(str(value), known)[:1])
+            near = did_you_mean(suggest(str(value), known)[:1])
             raise UserError(
                 f"expected {', '.join(known)}, got {value!r}", code="flag-value", where=f"--{name}", hint=near
             )
