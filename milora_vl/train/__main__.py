@@ -11,7 +11,7 @@ from typing import Any, get_args
 import llava_recipes
 from milora_vl.common.cli import console as cli
 from milora_vl.common.cli import parser as cli_flags
-from milora_vl.common.errors import Problem, UserError
+from milora_vl.common.errors import Problem, UserError, did_you_mean, suggest
 from milora_vl.common.yaml_text import parse_yaml
 from milora_vl.core.policy.rules import METHODS as RULE_METHODS
 from milora_vl.models.names import NAMED_MODELS
