@@ -104,7 +104,8 @@ def _worst(data: Path, folder: Path, losses: Path) -> list[Record]:
     """Return the records of `data` with a loss in a file or run, highest first; it becomes a key of theirs."""
     file, key_of = losses / "held_out.jsonl" if losses.is_dir() else losses, FileKeys(folder)
     if not file.is_file():
-        call = command_line("milora_eval", "losses", data, "--adapter", "RUN", "--output", "LOSSES.jsonl")
+        of = ["--image_folder", folder, "--adapter", losses if losses.is_dir() else "RUN"]
+        call = command_line("milora_eval", "losses", data, *of, "--output", "LOSSES.jsonl")
         raise UserError("no losses of records", where=str(file), hint=f"write them:  {call}")
     records, lines = {record_key(record, key_of): record for record in load_records(data)}, list(json_lines(file))
     found = [

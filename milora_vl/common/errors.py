@@ -210,6 +210,7 @@ def expected_format(
         frame = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{frame.filename.rpartition('/')[2]}:{frame.lineno}"
         reason = f"{type(error).__name__}: {first_line(error)[:120]}, {place}"
+        reason = "too many lists and objects in each other" if isinstance(error, RecursionError) else reason
         raise (kind or UserError)(f"{message} ({reason})", code=code, where=where, hint=hint) from error
 
 

@@ -200,8 +200,10 @@ def sorted_like(data: Path, printed: list[dict[str, Any]]) -> list[dict[str, Any
 def test_records_are_shown_in_the_template_of_the_run(tiny_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record = next(load_records(tiny_data / "val.json"))
     line = {"key": record_key(record, FileKeys(tiny_data / "images")), "loss": 2.0}
-    (tiny_data / "held_out.jsonl").write_text(json.dumps(line))
     words = ["show", str(tiny_data / "val.json"), "--worst", str(tiny_data)]
+    with raises_code("", hint=f"--image_folder {tiny_data / 'images'} --adapter {tiny_data} --output"):
+        milora_data(words)
+    (tiny_data / "held_out.jsonl").write_text(json.dumps(line))
     for template, text in {"llama_3": "<|start_header_id|>", "chat_template": "ASSISTANT:"}.items():
         (tiny_data / "recipe.yaml").write_text(f"template: {template}")
         assert milora_data(words) == 0

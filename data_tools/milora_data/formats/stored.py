@@ -135,11 +135,10 @@ def open_hub(source: str) -> Any:
         opened = datasets.load_dataset(name, config, split=split or "train", revision=revision or None, streaming=True)
         return _undecoded(opened)
     except Exception as error:  # hub, network and readers of file formats raise exceptions of any type
-        hint = "check the name and the network; for a private data set:  hf auth login"
-        if "onfig" in str(error):
-            hint = f"name one:  {HUB}{name}/CONFIG"
-        message = f"cannot be read: {first_line(error)}"
-        raise UserError(message, code="hub-unreadable", where=source, hint=hint) from None
+        hint, reason = "check the name and the network; for a private data set:  hf auth login", first_line(error)
+        if "onfig" in reason:  # the next line lists the configurations
+            hint, reason = f"name one:  {HUB}{name}/CONFIG", " ".join(str(error).splitlines()[:2])
+        raise UserError(f"cannot be read: {reason}", code="hub-unreadable", where=source, hint=hint) from None
 
 
 def _open_file(file: str) -> Any:

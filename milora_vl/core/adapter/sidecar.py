@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from milora_vl.common.errors import MALFORMED
+from milora_vl.common.errors import expected_format
 from milora_vl.core.adapter.fixed_a import Protection
 from milora_vl.core.adapter.folders import ADAPTER_FILES, ANCHORS_FILE, RESTORE, AdapterError, are_sizes, module_path
 from milora_vl.core.adapter.initialize import LayerReport
@@ -141,7 +141,8 @@ def read_sidecar(folder: Path) -> Sidecar | None:
     file = folder / FILE_NAME
     if not file.is_file():
         return None
-    try:
+    hint = "restore the file, or remove it: the folder is then a plain LoRA for inference"
+    with expected_format("the file is damaged", code="sidecar-damaged", where=str(file), hint=hint, kind=AdapterError):
         data = json.loads(file.read_text(encoding="utf-8"))
         if data["format_version"] != FORMAT_VERSION:
             message = f"has format version {data['format_version']!r}, and only version {FORMAT_VERSION} is read"
@@ -149,12 +150,6 @@ def read_sidecar(folder: Path) -> Sidecar | None:
             raise AdapterError(message, where=str(file), hint=hint)
         own = _from_content(data["own"]) if "own" in data else None
         return dataclasses.replace(_from_content(data), tasks=tuple(data.get("tasks", ())), own=own)
-    except AdapterError:
-        raise
-    except MALFORMED as error:
-        message = f"the file is damaged ({type(error).__name__}: {error})"
-        hint = "restore the file, or remove it: the folder is then a plain LoRA for inference"
-        raise AdapterError(message, where=str(file), hint=hint) from error
 
 
 def require_trainable(folder: Path, saved: Sidecar | None, *, is_trainable: bool) -> None:
