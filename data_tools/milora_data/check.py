@@ -44,7 +44,7 @@ KINDS: Mapping[str, FindingKind] = {
     "not_a_record": FindingKind("error", "not a record of LLaVA's format"),
     "turn_order": FindingKind("error", "questions and answers do not alternate"),
     "no_answer": FindingKind("error", "no supervised tokens: no answer to a question"),
-    "placeholders": FindingKind("error", f"the number of {IMAGE} differs from that of pictures (a rule of every model)"),
+    "placeholders": FindingKind("error", f"the number of {IMAGE} is not that of pictures (a rule of every model)"),
     "missing_picture": FindingKind("error", "missing picture or video"),
     "corrupt_picture": FindingKind("error", "picture that cannot be read"),
     "corrupt_video": FindingKind("error", "video that cannot be read"),

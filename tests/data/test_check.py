@@ -104,7 +104,7 @@ def test_fix_writes_the_usable_records(
     arguments = ["check", str(path), "--image_folder", str(tiny_data / "images"), "--fix", str(out)]
     assert main(arguments) == 1
     out_text, said = capsys.readouterr()
-    assert "<image> differs from that of pictures (a rule of every model)" in out_text
+    assert "<image> is not that of pictures (a rule of every model)" in out_text
     assert "1 left out: missing picture" in said
     assert "1 missing <image> inserted at the start" in said
     assert "2 left out: every answer is empty" in said
