@@ -84,7 +84,9 @@ def test_lengths_are_counted_once_and_again_for_other_settings(
 
 
 @pytest.mark.parametrize("kind", ["next", pytest.param("qwen2_5_vl", marks=needs_places)])
-def test_lengths_follow_an_image_of_another_size(kind: str, make: Make, tmp_path: Path) -> None:
+def test_lengths_follow_an_image_of_another_size_and_no_name(
+    kind: str, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from PIL import Image
 
     collate, _, records = make(kind)
@@ -97,6 +99,10 @@ def test_lengths_follow_an_image_of_another_size(kind: str, make: Make, tmp_path
     counted = [lengths_of([record], collate, beside=tmp_path / "data.json") for record in stored]
     assert counted == [[collate.num_tokens(record)] for record in stored]
     assert counted[0] != counted[1]
+    (collate.image_folder / "0.png").rename(collate.image_folder / "new.png")
+    records[1] = replace(records[1], images=(Picture("new.png"),))
+    monkeypatch.setattr(type(collate), "full_length", None)
+    assert lengths_of(records, collate, beside=tmp_path / "data.json") == after
 
 
 @pytest.mark.parametrize("excluded", [{"weight": 0}, {"loss": False}])

@@ -18,7 +18,7 @@ from torch.utils.data import Sampler
 from milora_data.batches.record_collator import RecordCollator
 from milora_data.encode.labels import NoSupervisedTokens
 from milora_data.keys import digest, file_key, record_key
-from milora_data.pictures.load import Picture
+from milora_data.pictures.load import ImageError, Picture, picture_size
 from milora_data.records.record import Record
 from milora_vl.common.atomic_write import atomic_file
 
@@ -58,27 +58,20 @@ def _counted(records: Sequence[Record], collate: RecordCollator[Any]) -> np.ndar
 
 
 def _key(records: Sequence[Record], collate: RecordCollator[Any]) -> str:
-    """Return a hash of all that lengths depend on: settings, texts, and pictures where their size matters.
+    """Return a hash of all that lengths depend on: settings, texts, and where they count, the sizes of pictures.
 
-    A picture in memory counts by its content. A file counts by its number, size and times, one of which any write
-    changes: 4 us a file, where a content key takes 30 us for 100 KB and reads all pictures of a set at each start.
+    A picture counts by its height and width, which its header has; a video by its bytes.
     """
 
     def key_of(picture: Picture) -> str | None:
-        picture = picture.within(collate.image_folder)
         if not collate.length_by_size:
             return None
-        return _state(picture.place) if picture.place is not None else file_key(picture)
+        try:
+            return str(picture_size(picture.within(collate.image_folder)))
+        except ImageError:
+            return file_key(picture.within(collate.image_folder))
 
     return digest([collate.length_settings(), *(record_key(record, key_of) for record in records)])[:12]
-
-
-def _state(file: Path) -> str:
-    try:
-        status = file.stat()
-    except (OSError, ValueError):
-        return "missing"
-    return f"{status.st_ino} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
 
 
 def _save(path: Path, lengths: np.ndarray) -> None:
