@@ -74,7 +74,8 @@ _BROKEN_TEXT = re.compile("[\ud800-\udfff]")
 _SENTENCES = ("broken_json", "not_a_record", "turn_order", "placeholders")
 _STORED_AT_ONCE = 256  # pictures of shards and tables that are kept until they are decoded together
 KEY_BYTES = 4  # of the key of each record and picture, by which a resumed run names the first that differs
-COMPARED = 2**30  # bytes of picture files that a resumed run compares by content, evenly spread
+COMPARED = 2**30  # bytes of picture files that a resumed run compares whole; of more, each by its size and a part
+PART = 2**14  # bytes in the middle of a file; compressed pictures that differ do not share them
 _Records: TypeAlias = dict[Picture, list[tuple[str, str]]]  # picture or video -> place and id of each record with it
 
 
@@ -383,10 +384,10 @@ class TrainingCheck:
         return check
 
     def picture_keys(self, image_folder: str | Path | None) -> bytes:
-        """Return KEY_BYTES of each picture file, after `finish`: of its size and, for a GB of them, its content."""
-        keys, step = bytearray(), -(-sum(self._sizes[file] or 0 for file in self._used) // COMPARED) or 1
-        for number, file in enumerate(self._used):
-            content = "" if number % step else file_key(file.within(Path(image_folder or "")))
+        """Return KEY_BYTES of each picture file, after `finish`: of its size and its content."""
+        keys, part = bytearray(), PART if sum(self._sizes[file] or 0 for file in self._used) > COMPARED else None
+        for file in self._used:
+            content = file_key(file.within(Path(image_folder or "")), part)
             keys += bytes.fromhex(digest([self._sizes[file], content]))[:KEY_BYTES]
         return bytes(keys)
 

@@ -165,6 +165,22 @@ def test_training_is_told_of_all_missing_pictures_at_once(write: Callable[..., P
     assert (len(missing), sum(check.with_images), check.unlearnable) == (7, 8, [])
 
 
+@pytest.mark.parametrize("compared", [0, 2**30])
+def test_a_run_knows_its_pictures_by_their_content(
+    compared: int, write: Callable[..., Path], tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of more than `COMPARED` bytes in all, only the middle of each file is read."""
+    monkeypatch.setattr("milora_data.check.COMPARED", compared)
+    monkeypatch.setattr("milora_data.check.PART", 4)
+    images, keys = tiny_data / "images", []
+    for name, content in {"a": b"0123456789", "b": b"0123456789", "c": b"01234X6789", "d": b"X123456789"}.items():
+        (images / name).write_bytes(content)
+        path = write(turns((H, "<image>\na"), (G, "b")) | {"image": name})
+        keys.append(check_for_training(path, images)[0].picture_keys(images))
+    assert keys[0] == keys[1] != keys[2]
+    assert (keys[0] == keys[3]) == (compared == 0)
+
+
 def test_a_file_url_is_a_path_like_any_other(write: Callable[..., Path], tiny_data: Path, capsys: Any) -> None:
     ask, images = turns((H, "<image>\na"), (G, "b")), tiny_data / "images"
     path = write(*[ask | {"image": (folder / "0.png").as_uri()} for folder in (images, tiny_data)])
