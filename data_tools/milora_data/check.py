@@ -303,9 +303,7 @@ def _fault(path: Picture, is_video: bool) -> tuple[str, str] | None:
 class MissingImages(DataError):
     """Records name pictures that are missing or empty; `used` maps each picture to the first record that names it."""
 
-    def __init__(
-        self, missing: Sequence[Picture], used: Mapping[Picture, str], folder: Path, beside: Path | None
-    ) -> None:
+    def __init__(self, missing: Sequence[Picture], used: Mapping[Picture, str], folder: Path) -> None:
         shown = [described(file.name) if web_address(file.name) else str(file) for file in missing[:5]]
         is_here = str(folder) == "."
         empty = sum(_num_bytes(file, folder) == 0 for file in missing)
@@ -315,7 +313,7 @@ class MissingImages(DataError):
         hints = ["name their folder:  --image_folder FOLDER"] if is_here else []
         if empty:
             hints.append(f"{amount(empty, 'empty file')} (0 bytes): copy or download again")
-        if (other := _elsewhere(missing, folder, beside)) is not None:
+        if (other := _elsewhere(missing, folder)) is not None:
             hints.append(f"files with these names exist in another folder: --image_folder {other}")
         if addresses := sum(web_address(file.name) is not None for file in missing):
             hints.append(f"{addresses:,} at a web address: download the pictures, and name the files")
@@ -330,11 +328,10 @@ class MissingImages(DataError):
         )
 
 
-def _elsewhere(missing: Sequence[Picture], folder: Path, beside: Path | None) -> Path | None:
-    """Return a folder near `folder` or beside the data that contains one of the first missing pictures, or None."""
-    candidates = [folder.parent, *([beside, beside / "images"] if beside else []), folder / "images"]
-    near = (place for place in candidates if place != folder)
-    return next((place for place in near if any(_num_bytes(file, place) for file in missing[:5])), None)
+def _elsewhere(missing: Sequence[Picture], folder: Path) -> Path | None:
+    """Return a folder near `folder` that contains one of the first missing pictures, or None."""
+    near = (folder.parent, folder / "images")
+    return next((other for other in near if any(_num_bytes(file, other) for file in missing[:5])), None)
 
 
 def files_of(record: Record) -> list[Picture]:
@@ -391,9 +388,7 @@ class TrainingCheck:
             keys += bytes.fromhex(digest([self._sizes[file], content]))[:KEY_BYTES]
         return bytes(keys)
 
-    def finish(
-        self, image_folder: str | Path | None, bad_images: ImagePolicy, path: Path | None = None
-    ) -> set[Picture]:
+    def finish(self, image_folder: str | Path | None, bad_images: ImagePolicy) -> set[Picture]:
         """Return the pictures that are missing or empty.
 
         Raises `DataError` with the count, the first cases and a hint if there are no records, if turns are out of
@@ -406,13 +401,13 @@ class TrainingCheck:
         if self._reads_video_files:
             require_pyav()
         if not self.with_images:
-            raise DataError(problems=[no_records(path or "the data")])
+            raise DataError(problems=[no_records("the data")])
         if self._errors:
             raise _broken(self._errors)
         self._sizes = {file: _num_bytes(file, folder) for file in self._used}
         missing = [file for file, size in self._sizes.items() if not size]
         if missing and bad_images == "raise":
-            raise MissingImages(missing, self._used, folder, path.parent if path else None)
+            raise MissingImages(missing, self._used, folder)
         return set(missing)
 
 

@@ -64,7 +64,7 @@ BENCHMARKS: dict[str, str] = {
     "obqa": f"{_HERE}.commonsense:OBQA",
     "gsm8k": f"{_HERE}.mathematics:GSM8K",
     "math": f"{_HERE}.mathematics:MATH",
-    "emoji": f"{_HERE}.emoji:Emoji",
+    "emoji": f"{_HERE}.emoji:EmojiBenchmark",
 }
 ELSEWHERE = ("refcoco", "refcoco+", "refcocog", "coco-captions", "nocaps")
 LLAVA_PAPER = ("vqav2", "gqa", "vizwiz", "scienceqa", "textvqa", "pope", "mmbench")

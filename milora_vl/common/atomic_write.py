@@ -126,12 +126,13 @@ def _open_to_others(folder: Path) -> None:
         file.chmod(mode)
 
 
+RESUME = "wait for its end, or stop it, then:  --resume_from_checkpoint auto"
 WAIT = 8  # seconds for the lock: loader processes of a killed training notice its end, and leave, within five
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold the lock of a run folder. Raises UserError if another process does.
+def locked(path: Path, what: str = "training", hint: str = RESUME) -> Iterator[None]:
+    """Hold the lock of a folder for a training or a sweep (`what`). Raises UserError if another process does.
 
     The system releases it when the process and its loader processes end, also after a kill.
     """
@@ -143,8 +144,7 @@ def locked(path: Path) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if not remaining:
-                    message = "another training runs in this folder"
-                    hint = "wait for its end, or stop it, then:  --resume_from_checkpoint auto"
+                    message = f"another {what} runs in this folder"
                     raise UserError(message, code="run-in-use", where=str(path), hint=hint) from None
                 time.sleep(1)
         yield

@@ -16,17 +16,17 @@ NAME = "milora"
 UNSUPPORTED = ("load_in_4bit", "load_in_8bit", "lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "relora")
 
 
-class Settings(BaseModel):
+class AddedKeys(BaseModel):
     """Keys that the plugin adds to Axolotl's YAML."""
 
     milora_protect: float | None = None
 
 
-class Milora(BasePlugin):  # type: ignore[misc]
+class MiloraPlugin(BasePlugin):  # type: ignore[misc]
     """`adapter: milora`, with `lora_r`, `lora_alpha`, `lora_dropout` and the modules of Axolotl's LoRA."""
 
     def get_input_args(self) -> str:
-        return f"{__name__}.{Settings.__name__}"
+        return f"{__name__}.{AddedKeys.__name__}"
 
     def get_adapter_capabilities(self) -> list[AdapterCapabilities]:
         return [AdapterCapabilities(name=NAME, lora_like=True)]

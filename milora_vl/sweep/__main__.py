@@ -14,7 +14,7 @@ from typing import Any
 
 from milora_data.keys import FileKeys, data_key, digest, record_key
 from milora_eval.answers.questions import questions_key, require_questions
-from milora_vl.common.atomic_write import read_json, write_json, write_text
+from milora_vl.common.atomic_write import locked, read_json, write_json, write_text
 from milora_vl.common.cli.console import amount, next_step, run
 from milora_vl.common.cli.parser import Command, flag, option, positive, shared
 from milora_vl.common.cli.table import Table, show
@@ -22,7 +22,7 @@ from milora_vl.common.errors import Problem, UserError, collected
 from milora_vl.common.evaluator_protocol import QuestionSet
 from milora_vl.sweep import page
 from milora_vl.sweep.cells import Cell, make_cells, recipe_of
-from milora_vl.sweep.runner import Sweep, alone, run_sweep, usable_cores
+from milora_vl.sweep.runner import Sweep, run_sweep, usable_cores
 from milora_vl.train.callbacks import data_of
 from milora_vl.train.data import read_records
 from milora_vl.train.recipe import ADAPTERS, Recipe, read_recipe
@@ -114,7 +114,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.plan:
         return 0
     command = f"python -m milora_vl.sweep {shlex.join(words)}"
-    with alone(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder, "sweep", "wait until it has finished, or use another folder"):
         write_json(folder / "sweep.json", known)
 
         def write_page() -> tuple[Path, Table]:

@@ -18,12 +18,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock, Timeout
 
 from milora_eval import evaluator
 from milora_eval.registry import results_name
@@ -280,19 +277,3 @@ def _visible_gpus() -> list[str]:
     inherited = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = [str(index) for index in range(count)] if inherited is None else inherited.split(",")
     return [name.strip() for name in names[:count]]
-
-
-@contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Lock a folder against a second sweep. Raises UserError if a sweep is running in it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        message, hint = f"another sweep is running in {folder}", "wait until it has finished, or use another folder"
-        raise UserError(message, where="--output_dir", hint=hint) from None
-    try:
-        yield
-    finally:
-        lock.release()

@@ -60,7 +60,7 @@ def check_for_training(path: Path, folder: Any, bad_images: Any = "raise") -> tu
     check = TrainingCheck()
     for record in load_records(path):
         check.add(record)
-    return check, check.finish(folder, bad_images, path)
+    return check, check.finish(folder, bad_images)
 
 
 GOOD = {"id": "same"} | turns((H, "Who?"), (G, "b"))
@@ -230,7 +230,7 @@ def test_training_refuses_broken_records_by_line(write: Callable[..., Path], tin
 def test_training_counts_what_teaches_nothing(write: Callable[..., Path], tiny_data: Path) -> None:
     check, _ = check_for_training(write(GOOD, BROKEN["no_answer"][1]), tiny_data / "images")
     assert check.unlearnable == [1]
-    with raises_code("data-no-records", where="empty.json", hint="at least one record"):
+    with raises_code("data-no-records", where="the data", hint="at least one record"):
         check_for_training(write(name="empty.json"), tiny_data)
 
 

@@ -16,7 +16,7 @@ import torch
 from milora_eval.__main__ import main
 from milora_eval.answers.questions import Question, select, shard_of
 from milora_eval.benchmark import Item
-from milora_eval.benchmarks.emoji import Emoji
+from milora_eval.benchmarks.emoji import EmojiBenchmark
 from milora_eval.registry import BENCHMARKS, choose
 from milora_vl.common import evaluator_protocol
 from milora_vl.common.errors import UserError
@@ -150,7 +150,7 @@ def test_a_smaller_limit_is_a_part_of_a_larger_one() -> None:
 
 @pytest.mark.parametrize("count", [1, 3, 20, 31])
 def test_every_item_is_in_one_shard(count: int) -> None:
-    questions = [Question(Emoji(), item, item.id) for item in ITEMS]
+    questions = [Question(EmojiBenchmark(), item, item.id) for item in ITEMS]
     parts = [[one.item for one in shard_of(questions, (number, count))] for number in range(1, count + 1)]
     assert sorted(item.id for part in parts for item in part) == sorted(item.id for item in ITEMS)
     groups = [{item.group for item in part} for part in parts]

@@ -17,7 +17,7 @@ from huggingface_hub import ModelCard
 from milora_eval.__main__ import main
 from milora_eval.answers.store import Store, to_line
 from milora_eval.benchmark import Answer, Item
-from milora_eval.benchmarks.emoji import Emoji
+from milora_eval.benchmarks.emoji import EmojiBenchmark
 from milora_eval.benchmarks.pope import POPE
 from milora_eval.registry import find_benchmark
 from milora_eval.scores.compare import Pair, compare
@@ -182,7 +182,7 @@ def data(tmp_path: Path) -> Path:
 
 def answered(data: Path, right: set[str]) -> list[dict[str, Any]]:
     """Return an answer to every item, right if its id is in `right`."""
-    benchmark = Emoji()
+    benchmark = EmojiBenchmark()
     return [
         to_line(benchmark, item, Reply(item.answers[0] if item.id in right else "nonsense"), item.id, data)
         for item in benchmark.load(data)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from milora_eval.benchmark import Answer, MissingData
-from milora_eval.benchmarks.emoji import Emoji
+from milora_eval.benchmarks.emoji import EmojiBenchmark
 from support.eval_questions import record, write_questions
 from support.problems import raises_code
 
@@ -19,8 +19,8 @@ def data(tmp_path: Path) -> Path:
 
 
 def test_the_last_question_is_asked_with_all_turns_before_it(data: Path) -> None:
-    items = {item.id: item for item in Emoji().load(data)}
-    turns = Emoji().prompt(items["multi_turn-red"])
+    items = {item.id: item for item in EmojiBenchmark().load(data)}
+    turns = EmojiBenchmark().prompt(items["multi_turn-red"])
     assert [(turn.role, turn.text) for turn in turns] == [
         ("user", "<image>\nWhat kind?"),
         ("assistant", "square"),
@@ -31,7 +31,7 @@ def test_the_last_question_is_asked_with_all_turns_before_it(data: Path) -> None
 
 
 def test_any_accepted_answer_counts(data: Path) -> None:
-    benchmark = Emoji()
+    benchmark = EmojiBenchmark()
     item = next(item for item in benchmark.load(data) if item.id == "choice-red")
     assert [benchmark.score(item, text) for text in ("Red.", "a red", "the red", "blue", "red fox")] == [1, 1, 1, 0, 0]
 
@@ -80,10 +80,10 @@ def test_a_missing_data_set_says_how_to_make_it(tmp_path: Path) -> None:
     with raises_code(
         "eval-missing-files", message="nowhere", hint="python -m milora_data emoji --output_dir ", kind=MissingData
     ):
-        Emoji().load(tmp_path / "nowhere")
+        EmojiBenchmark().load(tmp_path / "nowhere")
 
 
 def all_answered(data: Path, text: str) -> list:
-    benchmark = Emoji()
+    benchmark = EmojiBenchmark()
     items = benchmark.load(data)
     return benchmark.summarise([Answer(item, text, benchmark.score(item, text)) for item in items])

@@ -17,7 +17,7 @@ from milora_eval import run
 from milora_eval import run_suite as evaluation
 from milora_eval.answers.questions import answer_key, plan_of
 from milora_eval.benchmark import Item, content_of
-from milora_eval.benchmarks.emoji import Emoji
+from milora_eval.benchmarks.emoji import EmojiBenchmark
 from milora_eval.registry import choose
 from milora_eval.run_suite import settings
 from support.drawn import draw
@@ -56,7 +56,7 @@ def test_another_version_asks_again(
 
 
 def test_the_key_covers_prompt_picture_and_every_setting(tiny_llava: Callable[..., Made], tmp_path: Path) -> None:
-    benchmark = Emoji()
+    benchmark = EmojiBenchmark()
     item = benchmark.load(write_questions(tmp_path))[0]
     made = settings(*tiny_llava(), "vicuna_v1", "pad")
 

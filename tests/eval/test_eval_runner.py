@@ -12,7 +12,7 @@ import pytest
 from milora_eval import run_suite as evaluation
 from milora_eval.answers.questions import EvaluationPlan, read_items
 from milora_eval.answers.store import read_lines
-from milora_eval.benchmarks.emoji import Emoji
+from milora_eval.benchmarks.emoji import EmojiBenchmark
 from milora_eval.scores.results import read_results, write_results
 from support.eval_questions import write_questions
 
@@ -30,7 +30,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def evaluate(model: Made, data: Path, output: Path, **changed: Any) -> dict[str, Any] | None:
-    plan = EvaluationPlan(suite="emoji", benchmarks=(Emoji(),), data_dir=data, **{"batch_size": 4, **changed})
+    plan = EvaluationPlan(suite="emoji", benchmarks=(EmojiBenchmark(),), data_dir=data, **{"batch_size": 4, **changed})
     return evaluation.evaluate(*model, plan, read_items(plan.benchmarks, data, plan.limit), output)
 
 

@@ -193,7 +193,7 @@ def test_axolotl_trains_its_example_off_the_protected_inputs(tiny_llama, tmp_pat
     from axolotl.cli.train import do_cli
     from axolotl.utils.dict import DictDefault
 
-    from milora_vl.interop.axolotl import Milora
+    from milora_vl.interop.axolotl import MiloraPlugin
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("AXOLOTL_DO_NOT_TRACK", "1")
@@ -215,10 +215,10 @@ def test_axolotl_trains_its_example_off_the_protected_inputs(tiny_llama, tmp_pat
     assert torch.equal(stock(ids).logits, after)
     assert max(leaks(stock, protected)) < 1e-5
     with raises_code("", where="rl"):  # DPO asks so
-        Milora().load_adapter(base, DictDefault(adapter="milora"), config_only=True)
+        MiloraPlugin().load_adapter(base, DictDefault(adapter="milora"), config_only=True)
     with raises_code("", where="lora_mlp_kernel"):
-        Milora().load_adapter(base, DictDefault(adapter="milora", lora_mlp_kernel=True))
-    assert Milora().load_adapter(base, DictDefault(adapter="mora")) is None
+        MiloraPlugin().load_adapter(base, DictDefault(adapter="milora", lora_mlp_kernel=True))
+    assert MiloraPlugin().load_adapter(base, DictDefault(adapter="mora")) is None
 
 
 def llava_flags(folder: Path, records: list[dict[str, Any]]) -> list[str]:

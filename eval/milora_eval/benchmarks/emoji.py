@@ -25,7 +25,7 @@ LETTER = "choice_letter"
 LETTER_NOTE = "small models rarely learn to answer with a letter: this type may stay at its baseline"
 
 
-class Emoji(Benchmark):
+class EmojiBenchmark(Benchmark):
     """Held-out emoji: the mean over the question types (headline), accuracy by type, and a lenient mean."""
 
     name = "emoji"

@@ -73,7 +73,7 @@ def load_adapter(
     ours = restore(model, "default", here, anchors)
     ours.warn_of_changed_A()  # stock PEFT may have trained it, and saved into this folder
     if is_trainable:
-        check_rates_at_first_step(ours, if_they_differ=True)
+        check_rates_at_first_step(ours, allow_one_rate=True)
     return ours
 
 

@@ -90,13 +90,13 @@ _unchecked: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # models b
 _seen: WeakSet[torch.optim.Optimizer] = WeakSet()
 
 
-def check_rates_at_first_step(model: nn.Module, *, if_they_differ: bool = False) -> None:
+def check_rates_at_first_step(model: nn.Module, *, allow_one_rate: bool = False) -> None:
     """Warn at the first step on `model` if the optimizer has other rates than the rules.
 
-    With `if_they_differ`, one rate for all rules is no reason to warn: it belongs to an earlier training.
+    With `allow_one_rate`, one rate for all rules is no reason to warn: it is that of an earlier training.
     """
     _check_first_steps()
-    _unchecked[model] = if_they_differ
+    _unchecked[model] = allow_one_rate
 
 
 @cache
@@ -110,11 +110,11 @@ def _check_rates(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         return
     _seen.add(optimizer)
     group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    for model, if_they_differ in list(_unchecked.items()):
+    for model, allow_one_rate in list(_unchecked.items()):
         stepped = [(p, t, group_of[id(p)]) for _, p, t in _trained(model) if t is not None and id(p) in group_of]
         if stepped:
             del _unchecked[model]
-            if not if_they_differ or len({(t.learning_rate, t.weight_decay) for _, t, _ in stepped}) > 1:
+            if not allow_one_rate or len({(t.learning_rate, t.weight_decay) for _, t, _ in stepped}) > 1:
                 _warn_of_other_rates(stepped)
 
 
