@@ -33,7 +33,7 @@ from milora_vl.core.adapter.folders import projector_file
 from milora_vl.core.adapter.lora import base_model_of
 from milora_vl.core.policy import Target
 from milora_vl.models.base import Base, is_to_build
-from milora_vl.models.devices import quantization_config, train_device, unquantized
+from milora_vl.models.devices import dtype_named, quantization_config, train_device, unquantized
 from milora_vl.models.loading import load_weights, require_parts
 from milora_vl.models.projector import load_projector
 from milora_vl.train.recipe import AUTOCAST, RENAMED, DataConfig, Recipe, value_of
@@ -116,10 +116,13 @@ class Launch:
         return int((self.deepspeed or {}).get("zero_optimization", {}).get("stage", 0))
 
 
-def launch_of(recipe: Recipe, targets: Sequence[Target]) -> Launch:
-    """Return how a run starts. Raises UserError for arguments that Hugging Face or we do not support together."""
+def launch_of(recipe: Recipe, targets: Sequence[Target], dtype_before: str | None = None) -> Launch:
+    """Return how a run starts. Raises UserError for arguments that Hugging Face or we do not support together.
+
+    `dtype_before` is what `fastest` meant in the run that this one resumes.
+    """
     deepspeed, fsdp, warnings = _launcher(recipe.train)
-    launch = _derived(recipe, targets, deepspeed, fsdp, warnings)
+    launch = _derived(recipe, targets, deepspeed, fsdp, warnings, dtype_before)
     _check(recipe, launch)
     return launch
 
@@ -227,6 +230,7 @@ def _derived(
     deepspeed: dict[str, Any] | None,
     fsdp: Strategy | None,
     warnings: list[str],
+    dtype_before: str | None,
 ) -> Launch:
     """Return what a run always sets, and what follows from the model, the rules and the device."""
     train = dict(recipe.train)
@@ -240,9 +244,10 @@ def _derived(
         train["deepspeed"] = deepspeed
     if fsdp is not None:
         train |= {"fsdp": True, "fsdp_config": {"version": 2, "reshard_after_forward": RESHARDS[fsdp]}}
-    if autocast := AUTOCAST.get(recipe.dtype):
-        train.setdefault(autocast, True)
     device = train_device(train)
+    dtype = _base_dtype(recipe, device, dtype_before)
+    if recipe.dtype != "auto" and (autocast := AUTOCAST.get(str(dtype).removeprefix("torch."))):
+        train.setdefault(autocast, True)
     if device.type == "cpu":
         train.setdefault("use_cpu", True)  # HF rejects bf16 on a CPU without this
     # A batch without images holds a hidden one, so all trained parameters are used, except layers of the vision tower
@@ -269,13 +274,15 @@ def _derived(
     named = {name: train.pop(f"torch_compile_{name}", None) for name in ("backend", "mode")}
     options = {name: value for name, value in named.items() if value is not None}
     compiled = options if is_compiled or options else None
-    return Launch(train, _base_dtype(recipe, device), deepspeed, fsdp, compiled, tuple(warnings))
+    return Launch(train, dtype, deepspeed, fsdp, compiled, tuple(warnings))
 
 
-def _base_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
+def _base_dtype(recipe: Recipe, device: torch.device, dtype_before: str | None) -> torch.dtype:
     """Return the dtype of the frozen weights: --dtype, else the half precision of a run on a GPU, else float32."""
-    if recipe.dtype != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[recipe.dtype]
+    name = dtype_before or "fastest" if recipe.dtype == "fastest" else recipe.dtype
+    named = dtype_named(None if name == "auto" else name, device)
+    if named is not None:
+        return named
     if device.type in ("cpu", "mps"):
         return torch.float32
     if recipe.train.get("bf16"):

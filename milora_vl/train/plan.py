@@ -53,9 +53,9 @@ from milora_vl.train.resume import (
     RunFolder,
     choose_folder,
     default_folder,
+    dtype_before,
     read_resumed,
     tasks_before,
-    with_dtype,
 )
 from milora_vl.train.settings import Settings, default_rules
 
@@ -126,12 +126,14 @@ def make_run(settings: Settings, *, is_started: bool) -> Run:
     recipe, base, targets, warnings = fit(settings)
     token = recipe.train.get("hub_token")  # run folders are shared, so they must not hold it
     train = {name: value for name, value in recipe.train.items() if name != "hub_token"}
+    recipe = recipe.model_copy(update={"train": train})
     path = Path(request.output_dir) if request.output_dir else default_folder(recipe, started)
     folder = choose_folder(path, request.resume)
-    recipe = with_dtype(recipe.model_copy(update={"train": train}), request)
     tasks, notes = tasks_before(recipe, base.meta, targets, folder.checkpoint)
     require_installed(recipe, base, is_started=is_started)
-    launch = launch_of(recipe, targets)
+    launch = launch_of(recipe, targets, dtype_before(request))
+    if recipe.dtype == "fastest":
+        recipe = recipe.model_copy(update={"dtype": launch.dtype_name})
     args = hf_arguments(launch.train, path, is_started=is_started)
     devices, on_base = num_devices(request), partial(_as_composed, recipe, base)
     earlier = read_resumed(folder, request.resume, on_base, launch.dtype_name, devices)

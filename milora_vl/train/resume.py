@@ -29,7 +29,6 @@ from milora_vl.core.adapter.checkpoints import HELD_OUT, is_sharded, num_process
 from milora_vl.core.adapter.folders import module_path, recipe_of_run
 from milora_vl.core.adapter.sidecar import Sidecar, read_sidecar, require_layers
 from milora_vl.core.policy import Target
-from milora_vl.models.devices import fastest_dtype, train_device
 from milora_vl.train.data import Task, task_entry
 from milora_vl.train.recipe import Changes, Recipe, Request, differences, load_recipe, value_of
 from milora_vl.train.settings import to_merge
@@ -67,16 +66,12 @@ def default_folder(recipe: Recipe, now: datetime) -> Path:
     return Path("runs") / Path(recipe.model).name / method / now.strftime("%Y-%m-%d_%H%M%S")
 
 
-def with_dtype(recipe: Recipe, request: Request) -> Recipe:
-    """Return the recipe with the dtype that `fastest` means on this machine, or meant in the run that it resumes."""
-    if recipe.dtype != "fastest":
-        return recipe
+def dtype_before(request: Request) -> str | None:
+    """Return the dtype of the run that a command resumes, which `fastest` means there."""
     run = checkpoints.resumed_run(request.output_dir, request.resume)
-    before = None
-    if run is not None and (run / "recipe.yaml").is_file():  # else nothing was saved: the run starts again
-        before = read_file(run / "recipe.yaml").get("dtype")
-    fastest = str(fastest_dtype(train_device(recipe.train))).removeprefix("torch.")
-    return recipe.model_copy(update={"dtype": before or fastest})
+    if run is None or not (run / "recipe.yaml").is_file():  # nothing was saved: the run starts again
+        return None
+    return read_file(run / "recipe.yaml").get("dtype")
 
 
 def choose_folder(path: Path, resume: str | None) -> RunFolder:

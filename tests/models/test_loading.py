@@ -22,8 +22,9 @@ from milora_vl.models.llava import compose, image_token_id, image_tokens, proces
 from milora_vl.models.projector import load_projector, projector_of, read_projector, save_projector
 from milora_vl.models.timm_tower import TimmTower, TimmTowerConfig
 from milora_vl.train.__main__ import parse
+from milora_vl.train.launch import launch_of
 from milora_vl.train.plan import make_run
-from milora_vl.train.resume import with_dtype
+from milora_vl.train.resume import dtype_before
 from support.fake_hub import FakeHub, running
 from support.machine import fastest
 from support.plans import plan, settings
@@ -110,11 +111,11 @@ def test_a_resumed_run_keeps_its_dtype_whatever_is_the_fastest_here(tmp_path: Pa
     (run / "recipe.yaml").write_text("{model: tiny, dtype: float16}")
     words = ["--model", "tiny", "--dtype", "fastest", "--device", "cpu", "--output_dir", str(run)]
     again = ["--resume_from_checkpoint", "auto"]
-    recipe = settings(words).recipe
-    assert with_dtype(recipe, parse([*words, *again])).dtype != "float16"  # it begins again
+    assert dtype_before(parse([*words, *again])) is None  # it begins again
     (run / "checkpoint-3").mkdir()
-    assert with_dtype(recipe, parse([*words, *again])).dtype == "float16"
-    assert with_dtype(recipe, parse(words)).dtype in ("bfloat16", "float32")
+    assert dtype_before(parse(words)) is None
+    before = dtype_before(parse([*words, *again]))
+    assert launch_of(settings(words).recipe, (), before).dtype == torch.float16
 
 
 Factory = Callable[..., tuple[Any, Any]]
