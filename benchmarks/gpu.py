@@ -294,7 +294,7 @@ def started(way: str, base: Any, batch: dict[str, Any], figures: dict[str, Any])
 def planned_gb(base: Any, way: str, tokens: int, chosen: argparse.Namespace) -> float:
     """Return what a dry run plans for such a step, without the memory of CUDA itself and of Qwen's vision tower."""
     from benchmarks.plan import planned
-    from milora_vl.models.memory import memory
+    from milora_vl.models.memory_plan import memory
 
     work = planned(base.config, OURS[way], RECORDS, tokens, checkpointing=True, half=not chosen.tiny)
     return round(sum(memory(work).values()) / 1e9, 2)

@@ -30,8 +30,8 @@ from milora_vl.core.policy import Policy
 from milora_vl.models.base import Base, config_of, meta_model
 from milora_vl.models.loading import load_weights
 from milora_vl.models.losses import add_chunked_loss, summed_loss
-from milora_vl.models.memory import Workload
-from milora_vl.models.memory import memory as planned_memory
+from milora_vl.models.memory_plan import Workload
+from milora_vl.models.memory_plan import memory as planned_memory
 from milora_vl.train.counts import Batching, Counts, workload_of
 from milora_vl.train.launch import Launch
 

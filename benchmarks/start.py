@@ -48,7 +48,7 @@ from milora_vl.models.losses import add_chunked_loss, summed_loss
 from milora_vl.train.base_kl import add_base_kl, with_positions
 from milora_vl.train.data import collator, read_records
 from milora_vl.train.launch import load_base_model
-from milora_vl.train.recipe import BaseKLConfig, Recipe
+from milora_vl.train.settings import BaseKLConfig, Recipe
 from milora_vl.train.start import make_texts
 
 NAMES = ("tiny", "smollm2", "smol-llava")

@@ -20,7 +20,7 @@ from support.thorough import is_thorough
 
 if TYPE_CHECKING:
     from milora_vl.core.policy import Target
-    from milora_vl.models.memory import Workload
+    from milora_vl.models.memory_plan import Workload
 
 Made = tuple[Any, Any]
 
@@ -87,10 +87,10 @@ def known_costs() -> Iterator[None]:
     if "transformers" not in sys.modules:
         yield
         return
-    from milora_vl.models import memory
+    from milora_vl.models import memory_plan
     from milora_vl.train import counts
 
-    simulate, known = memory.simulate, {}
+    simulate, known = memory_plan.simulate, {}
 
     def remembered(config: Any, targets: Sequence[Target], work: Workload) -> tuple[int, int]:
         key = config.to_json_string(use_diff=False), tuple(targets), work
@@ -99,7 +99,7 @@ def known_costs() -> Iterator[None]:
         return known[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory, "simulate", remembered)
+        patch.setattr(memory_plan, "simulate", remembered)
         patch.setattr(counts, "measured_flops", functools.cache(counts.measured_flops))
         yield
 

@@ -269,3 +269,14 @@ def require_folder(path: Path, flag: str | Key = "--output_dir", *, is_written: 
         raise UserError(message, code="path-not-a-folder", where=flag, hint=hint)
     if is_written and not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"{existing} is not writable", where=flag, hint="use another folder, or change its permissions")
+
+
+@contextmanager
+def out_of_memory(hint: str) -> Iterator[None]:
+    """Turn torch's error for a device that is out of memory into a UserError; `hint` names flags that need less."""
+    import torch  # an error about a flag does not wait for it
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"out of memory: {first_line(error)}", hint=hint, exit_code=1) from None

@@ -7,8 +7,7 @@ equals the quantised base.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +15,6 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from milora_vl.common.errors import UserError, first_line
 from milora_vl.core.policy.towers import find_towers
 from milora_vl.core.weights.matrices import is_linear
 
@@ -115,15 +113,6 @@ def quantization_config(
         bnb_4bit_compute_dtype=compute_dtype,
         llm_int8_skip_modules=list(kept),
     )
-
-
-@contextmanager
-def out_of_memory(hint: str) -> Iterator[None]:
-    """Turn torch's error for a device that is out of memory into a UserError; `hint` names flags that need less."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise UserError(f"out of memory: {first_line(error)}", hint=hint, exit_code=1) from None
 
 
 def measured_flops(size: int = 1024, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> float:

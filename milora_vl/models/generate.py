@@ -31,11 +31,10 @@ from milora_data.pictures.videos import Frames
 from milora_data.records.boxes import Boxes
 from milora_data.records.record import IMAGE, VIDEO, Record, Turn, Video, with_boxes
 from milora_vl.common.cli.console import amount
-from milora_vl.common.errors import DataError, UserError, first_line, with_context
+from milora_vl.common.errors import DataError, UserError, first_line, out_of_memory, with_context
 from milora_vl.core.evaluation_mode import evaluated
 from milora_vl.core.policy.towers import is_wrapped_by_peft
 from milora_vl.models.base import Base, split_processor
-from milora_vl.models.devices import out_of_memory
 from milora_vl.models.llava import image_token_id, image_tokens, is_llava, tiling_of, uses_processor
 
 if TYPE_CHECKING:

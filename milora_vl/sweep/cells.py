@@ -9,8 +9,8 @@ from typing import Any
 
 from milora_vl.common.errors import UserError, suggest
 from milora_vl.core.policy.rules import METHODS, label_of
-from milora_vl.train.recipe import ADAPTERS, RENAMED, EvalConfig, PolicyEdits, Recipe, SweepConfig, value_of
-from milora_vl.train.settings import edited, is_adapter
+from milora_vl.train.join_settings import edited, is_adapter
+from milora_vl.train.settings import ADAPTERS, RENAMED, EvalConfig, PolicyEdits, Recipe, SweepConfig, value_of
 
 # Names for --methods, with fields of the adapter rules and of `train:`.
 VARIANTS: dict[str, dict[str, Any]] = {

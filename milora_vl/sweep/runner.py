@@ -29,7 +29,7 @@ from milora_vl.common.atomic_write import locked, read_json, write_json, write_t
 from milora_vl.common.errors import UserError
 from milora_vl.common.evaluator_protocol import EvaluationRequest, QuestionSet
 from milora_vl.sweep.cells import PICTURES, Cell, CellNumbers, recipe_of
-from milora_vl.train.recipe import Recipe
+from milora_vl.train.settings import Recipe
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from milora_vl.common.errors import Problem, UserError, did_you_mean, suggest
 from milora_vl.common.yaml_text import parse_yaml
 from milora_vl.core.policy.rules import METHODS as RULE_METHODS
 from milora_vl.models.names import NAMED_MODELS
-from milora_vl.train.recipe import (
+from milora_vl.train.settings import (
     LLAVA_FLAGS,
     METHODS,
     PROG,
@@ -210,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     request = parse(argv)
     if request.action in ("print_recipe", "list_models", "list_recipes"):
         return show_list(request)
-    from milora_vl.train.settings import join_settings  # it imports torch, which takes seconds
+    from milora_vl.train.join_settings import join_settings  # it imports torch, which takes seconds
 
     settings = join_settings(request)
     with settings.places():

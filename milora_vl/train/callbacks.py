@@ -36,7 +36,7 @@ from milora_vl.core.adapter.folders import EARLIER
 from milora_vl.core.adapter.lora import base_model_of
 from milora_vl.core.policy.towers import find_towers
 from milora_vl.forgetting.measure import Probe
-from milora_vl.train.recipe import Recipe
+from milora_vl.train.settings import Recipe
 
 
 class ForgettingCallback(TrainerCallback):

@@ -1,5 +1,5 @@
 """What a run costs, from its plan: steps and batches, trained numbers, seconds of start and step; memory by
-`models.memory`.
+`models.memory_plan`.
 """
 
 from __future__ import annotations
@@ -24,9 +24,18 @@ from milora_vl.core.calibration.texts import COUNT, HELD_OUT_TEXTS, LENGTH
 from milora_vl.core.policy import Target
 from milora_vl.models.base import Base
 from milora_vl.models.devices import bytes_per_number, measured_flops, quantized_layers
-from milora_vl.models.memory import GIB, Workload, activations, flops_per_step, host_memory, memory, size_text, verdict
+from milora_vl.models.memory_plan import (
+    GIB,
+    Workload,
+    activations,
+    flops_per_step,
+    host_memory,
+    memory,
+    size_text,
+    verdict,
+)
 from milora_vl.train.launch import Launch
-from milora_vl.train.recipe import RENAMED, Recipe, Request, value_of
+from milora_vl.train.settings import RENAMED, Recipe, Request, value_of
 
 if TYPE_CHECKING:
     from milora_vl.train.plan import Run

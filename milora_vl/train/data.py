@@ -52,7 +52,7 @@ from milora_vl.core.weights.tensor_files import read_weights
 from milora_vl.models.base import Base, split_processor
 from milora_vl.models.collator_for import CountingCollator, collator_for
 from milora_vl.train.launch import attention_of
-from milora_vl.train.recipe import DataConfig, Recipe, value_of
+from milora_vl.train.settings import DataConfig, Recipe, value_of
 
 INSPECTED = 100  # records of a stream that are checked before training
 FIRST = 100  # records that are rendered before the model loads

@@ -36,7 +36,7 @@ from milora_vl.models.base import Base, is_to_build
 from milora_vl.models.devices import dtype_named, quantization_config, train_device, unquantized
 from milora_vl.models.loading import load_weights, require_parts
 from milora_vl.models.projector import load_projector
-from milora_vl.train.recipe import AUTOCAST, RENAMED, DataConfig, Recipe, value_of
+from milora_vl.train.settings import AUTOCAST, RENAMED, DataConfig, Recipe, value_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -26,7 +26,7 @@ from milora_data.keys import FileKeys, record_key
 from milora_data.records.record import Record
 from milora_vl.common.cli.console import command_line
 from milora_vl.common.cli.screen import Screen
-from milora_vl.common.errors import DataError, UserError, first_line
+from milora_vl.common.errors import DataError, UserError, first_line, out_of_memory
 from milora_vl.common.evaluator_protocol import EvaluationRequest, QuestionSet, evaluator
 from milora_vl.common.progress import progress_bar
 from milora_vl.core.adapter import checkpoints
@@ -37,7 +37,6 @@ from milora_vl.core.policy import Target
 from milora_vl.core.policy.towers import TOWERS
 from milora_vl.core.weights.distributed import gather_objects
 from milora_vl.core.weights.tensor_files import unreadable
-from milora_vl.models.devices import out_of_memory
 from milora_vl.models.generate import Prompt, generate
 from milora_vl.report import model_card
 from milora_vl.report.page import try_write_report
@@ -45,8 +44,8 @@ from milora_vl.report.repeat import of_earlier
 from milora_vl.train.callbacks import suites_of
 from milora_vl.train.data import Task
 from milora_vl.train.plan import Run
-from milora_vl.train.recipe import Recipe
 from milora_vl.train.resume import CARD, ENVIRONMENT, RunFolder, refuse_to_overwrite
+from milora_vl.train.settings import Recipe
 from milora_vl.train.trainer import MiloraTrainer
 
 

@@ -38,6 +38,7 @@ from milora_vl.train import data
 from milora_vl.train.callbacks import require_evaluation
 from milora_vl.train.counts import MIX665K, Batching, Counts, costs_of, num_devices, num_parameters, trained_sizes
 from milora_vl.train.data import Task, read_earlier_records
+from milora_vl.train.join_settings import Settings, default_rules
 from milora_vl.train.launch import (
     Launch,
     hf_arguments,
@@ -47,7 +48,6 @@ from milora_vl.train.launch import (
     require_installed,
     require_usable,
 )
-from milora_vl.train.recipe import BaseKLConfig, CalibrationConfig, PartsConfig, Recipe, Request, value_of, with_rates
 from milora_vl.train.resume import (
     ResumedRun,
     RunFolder,
@@ -57,7 +57,7 @@ from milora_vl.train.resume import (
     read_resumed,
     tasks_before,
 )
-from milora_vl.train.settings import Settings, default_rules
+from milora_vl.train.settings import BaseKLConfig, CalibrationConfig, PartsConfig, Recipe, Request, value_of, with_rates
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

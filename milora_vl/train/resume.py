@@ -30,8 +30,8 @@ from milora_vl.core.adapter.folders import module_path, recipe_of_run
 from milora_vl.core.adapter.sidecar import Sidecar, read_sidecar, require_layers
 from milora_vl.core.policy import Target
 from milora_vl.train.data import Task, task_entry
-from milora_vl.train.recipe import Changes, Recipe, Request, differences, load_recipe, value_of
-from milora_vl.train.settings import to_merge
+from milora_vl.train.join_settings import to_merge
+from milora_vl.train.settings import Changes, Recipe, Request, differences, load_recipe, value_of
 
 ENVIRONMENT, CARD = "environment.json", "README.md"  # shared with others, so secrets in them are hidden
 OWN_FILES = ("recipe.yaml", CARD, "policy.json", "report.html", HELD_OUT)

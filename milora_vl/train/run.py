@@ -34,7 +34,7 @@ from milora_vl.core.policy.resolve import policy_rows
 from milora_vl.core.weights.distributed import free_memory, gather_objects, raised_in_all, rank_and_world_size
 from milora_vl.forgetting.measure import Probe
 from milora_vl.models.base import Base, split_processor
-from milora_vl.models.memory import size_text
+from milora_vl.models.memory_plan import size_text
 from milora_vl.train import data
 from milora_vl.train.base_kl import BaseKL
 from milora_vl.train.callbacks import (
@@ -46,6 +46,7 @@ from milora_vl.train.callbacks import (
 )
 from milora_vl.train.counts import Batching, num_parameters
 from milora_vl.train.data import EarlierRecords, has_other_records, read_earlier_records, task_entry
+from milora_vl.train.join_settings import Settings
 from milora_vl.train.launch import load_base_model, refused_arguments, require_usable, stage_of, trained_dtype
 from milora_vl.train.output import (
     FirstFiles,
@@ -73,7 +74,6 @@ from milora_vl.train.resume import (
     resume_warnings,
     shown_value,
 )
-from milora_vl.train.settings import Settings
 from milora_vl.train.start import Built, build_model, compile_blocks, make_texts, show_start
 from milora_vl.train.trainer import MiloraTrainer
 

@@ -66,8 +66,8 @@ from milora_vl.train.counts import (
 )
 from milora_vl.train.data import EarlierRecords, collator
 from milora_vl.train.plan import Run
-from milora_vl.train.recipe import Recipe
 from milora_vl.train.resume import require_same
+from milora_vl.train.settings import Recipe
 from milora_vl.train.trainer import CheckpointKind
 
 CAPTION_TOKENS = 32

@@ -21,7 +21,7 @@ from milora_vl.core.calibration.activations import ROOM, _inputs_in_order, _pass
 from milora_vl.core.evaluation_mode import without_caches
 from milora_vl.core.policy import Policy
 from milora_vl.models.base import Base, config_of, find_base, meta_model
-from milora_vl.models.memory import _Ledger, memory
+from milora_vl.models.memory_plan import _Ledger, memory
 from milora_vl.models.tiny import tiny_llama
 from milora_vl.train.__main__ import main
 from milora_vl.train.counts import A100_MEMORY, Batching, Counts, num_parameters, workload_of

@@ -19,7 +19,7 @@ from torch.distributed.run import get_args_parser as torchrun_parser
 
 from milora_vl.models import generate, smol_llava
 from milora_vl.models.tiny import tiny_llama
-from milora_vl.train.recipe import Recipe
+from milora_vl.train.settings import Recipe
 from support import documented_files
 from support.documented import (
     PAGES,

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from milora_vl.core.policy import Policy
-from milora_vl.train.recipe import Recipe
+from milora_vl.train.settings import Recipe
 from support.plans import fitted, settings
 
 PAGE = re.sub(

@@ -15,7 +15,7 @@ from milora_vl import calibration_texts, reinit_peft
 from milora_vl.core.policy import Policy, Target
 from milora_vl.interop import llava, replace
 from milora_vl.models.tiny import tiny_llama
-from milora_vl.train.recipe import PICTURES, SAMPLES
+from milora_vl.train.settings import PICTURES, SAMPLES
 from support.plans import fitted
 
 ROOT = Path(__file__).parents[2]

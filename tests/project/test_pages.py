@@ -24,7 +24,7 @@ from milora_vl.report.page import write_report
 from milora_vl.sweep import page as sweep_page
 from milora_vl.sweep.cells import make_cells
 from milora_vl.sweep.runner import Sweep
-from milora_vl.train.recipe import Recipe
+from milora_vl.train.settings import Recipe
 from support import browser, fake_run
 from support.stored_answers import write_answers
 from support.sweep_cells import RECIPE, finish_cell

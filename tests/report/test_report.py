@@ -23,7 +23,7 @@ from milora_vl.report.page import credits_of, questions, regenerate_report, summ
 from milora_vl.report.read_run import read_run
 from milora_vl.report.repeat import commands, questions_of
 from milora_vl.report.tables import number
-from milora_vl.train.recipe import Recipe
+from milora_vl.train.settings import Recipe
 from support.fake_run import dump, make_run
 
 OPTIONAL = ("recipe.yaml", "environment.json", "policy.json", "trainer_state.json", "eval")

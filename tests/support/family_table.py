@@ -26,9 +26,9 @@ import transformers
 from PIL import Image
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
+from milora_vl.train.join_settings import PolicyEdits, edited
 from milora_vl.train.plan import _check_pictures
-from milora_vl.train.recipe import DataConfig, Recipe
-from milora_vl.train.settings import PolicyEdits, edited
+from milora_vl.train.settings import DataConfig, Recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tests")]

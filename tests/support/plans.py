@@ -9,10 +9,10 @@ from typing import NamedTuple
 from milora_vl.core.policy import Target
 from milora_vl.models.base import Base
 from milora_vl.train.__main__ import parse
+from milora_vl.train.join_settings import Settings, join_settings
 from milora_vl.train.launch import Launch, launch_of
 from milora_vl.train.plan import Run, fit, make_run
-from milora_vl.train.recipe import Recipe
-from milora_vl.train.settings import Settings, join_settings
+from milora_vl.train.settings import Recipe
 
 
 class Fitted(NamedTuple):

@@ -23,7 +23,7 @@ from milora_vl.sweep.__main__ import _require_same_sweep, main
 from milora_vl.sweep.cells import Cell, make_cells, recipe_of
 from milora_vl.sweep.results import arms, pairs
 from milora_vl.sweep.runner import Sweep, _wait_for_killed_sweep, run_sweep
-from milora_vl.train.recipe import Recipe
+from milora_vl.train.settings import Recipe
 from support.drawn import NAMES, draw
 from support.eval_questions import write_questions
 from support.problems import raises_code

@@ -14,7 +14,7 @@ from milora_vl import load_model
 from milora_vl.train.__main__ import main
 from milora_vl.train.callbacks import require_evaluation
 from milora_vl.train.output import evaluation_commands
-from milora_vl.train.recipe import Recipe
+from milora_vl.train.settings import Recipe
 from support.eval_questions import write_questions
 from support.problems import raises_code
 from support.train_runs import training

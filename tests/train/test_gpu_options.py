@@ -16,7 +16,7 @@ from milora_vl import apply_milora, load_model
 from milora_vl.train import launch
 from milora_vl.train.__main__ import main
 from milora_vl.train.launch import set_attention
-from milora_vl.train.recipe import Recipe
+from milora_vl.train.settings import Recipe
 from milora_vl.train.start import compile_blocks
 from support.adapter_cases import one_rule, token_batch
 from support.problems import raises_code

@@ -28,8 +28,8 @@ from milora_vl.report.read_run import read_run
 from milora_vl.report.tables import protection_table
 from milora_vl.train import start
 from milora_vl.train.__main__ import main
-from milora_vl.train.recipe import Recipe
 from milora_vl.train.resume import TEXTS
+from milora_vl.train.settings import Recipe
 from milora_vl.train.start import QUESTION, make_texts, shares_probe_text
 from support.calibrated import directions, leaks
 from support.launched import KINDS, needs_deepspeed, train_in_two

@@ -18,7 +18,7 @@ from milora_vl.core.policy.rules import METHODS
 from milora_vl.train.__main__ import main
 from milora_vl.train.counts import trained_sizes
 from milora_vl.train.plan import show_policy, trainable_line
-from milora_vl.train.recipe import with_rates
+from milora_vl.train.settings import with_rates
 from support.problems import raises_code
 from support.programs import run as run_program
 

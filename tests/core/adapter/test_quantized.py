@@ -13,7 +13,7 @@ from milora_vl import apply_milora, calibration_texts, load_adapter, load_model,
 from milora_vl.models.base import find_base
 from milora_vl.train.__main__ import main
 from milora_vl.train.launch import load_base_model
-from milora_vl.train.recipe import Recipe
+from milora_vl.train.settings import Recipe
 from support.adapter_cases import LLAVA_POLICY, llava_batch, train_steps
 from support.calibrated import directions, leaks
 from support.problems import raises_code, raises_problem

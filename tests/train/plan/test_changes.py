@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from milora_vl.train.recipe import Recipe, differences
 from milora_vl.train.resume import may_change, schedule_has_end
+from milora_vl.train.settings import Recipe, differences
 
 POLICY = [
     {"modules": "language", "method": "milora", "protect": 0, "rank": 8, "alpha": 8, "learning_rate": 1e-3},

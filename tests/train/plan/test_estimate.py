@@ -11,7 +11,7 @@ from milora_vl.common.cli.console import duration_text
 from milora_vl.core.policy import Policy
 from milora_vl.models.base import Base, meta_model
 from milora_vl.models.devices import bytes_per_number
-from milora_vl.models.memory import (
+from milora_vl.models.memory_plan import (
     GIB,
     OVERHEAD,
     Workload,

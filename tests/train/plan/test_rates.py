@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments
 from milora_vl.core.policy import Target
 from milora_vl.train.__main__ import main
 from milora_vl.train.counts import Batching
-from milora_vl.train.recipe import with_rates
+from milora_vl.train.settings import with_rates
 from support.plans import fitted
 
 BOTH = "[{modules: language, method: milora, protect: 0, rank: 4}, {modules: projector, method: full}]"

@@ -8,8 +8,8 @@ import pytest
 
 from milora_vl.common.errors import UserError
 from milora_vl.common.yaml_text import read_mapping
-from milora_vl.train import recipe as schema
-from milora_vl.train.recipe import Recipe
+from milora_vl.train import settings as schema
+from milora_vl.train.settings import Recipe
 
 
 def problems(content: dict) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from milora_vl.train.recipe import PolicyEdits
-from milora_vl.train.settings import edited
+from milora_vl.train.join_settings import edited
+from milora_vl.train.settings import PolicyEdits
 from support.problems import raises_code
 
 PROJECTOR = {"modules": "projector", "method": "full", "learning_rate": 2e-5}

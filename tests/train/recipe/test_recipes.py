@@ -15,7 +15,7 @@ from milora_vl.models import base, names
 from milora_vl.train.__main__ import main as train
 from milora_vl.train.__main__ import parse
 from milora_vl.train.counts import num_parameters
-from milora_vl.train.recipe import Recipe
+from milora_vl.train.settings import Recipe
 from support.plans import fitted, settings
 
 NAMES = llava_recipes.names()

@@ -18,7 +18,7 @@ from milora_vl.common.errors import UserError
 from milora_vl.common.yaml_text import read_mapping
 from milora_vl.train.__main__ import main, parse
 from milora_vl.train.launch import _keywords
-from milora_vl.train.recipe import RENAMED, Recipe, coerced, known_arguments
+from milora_vl.train.settings import RENAMED, Recipe, coerced, known_arguments
 from support.plans import settings
 from support.problems import raises_code
 
