@@ -19,8 +19,7 @@ from milora_vl.common.cli.parser import Command, from_zero, option, shared
 from milora_vl.common.cli.table import show
 from milora_vl.common.compat.transformers import silence_deepspeed
 from milora_vl.common.errors import UserError
-from milora_vl.core.adapter.checkpoints import step_of
-from milora_vl.core.adapter.folders import base_of, holds_text_model
+from milora_vl.core.adapter.folders import base_of, holds_text_model, step_of
 from milora_vl.export.request import FORMS, Options, parse_form
 from milora_vl.report.page import regenerate_report
 from milora_vl.report.tables import scales_table

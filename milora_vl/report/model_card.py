@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from milora_vl.common.atomic_write import write_text
-from milora_vl.core.adapter.checkpoints import read_environment
-from milora_vl.core.adapter.folders import has_config, holds_projector_alone, holds_text_model
+from milora_vl.core.adapter.folders import has_config, holds_projector_alone, holds_text_model, read_environment
 from milora_vl.core.policy.rules import METHODS, label_of, what_trains
 from milora_vl.models.names import BUILT_IN_MODELS
 from milora_vl.report.read_run import Evaluation, SuiteScores, in_units

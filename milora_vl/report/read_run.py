@@ -17,7 +17,7 @@ import yaml
 from milora_vl.common.atomic_write import json_lines
 from milora_vl.common.errors import UserError
 from milora_vl.common.evaluator_protocol import evaluator
-from milora_vl.core.adapter.checkpoints import HELD_OUT
+from milora_vl.core.adapter.folders import HELD_OUT
 
 Json = Mapping[str, Any]
 RESTORE = "restore the files of the run, or move the damaged one away for a report without it"

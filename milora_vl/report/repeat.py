@@ -10,8 +10,7 @@ from typing import Any
 
 from milora_vl.common.cli.console import command_line
 from milora_vl.common.evaluator_protocol import EvaluationRequest, QuestionSet, evaluator, is_file
-from milora_vl.core.adapter.checkpoints import holds_weights, newest_checkpoint
-from milora_vl.core.adapter.folders import has_config, holds_text_model
+from milora_vl.core.adapter.folders import has_config, holds_text_model, holds_weights, newest_checkpoint
 from milora_vl.report.read_run import Json, RunFiles, tasks_of
 
 

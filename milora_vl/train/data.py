@@ -44,8 +44,8 @@ from milora_data.records.record import IMAGE, Record
 from milora_data.stream.dataset import RecordStream, record_stream
 from milora_vl.common.cli.screen import Screen
 from milora_vl.common.errors import DataError, Key, UserError, with_context, with_problems
-from milora_vl.core.adapter.checkpoints import read_environment
 from milora_vl.core.adapter.fixed_a import Protection, protected_directions
+from milora_vl.core.adapter.folders import read_environment
 from milora_vl.core.calibration.texts import SEED
 from milora_vl.core.policy import Target
 from milora_vl.core.weights.tensor_files import read_weights

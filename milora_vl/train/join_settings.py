@@ -17,7 +17,7 @@ from typing import Any
 from milora_vl.common.cli.console import command_line
 from milora_vl.common.errors import Key, Problem, UserError, beside, with_problems
 from milora_vl.common.yaml_text import TEXT, YamlTextError, parse_yaml
-from milora_vl.core.adapter import checkpoints
+from milora_vl.core.adapter import folders
 from milora_vl.core.adapter.folders import (
     base_of,
     from_there,
@@ -200,8 +200,8 @@ def join_settings(request: Request) -> Settings:
     if adapter:
         of_adapter = settings_of_adapter(Path(adapter))
     elif after:
-        run = checkpoints.resumed_run(request.output_dir, request.resume)
-        if run is not None and checkpoints.latest(run)[0] is not None:
+        run = folders.resumed_run(request.output_dir, request.resume)
+        if run is not None and folders.latest(run)[0] is not None:
             of_adapter = _taken(recipe_of_run(run))
         else:
             of_adapter, notes = settings_after(Path(after))

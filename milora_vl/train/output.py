@@ -29,10 +29,9 @@ from milora_vl.common.cli.screen import Screen
 from milora_vl.common.errors import DataError, UserError, first_line, out_of_memory
 from milora_vl.common.evaluator_protocol import EvaluationRequest, QuestionSet, evaluator
 from milora_vl.common.progress import progress_bar
-from milora_vl.core.adapter import checkpoints
-from milora_vl.core.adapter.checkpoints import HELD_OUT, WEIGHTS
+from milora_vl.core.adapter import folders
 from milora_vl.core.adapter.fixed_a import Protection, protected_directions
-from milora_vl.core.adapter.folders import has_config, holds_projector_alone, holds_text_model
+from milora_vl.core.adapter.folders import HELD_OUT, WEIGHTS, has_config, holds_projector_alone, holds_text_model
 from milora_vl.core.policy import Target
 from milora_vl.core.policy.towers import TOWERS
 from milora_vl.core.weights.distributed import gather_objects
@@ -88,7 +87,7 @@ class FirstFiles:
         if not self.is_writer:
             return
         for checkpoint, reason in self.folder.incomplete:
-            self.screen.warn(f"{checkpoint.name} {reason}; it is kept as {checkpoints.set_aside(checkpoint).name}")
+            self.screen.warn(f"{checkpoint.name} {reason}; it is kept as {folders.set_aside(checkpoint).name}")
         self.folder.write_text("recipe.yaml", self.recipe.to_yaml())
         self.folder.write_json(ENVIRONMENT, self.environment)
         for name, value in self.content.items():

@@ -24,9 +24,16 @@ from milora_vl.common import atomic_write
 from milora_vl.common.cli.console import amount, command_line
 from milora_vl.common.errors import Key, UserError, require_folder
 from milora_vl.common.yaml_text import read_file
-from milora_vl.core.adapter import checkpoints
-from milora_vl.core.adapter.checkpoints import HELD_OUT, is_sharded, num_processes, step_of, zero_stage
-from milora_vl.core.adapter.folders import module_path, recipe_of_run
+from milora_vl.core.adapter import folders
+from milora_vl.core.adapter.folders import (
+    HELD_OUT,
+    is_sharded,
+    module_path,
+    num_processes,
+    recipe_of_run,
+    step_of,
+    zero_stage,
+)
 from milora_vl.core.adapter.sidecar import Sidecar, read_sidecar, require_layers
 from milora_vl.core.policy import Target
 from milora_vl.train.data import Task, task_entry
@@ -68,7 +75,7 @@ def default_folder(recipe: Recipe, now: datetime) -> Path:
 
 def dtype_before(request: Request) -> str | None:
     """Return the dtype of the run that a command resumes, which `fastest` means there."""
-    run = checkpoints.resumed_run(request.output_dir, request.resume)
+    run = folders.resumed_run(request.output_dir, request.resume)
     if run is None or not (run / "recipe.yaml").is_file():  # nothing was saved: the run starts again
         return None
     return read_file(run / "recipe.yaml").get("dtype")
@@ -77,24 +84,24 @@ def dtype_before(request: Request) -> str | None:
 def choose_folder(path: Path, resume: str | None) -> RunFolder:
     """Return the folder of the run, for `--resume_from_checkpoint` (None, true, auto, or a folder)."""
     require_folder(path)
-    wanted = checkpoints.asked_for(resume)
+    wanted = folders.asked_for(resume)
     if wanted is None:
         refuse_to_overwrite(path)
         return RunFolder(path)
-    if not checkpoints.is_word(wanted):
+    if not folders.is_word(wanted):
         chosen = _require_complete(Path(wanted))
         is_new = chosen.resolve().parent != path.resolve()
         if is_new:
             refuse_to_overwrite(path)
         return RunFolder(path, chosen, is_new=is_new)
-    checkpoint, skipped = checkpoints.latest(path)
+    checkpoint, skipped = folders.latest(path)
     if checkpoint is None and wanted.lower() != "auto":
         reasons = [f"{folder.name}: {reason}" for folder, reason in skipped] or ["the folder has no checkpoint"]
         message = "nothing to resume from\n" + "\n".join(reasons)
         hint = "remove --resume_from_checkpoint to start, or use auto to resume only if there is a checkpoint"
         raise UserError(message, code="resume-no-checkpoint", where=str(path), hint=hint)
     # Weights of a run that was killed before its first complete checkpoint are overwritten.
-    restarts = bool(skipped) or (checkpoints.holds_weights(path) and bool(checkpoints.read_environment(path)))
+    restarts = bool(skipped) or (folders.holds_weights(path) and bool(folders.read_environment(path)))
     is_new = checkpoint is None and not restarts
     if is_new:
         refuse_to_overwrite(path)
@@ -103,18 +110,18 @@ def choose_folder(path: Path, resume: str | None) -> RunFolder:
 
 def refuse_to_overwrite(path: Path) -> None:
     """Raise UserError for a folder that holds a run, or files of somebody else under the names of a run's files."""
-    weights = [name for name in checkpoints.WEIGHTS if (path / name).is_file()]
-    steps = [folder.name for folder in checkpoints.checkpoints(path)]
+    weights = [name for name in folders.WEIGHTS if (path / name).is_file()]
+    steps = [folder.name for folder in folders.checkpoints(path)]
     foreign = [name for name in OWN_FILES if (path / name).exists()]
     if weights:
-        kind = "a finished run" if checkpoints.is_finished(path) else "trained weights"
+        kind = "a finished run" if folders.is_finished(path) else "trained weights"
         message, code = f"the folder holds {kind} ({weights[0]}); nothing is overwritten", "run-exists"
         hint = f"use another --output_dir, or remove the folder\nsee it: python -m milora_vl.report {path}"
     elif steps:
         message = f"the folder holds {amount(len(steps), 'checkpoint')} ({steps[-1]}) of an unfinished run"
         code, hint = "run-unfinished", "to continue it:       --resume_from_checkpoint true\n"
         hint += "to start a new run:   another --output_dir, or remove the folder"
-    elif foreign and not checkpoints.read_environment(path):
+    elif foreign and not folders.read_environment(path):
         message, code = f"the folder holds {', '.join(foreign)}, but not from a milora_vl run", "run-foreign-files"
         hint = "use another --output_dir"
     else:
@@ -127,7 +134,7 @@ def _require_complete(folder: Path) -> Path:
     if not folder.is_dir():
         hint = "expected true, auto or a checkpoint folder"
         raise UserError(f"no such folder: {folder}", code="path-missing", where=where, hint=hint)
-    if reason := checkpoints.why_incomplete(folder):
+    if reason := folders.why_incomplete(folder):
         hint = "use another checkpoint, or  --resume_from_checkpoint auto  for the newest complete one"
         raise UserError(f"cannot resume from {folder}: {reason}", where=where, hint=hint)
     return folder
@@ -176,7 +183,7 @@ def read_resumed(
     `recipe_on` is the new recipe on the base model of the earlier run. Raises UserError without a recipe to compare
     with, and for a recipe that differs in more than free keys.
     """
-    is_finished = (resume or "").lower() == "auto" and checkpoints.is_finished(run.path)
+    is_finished = (resume or "").lower() == "auto" and folders.is_finished(run.path)
     if run.checkpoint is None and not is_finished:
         return None
     folder = run.path if run.checkpoint is None else run.checkpoint.parent
@@ -185,7 +192,7 @@ def read_resumed(
         message = "there is no recipe.yaml beside it, so its learning rates, data and template are unknown"
         hint = f"copy the run's recipe.yaml into {folder}"
         raise UserError(message, code="resume-no-recipe", where=name, hint=hint)
-    before, environment = load_recipe(folder / "recipe.yaml"), checkpoints.read_environment(folder)
+    before, environment = load_recipe(folder / "recipe.yaml"), folders.read_environment(folder)
     recipe = recipe_on(before.model)
     # `warnings` compares the processes of a sharded checkpoint.
     checkpoint = run.checkpoint
@@ -386,7 +393,7 @@ def tasks_before(
     _require_rules(recipe, saved, base, targets)
     tasks = saved.tasks
     if not tasks:  # that run came after none; an adapter without a recipe has the template of this run
-        of_run = checkpoints.read_environment
+        of_run = folders.read_environment
         environment = of_run(after) or of_run(after.parent)  # of a checkpoint
         of_task = Recipe.parse({"template": recipe.template, **recipe_of_run(after)})
         tasks = [task_entry(after, of_task, saved.targets, saved.protection, environment)]

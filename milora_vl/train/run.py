@@ -28,7 +28,7 @@ from milora_vl.common.cli.console import git_state, versions
 from milora_vl.common.cli.screen import Screen
 from milora_vl.common.errors import UserError
 from milora_vl.common.evaluator_protocol import TrainingQuestions
-from milora_vl.core.adapter import checkpoints
+from milora_vl.core.adapter import folders
 from milora_vl.core.adapter.earlier import joined_rank, read_earlier
 from milora_vl.core.policy.resolve import policy_rows
 from milora_vl.core.weights.distributed import free_memory, gather_objects, raised_in_all, rank_and_world_size
@@ -436,7 +436,7 @@ def run_loop(run: Run, trainer: MiloraTrainer, batching: Batching, files: FirstF
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except KeyboardInterrupt:
         screen.say(f"\nstopped at step {trainer.state.global_step}")
-        screen.say(checkpoints.resume_hint(run.folder.path))
+        screen.say(folders.resume_hint(run.folder.path))
         raise
     if trainer.stop_on_signal.stopped and trainer.state.global_step < batching.steps:
         message = f"stopped by SIGTERM at step {trainer.state.global_step}, which is saved"
@@ -448,7 +448,7 @@ def run_loop(run: Run, trainer: MiloraTrainer, batching: Batching, files: FirstF
 
 def has_all_steps(checkpoint: Path | None, batching: Batching) -> bool:
     """Return whether only the end of the run was lost: HF's loop would make one more step before it sees max_steps."""
-    return checkpoint is not None and checkpoints.step_of(checkpoint) == batching.steps
+    return checkpoint is not None and folders.step_of(checkpoint) == batching.steps
 
 
 @contextmanager
@@ -478,7 +478,7 @@ def save_weights(run: Run, trainer: MiloraTrainer, batching: Batching, files: Fi
         if best is None and not has_all_steps(folder.checkpoint, batching):
             trainer.save_model(_internal_call=True)  # pushed when the pages are there too
         elif args.should_save:
-            checkpoints.copy_results(Path(best or str(folder.checkpoint)), folder.path)
+            folders.copy_results(Path(best or str(folder.checkpoint)), folder.path)
         if args.should_save:
             write_state(trainer, files)
     if args.should_save:

@@ -24,9 +24,8 @@ from milora_data.batches.record_collator import RecordCollator
 from milora_data.encode.tokens import IGNORE
 from milora_vl.common.compat.trainer import CheckpointTrainer, enable_fsdp_on_cpus
 from milora_vl.common.errors import UserError
-from milora_vl.core.adapter.checkpoints import STATE, step_of
 from milora_vl.core.adapter.earlier import APART_FILE
-from milora_vl.core.adapter.folders import ANCHORS_FILE, PROJECTOR_FILES
+from milora_vl.core.adapter.folders import ANCHORS_FILE, PROJECTOR_FILES, STATE, step_of
 from milora_vl.core.adapter.lora import base_model_of
 from milora_vl.core.adapter.sidecar import FILE_NAME
 from milora_vl.core.policy import Target

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from milora_vl.core.adapter.checkpoints import num_processes, why_incomplete, zero_stage
+from milora_vl.core.adapter.folders import num_processes, why_incomplete, zero_stage
 from milora_vl.train.resume import resume_warnings
 from support.checkpoint_files import write_checkpoint
 from support.problems import raises_code

@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import TrainingArguments
 
-from milora_vl.core.adapter import checkpoints
-from milora_vl.core.adapter.checkpoints import why_incomplete
+from milora_vl.core.adapter import folders
+from milora_vl.core.adapter.folders import why_incomplete
 from milora_vl.train import data, trainer
 from milora_vl.train.__main__ import main
 from support.problems import raises_code
@@ -146,9 +146,9 @@ def test_sigterm_to_all_processes_of_a_job_saves(streamed: bool, tiny_data: Path
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGTERM)
     assert process.wait(timeout=120) == 143
-    newest, _ = checkpoints.latest(run)
+    newest, _ = folders.latest(run)
     assert newest is not None
-    assert 3 < checkpoints.step_of(newest) < 60
+    assert 3 < folders.step_of(newest) < 60
     with pytest.raises(ProcessLookupError):  # no loader process is left
         os.killpg(process.pid, 0)
 
@@ -194,7 +194,7 @@ def test_a_loss_that_becomes_nan_ends_the_run_before_a_checkpoint_of_it(
         patch.setattr(trainer.MiloraTrainer, "compute_loss", breaks)
         with raises_code("", message="loss"):
             main(words)
-    newest, _ = checkpoints.latest(run)
+    newest, _ = folders.latest(run)
     assert newest == run / "checkpoint-3"
     assert main([*words, *RESUME]) == 0
     assert all(loss == loss for _, loss in losses(run))

@@ -18,8 +18,7 @@ from milora_vl.analyze import __main__ as analyze
 from milora_vl.chat import __main__ as chat
 from milora_vl.common import atomic_write
 from milora_vl.common.errors import UserError
-from milora_vl.core.adapter.checkpoints import is_finished
-from milora_vl.core.adapter.folders import projector_file
+from milora_vl.core.adapter.folders import is_finished, projector_file
 from milora_vl.export import __main__ as export
 from milora_vl.forgetting import job
 from milora_vl.forgetting.__main__ import main as forget

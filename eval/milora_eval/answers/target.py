@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from milora_vl.common.errors import UserError
-from milora_vl.core.adapter.checkpoints import step_of
-from milora_vl.core.adapter.folders import base_of, holds_adapter, require_adapter, require_no_base
+from milora_vl.core.adapter.folders import base_of, holds_adapter, require_adapter, require_no_base, step_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,7 @@ from milora_eval.stats import (
 )
 from milora_vl.common.cli.console import amount
 from milora_vl.common.errors import UserError, did_you_mean, suggest
-from milora_vl.core.adapter.checkpoints import step_of
+from milora_vl.core.adapter.folders import step_of
 
 WORK = 1_000_000  # largest number of answers that a bootstrap scores
 MIN_RESAMPLES = 100

@@ -19,9 +19,17 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from torch import nn
 
 from milora_vl.common.errors import MALFORMED
-from milora_vl.core.adapter.checkpoints import newest_checkpoint
 from milora_vl.core.adapter.earlier import hold, split_tasks
-from milora_vl.core.adapter.folders import ADAPTER_FILES, CONFIG, RESTORE, AdapterError, are_sizes, moved, not_a_folder
+from milora_vl.core.adapter.folders import (
+    ADAPTER_FILES,
+    CONFIG,
+    RESTORE,
+    AdapterError,
+    are_sizes,
+    moved,
+    newest_checkpoint,
+    not_a_folder,
+)
 from milora_vl.core.adapter.lora import quiet_peft, read_by_peft, require_module
 from milora_vl.core.adapter.peft_model import restore
 from milora_vl.core.adapter.rates import check_rates_at_first_step
