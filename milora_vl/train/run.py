@@ -33,10 +33,10 @@ from milora_vl.core.adapter.earlier import joined_rank, read_earlier
 from milora_vl.core.policy.resolve import policy_rows
 from milora_vl.core.weights.distributed import free_memory, gather_objects, raised_in_all, rank_and_world_size
 from milora_vl.forgetting.measure import Probe
+from milora_vl.interop.base_kl import BaseKL
 from milora_vl.models.base import Base, split_processor
 from milora_vl.models.memory_plan import size_text
 from milora_vl.train import data
-from milora_vl.train.base_kl import BaseKL
 from milora_vl.train.callbacks import (
     ForgettingCallback,
     SuiteCallback,

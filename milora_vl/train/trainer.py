@@ -31,11 +31,11 @@ from milora_vl.core.adapter.sidecar import FILE_NAME
 from milora_vl.core.policy import Target
 from milora_vl.core.policy.towers import image_token_of
 from milora_vl.core.weights.distributed import gathered_optimizer, gathered_state, load_optimizer
+from milora_vl.interop.base_kl import BaseKL, add_base_kl, with_positions
 from milora_vl.interop.trainer import RatesOfRules
 from milora_vl.models.losses import add_chunked_loss, row_losses, summed_loss, supervised_positions
 from milora_vl.models.projector import save_projector
 from milora_vl.train import data
-from milora_vl.train.base_kl import BaseKL, add_base_kl, with_positions
 from milora_vl.train.callbacks import (
     Bars,
     FrozenTowers,

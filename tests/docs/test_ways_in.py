@@ -27,7 +27,7 @@ TEXTS = calibration_texts(tiny_llama()[0], count=8, length=16)
 
 def rows() -> dict[str, tuple[str, float]]:
     """What the table says: "what you call" -> (method, share); all train the method that stands above it."""
-    table = re.findall(r"^\| .+? \| ([\d.]+) \| (?:yes|no) \| (.+) \|$", PAGE, re.MULTILINE)
+    table = re.findall(r"^\| .+? \| ([\d.]+) \| (?:yes|no|callback) \| (.+) \|$", PAGE, re.MULTILINE)
     return {call: ("milora", float(share)) for share, call in table}
 
 

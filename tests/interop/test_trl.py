@@ -21,6 +21,7 @@ from milora_data.batches.image_text_collator import ImageTextCollator
 from milora_data.batches.processor_collator import ProcessorCollator
 from milora_data.encode.templates import render_chat_template
 from milora_vl import apply_milora, calibration_texts, load_model, save_adapter
+from milora_vl.interop.base_kl import BaseKLCallback
 from support.adapter_cases import anchors, move, one_rule
 from support.calibrated import directions, leaks
 from support.documented import ROOT
@@ -130,6 +131,9 @@ def test_sft_of_a_text_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     base, _ = load_model("tiny-text")
     protected = directions(base, [{"modules": "language", "method": "milora", "rank": 2}], calibration_texts(base))
     assert max(leaks(PeftModel.from_pretrained(base, "sft-adapter"), protected)) < 1e-5
+    run["trainer"].add_callback(BaseKLCallback(run["texts"], every=2))
+    run["trainer"].train()
+    assert [entry["base_kl"] > 0 for entry in run["trainer"].state.log_history if "base_kl" in entry] == [True, True]
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 from torch.nn.functional import kl_div
-from transformers import LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration, Trainer, TrainingArguments
 
 from milora_vl import apply_milora
 from milora_vl.core.adapter.lora import base_model_of
+from milora_vl.interop.base_kl import BaseKL, BaseKLCallback, add_base_kl, with_positions
 from milora_vl.models.tiny import tiny_llava
 from milora_vl.train.__main__ import main
-from milora_vl.train.base_kl import BaseKL, add_base_kl, with_positions
 from support.calibrated import llava_batches
 from support.launched import KINDS, needs_deepspeed, train_in_two
 from support.problems import raises_code
@@ -86,6 +86,34 @@ def test_the_term_is_the_kl_from_the_base_and_leaves_the_model_as_it_is(rules: s
     base_model_of(model).model.language_model.register_forward_hook(lambda m, *_: modes.append(m.training))
     model.train()(**batches[0], base_kl=texts)
     assert modes == [True, False, True], "the base has no dropout and no noise"
+
+
+def test_a_callback_adds_the_term_to_the_steps_of_another_trainer(tmp_path: Path) -> None:
+    batch = llava_batches(tiny_llava()[0])[0]
+    batch = {**batch, "labels": batch["input_ids"]}
+
+    def trained(steps: int, **callbacks: Any) -> tuple[Any, list[dict[str, float]]]:
+        torch.manual_seed(0)
+        model = apply_milora(tiny_llava()[0], RULES["lora"])
+        options = {"max_steps": steps, "optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant"}
+        options |= {"use_cpu": True, "report_to": "none", "logging_steps": 1, "remove_unused_columns": False}
+        arguments = TrainingArguments(str(tmp_path), max_grad_norm=0, per_device_train_batch_size=1, **options)
+        trainer = Trainer(model, arguments, train_dataset=[batch] * 2, data_collator=lambda rows: rows[0], **callbacks)
+        trainer.train()
+        return model, trainer.state.log_history
+
+    picture = tiny_llava()[0].config.image_token_id
+    model, log = trained(2, callbacks=[BaseKLCallback([batch], picture, weight=3, every=2)])
+    expected = trained(1)[0].train()
+    expected.zero_grad()
+    add_base_kl(expected)
+    texts = {name: part for name, part in batch.items() if name != "labels"}
+    output = expected(**batch, base_kl=with_positions(texts, picture))
+    (output["loss"] + 6 * output["base_kl"]).backward()
+    for (name, parameter), other in zip(expected.named_parameters(), model.parameters(), strict=True):
+        if parameter.requires_grad:
+            assert torch.allclose(other, parameter - 0.1 * parameter.grad, atol=1e-6), name
+    assert [entry["base_kl"] for entry in log if "base_kl" in entry] == [pytest.approx(float(output["base_kl"]))]
 
 
 def test_a_model_that_computes_all_logits_has_the_same_term(monkeypatch: pytest.MonkeyPatch) -> None:

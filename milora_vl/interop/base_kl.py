@@ -15,12 +15,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
 from peft import PeftModel
 from torch import Tensor
 from torch.nn.functional import kl_div
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from milora_vl.common.compat.torch import extend_forward
+from milora_vl.common.errors import UserError
 from milora_vl.core.calibration.bases import Calibration, kinds_of
 from milora_vl.core.evaluation_mode import evaluated
 
@@ -84,17 +86,51 @@ def _forward(
     model: PeftModel, stock: Callable[..., Any], *args: Any, base_kl: Mapping[str, Any] | None = None, **kwargs: Any
 ) -> Any:
     output = stock(*args, **kwargs)
-    if base_kl is None:
-        return output
+    return output if base_kl is None else {**output, "base_kl": _term(model, stock, base_kl)}
+
+
+def _term(model: PeftModel, forward: Callable[..., Any], base_kl: Mapping[str, Any]) -> Tensor:
     batch = {**base_kl}
     columns, places = batch.pop("columns"), batch.pop("places")
 
     def logits() -> Tensor:
-        found: Tensor = stock(**batch, use_cache=False, logits_to_keep=columns)["logits"]
+        found: Tensor = forward(**batch, use_cache=False, logits_to_keep=columns)["logits"]
         if found.shape[1] != len(columns):  # VideoLLaMA3, MiniCPM-V and Qwen's omni models compute all
             found = found[:, columns]
         return found.flatten(0, 1)[places].float().log_softmax(-1)
 
     with torch.no_grad(), model.disable_adapter(), evaluated(model):  # the base has no dropout and no noise
         before = logits()
-    return {**output, "base_kl": kl_div(logits(), before, log_target=True, reduction="batchmean")}
+    return kl_div(logits(), before, log_target=True, reduction="batchmean")
+
+
+class BaseKLCallback(TrainerCallback):
+    """Add the gradient of the term to a step of HF's Trainer or TRL's trainers, before that of its batches.
+
+    `texts` are the base's, as `calibration_texts` returns them; `picture` is the id of the token of pictures in them.
+    Raises UserError at the start under DeepSpeed, FSDP and fp16, which own the backward.
+
+    >>> trainer.add_callback(BaseKLCallback(calibration_texts(model)))  # doctest: +SKIP
+    """
+
+    def __init__(self, texts: Calibration, picture: int | None = None, *, weight: float = 1.0, every: int = 4) -> None:
+        self.base_kl, self.picture = BaseKL(texts, weight, every), picture
+
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        found = AcceleratorState()
+        if found.distributed_type in ("DEEPSPEED", "FSDP") or found.mixed_precision == "fp16":
+            hint = "train with  python -m milora_vl.train, or with bf16 and DDP"
+            raise UserError("base_kl needs a backward of its own here", where="BaseKLCallback", hint=hint)
+
+    def on_step_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        texts, model = self.base_kl.next_batch(state.global_step, args), kwargs["model"]
+        if texts is not None:
+            batch = {name: part.to(model.device) for name, part in with_positions(texts, self.picture).items()}
+            batch.pop("labels", None)
+            term = _term(model, model.train(), batch)
+            (self.base_kl.factor * term).backward()
+            self.base_kl.terms.append(term.detach())
+
+    def on_log(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if (mean := self.base_kl.taken()) is not None:
+            kwargs["logs"]["base_kl"] = state.log_history[-1]["base_kl"] = mean
