@@ -248,13 +248,10 @@ def _held_out(run: RunFiles) -> list[Card]:
     """Return cards of the held-out records that the run learns worst."""
     cards = []
     for line in run.held_out:
-        file = next(iter(line["images"]), None)
-        jpeg = thumbnail(None if file is None else Path(file))
         base = "" if line["base_loss"] is None else f", with the adapter off {line['base_loss']:.2f}"
         answers = [("answer", line["answer"], None), ("the model's answer", line["reply"].strip(), None)]
-        picture = [(line["source"] if jpeg else "picture not found", jpeg)] if file else []
-        title = f"loss {line['loss']:.2f}{base} · {line['id']}"
-        cards.append(Card(title, [("question", _words(line["question"]))], picture, answers))
+        title = f"loss {line['loss']:.2f}{base} · {line['id']} · {line['source']}"
+        cards.append(Card(title, [("question", _words(line["question"]))], list(_pictures_of(line)), answers))
     return fitted(cards, _PICTURES)
 
 

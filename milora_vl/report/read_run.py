@@ -105,8 +105,9 @@ class RunFiles:
     def headline(self) -> tuple[SuiteScores, Score] | None:
         """Return the score to show first: of questions new to this run, else the one with the largest gain."""
         gains = {
-            score.benchmark: score.after["value"] - score.before["value"] if score.before and score.after else 0.0
+            score.benchmark: score.after["value"] - score.before["value"]
             for _, score in reversed(self.earlier)
+            if score.before and score.after  # else it has no question of this run
         }
         found = [(comparison, score) for comparison in self.comparisons for score in comparison.scores()]
         return min(found, key=lambda f: (f[1].after is None, -gains.get(f[1].benchmark, math.inf)), default=None)
@@ -188,16 +189,17 @@ def _evaluation(folder: Path) -> Evaluation:
 def _earlier(folder: Path, comparisons: Sequence[SuiteScores]) -> Iterator[tuple[Path, Score]]:
     """Yield the scores that earlier runs had, and this run's on the same questions; the first run of each set alone."""
     known = set[Any]()
+    answers = [line for each in comparisons if each.after for line in each.after.answers]
     for run in [Path(task["run"]) for task in tasks_of(folder)[:-1]]:
         for after in (comparison.after for comparison in _comparisons(run / "eval")):
             for benchmark in after.results.get("benchmarks", ()) if after and after.which == "final" else ():
                 assert after is not None
                 own = after.of(benchmark)
-                asked = (benchmark["name"], frozenset(line["question_key"] for line in own))
+                asked = frozenset(line["question_key"] for line in own)
                 if benchmark["metrics"] and asked not in known:
                     known.add(asked)
-                    now = [line for each in comparisons if each.after for line in each.after.of(benchmark)]
-                    yield run, _since(benchmark, own, now)
+                    name = {"benchmark": benchmark.get("reference", benchmark["name"])}
+                    yield run, _since(benchmark, own, [a | name for a in answers if a["question_key"] in asked])
 
 
 def _since(benchmark: Json, before: Sequence[Json], now: Sequence[Json]) -> Score:

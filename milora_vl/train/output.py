@@ -22,7 +22,7 @@ from typing import Any, cast
 import torch
 from transformers import TrainerCallback, TrainingArguments
 
-from milora_data.keys import FileKeys, record_key
+from milora_data.keys import FileKeys, file_key, record_key
 from milora_data.records.record import Record
 from milora_vl.common.cli.console import command_line
 from milora_vl.common.cli.screen import Screen
@@ -298,7 +298,8 @@ def _shown(
         last = max(number for number, turn in enumerate(record.turns) if turn.role == "assistant")
         prompts.append(Prompt(record.turns[:last], placed.images, videos=placed.videos))
         question, answer = (turn.text + turn.keys for turn in record.turns[last - 1 : last + 1])
-        lines.append({"id": record.id, "images": list(map(str, placed.images)), "question": question, "answer": answer})
+        pictures = {"image_file": next(map(str, placed.images), None), "content": [*map(file_key, placed.images)]}
+        lines.append({"id": record.id, **pictures, "question": question, "answer": answer})
     size = min(trainer.args.per_device_train_batch_size, 8)  # a step held them
     for start in range(0, len(prompts), size):
         with suppress(DataError), trainer.accelerator.autocast():  # of a picture that is gone

@@ -314,6 +314,8 @@ def test_scores_of_earlier_tasks_stand_beside_those_after_their_own_run(run: Pat
     shutil.rmtree(finished / "eval" / "emoji+other")
 
     answers = run / "eval" / "emoji" / "final" / "predictions.jsonl"
+    answers.write_text(answers.read_text().replace('"benchmark": "', '"benchmark": "other '))
+    assert read_run(run).earlier == ((folder, score),)  # the same questions under another name
     answers.write_text(answers.read_text().replace('"question_key": "', '"question_key": "other '))
     ((_, score),) = read_run(run).earlier
     assert (score.before is not None, score.after) == (True, None)

@@ -21,6 +21,7 @@ from milora_eval.__main__ import main as milora_eval
 from milora_vl import collator_for, load_adapter, load_model
 from milora_vl.common.atomic_write import json_lines
 from milora_vl.models.losses import summed_loss
+from milora_vl.report.page import write_report
 from milora_vl.train.__main__ import main
 from support.launched import KINDS, needs_deepspeed, train_in_two
 from support.problems import raises_code
@@ -84,6 +85,11 @@ def test_the_losses_are_those_of_each_record_alone(
     table = page[page.index('id="held-out"') : page.index('id="forgetting"')]
     assert table.count("<li data-kinds=") == 7
     assert table.count("data:image/jpeg") == 5
+    first, second = (data / "images" / record["image"] for record in json.loads((data / "val.json").read_text())[:2])
+    kept = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    assert write_report(run).read_text(encoding="utf-8").count("picture not found") == 1
+    first.write_bytes(kept)
     capsys.readouterr()
     shown = ["show", str(data / "val.json"), "--worst", str(run), "--limit", "7", "--format", "json"]
     assert milora_data(shown) == 0
