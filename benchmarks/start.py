@@ -43,9 +43,9 @@ from milora_vl.core.policy.rules import DEFAULT_RULES, without_projector
 from milora_vl.core.policy.towers import image_token_of
 from milora_vl.core.weights.matrices import read_matrix
 from milora_vl.forgetting.measure import general_text, text_batches
+from milora_vl.interop.base_kl import add_base_kl, with_positions
 from milora_vl.models.base import find_base, split_processor
 from milora_vl.models.losses import add_chunked_loss, summed_loss
-from milora_vl.train.base_kl import add_base_kl, with_positions
 from milora_vl.train.data import collator, read_records
 from milora_vl.train.launch import load_base_model
 from milora_vl.train.settings import BaseKLConfig, Recipe

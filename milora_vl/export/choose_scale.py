@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from milora_data.check import read_training_records
+from milora_data.keys import file_key
 from milora_vl.common.atomic_write import write_json
 from milora_vl.common.errors import UserError
-from milora_vl.core.adapter.folders import recipe_of_run
+from milora_vl.core.adapter.folders import ADAPTER_FILES, recipe_of_run
 from milora_vl.export.request import Options
 from milora_vl.forgetting.measure import measure_forgetting
 from milora_vl.interop.load_model import load_any, require_scalable
@@ -55,6 +56,7 @@ def measure_scales(folder: Path, base: str, options: Options) -> dict[str, Any]:
     before, lowest = curve[0]["held_out_loss"], min(point["held_out_loss"] for point in curve)
     kept = [point["scale"] for point in curve[1:] if before - point["held_out_loss"] >= KEPT * (before - lowest)]
     content = {"chosen": kept[0] if lowest < before else None, "num_records": len(losses), "scales": curve}
+    content["adapter"] = file_key(folder / ADAPTER_FILES[0])
     write_json(folder / "scales.json", content)
     if content["chosen"] is None:
         raise UserError(f"auto: no scale lowers the loss of {before:.4f}", where="--scale", hint="give a number")

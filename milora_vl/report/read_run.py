@@ -14,10 +14,11 @@ from typing import Any
 
 import yaml
 
+from milora_data.keys import file_key
 from milora_vl.common.atomic_write import json_lines
 from milora_vl.common.errors import UserError
 from milora_vl.common.evaluator_protocol import evaluator
-from milora_vl.core.adapter.folders import HELD_OUT
+from milora_vl.core.adapter.folders import ADAPTER_FILES, HELD_OUT
 
 Json = Mapping[str, Any]
 RESTORE = "restore the files of the run, or move the damaged one away for a report without it"
@@ -154,10 +155,15 @@ def read_run(folder: Path) -> RunFiles:
         history=tuple(_read(folder / "trainer_state.json", {}).get("log_history", ())),
         comparisons=comparisons,
         forgetting=_read(folder / "forgetting.json", {}),
-        scales=_read(folder / "scales.json", {}),
+        scales=_scales(folder),
         earlier=tuple(_earlier(folder, comparisons)),
         held_out=tuple(line for line in json_lines(folder / HELD_OUT) if "reply" in line),
     )
+
+
+def _scales(folder: Path) -> Json:
+    found: Json = _read(folder / "scales.json", {})
+    return found if found.get("adapter") == file_key(folder / ADAPTER_FILES[0]) else {}
 
 
 def tasks_of(folder: Path) -> list[Json]:

@@ -19,6 +19,7 @@ from milora_vl.common.atomic_write import json_lines
 from milora_vl.export import Options, export
 from milora_vl.export.__main__ import main
 from milora_vl.interop.scale import Update
+from milora_vl.report.page import regenerate_report
 from milora_vl.train.__main__ import main as train
 from support.adapter_cases import LLAVA_POLICY, llava_batch, move, one_rule
 from support.calibrated import directions, leaks, text_batches
@@ -172,6 +173,9 @@ def test_auto_exports_the_smallest_scale_that_keeps_the_fall(tiny_data: Path, tm
     export(run, form, by_number, Options(scale=found["chosen"]))
     assert file_contents(auto) == file_contents(by_number)
     assert f"{found['chosen']:g} (chosen)" in (run / "report.html").read_text(encoding="utf-8")
+    (run / "adapter_model.safetensors").write_bytes(b"of a training that went on")
+    regenerate_report(run)
+    assert "(chosen)" not in (run / "report.html").read_text(encoding="utf-8")
 
 
 def test_auto_without_held_out_records_is_refused(made, tmp_path: Path) -> None:
