@@ -20,9 +20,14 @@ from milora_data.stream import load_records
 from milora_eval.__main__ import main as milora_eval
 from milora_vl import collator_for, load_adapter, load_model
 from milora_vl.common.atomic_write import json_lines
+from milora_vl.common.evaluator_protocol import QuestionSet
 from milora_vl.models.losses import summed_loss
-from milora_vl.report.page import write_report
+from milora_vl.report.page import summary, write_report
+from milora_vl.report.read_run import read_run
+from milora_vl.sweep.__main__ import _require_same_sweep
+from milora_vl.sweep.runner import Sweep
 from milora_vl.train.__main__ import main
+from milora_vl.train.settings import Recipe
 from support.launched import KINDS, needs_deepspeed, train_in_two
 from support.problems import raises_code
 from support.train_runs import losses, read_json, training
@@ -132,30 +137,77 @@ def renamed_and_shuffled(data: Path, folder: Path) -> Path:
 
 @needs_places
 def test_renamed_pictures_and_shuffled_files_change_no_output(data: Path, tmp_path: Path, capsys: Any) -> None:
-    """Findings, leaks, the division into held-out records, lengths, calibration, losses and weights follow content."""
+    """Findings, leaks, held-out division, lengths, start, losses, weights, answers and scores follow content.
+
+    So do the cells of a sweep. The second evaluation asks nothing, and the first run resumes on the second data set.
+    """
+    shutil.copy(data / "images" / "0.png", data / "images" / "copy.png")
+    rows = json.loads((data / "train.json").read_text())
+    wrong = {"conversations": [rows[1]["conversations"][0], {"from": "gpt", "value": "pink"}]}
+    rows += [rows[0] | {"id": "again", "image": "copy.png"}, rows[1] | {"id": "no"} | wrong]
+    (data / "train.json").write_text(json.dumps(rows))
     outputs: list[list[Any]] = []
     for folder, train in ((data, "train.json"), (renamed_and_shuffled(data, tmp_path / "other"), "in_order.json")):
         images, out, run = folder / "images", folder / "divided", folder / "run"
-        key_of = FileKeys(images)
-        words = [str(folder / "train.json"), "--image_folder", str(images)]
+        key_of, pictures = FileKeys(images), ["--image_folder", str(images)]
+        words = [str(folder / "train.json"), *pictures]
         capsys.readouterr()
         milora_data(["check", *words, "--against", str(folder / "val.json"), "--format", "json"])
         report = json.loads(capsys.readouterr().out)
         checked = {name: value for name, value in report.items() if name not in ("path", "image_folder", "findings")}
+        assert checked["kinds"].keys() >= {"duplicate", "contradiction", "leaked"}
         assert milora_data(["convert", *words, "--hold_out", "3", "--output_dir", str(out)]) == 0
         divided = [{record_key(record, key_of) for record in load_records(file)} for file in sorted(out.glob("*.json"))]
         records = list(load_records(folder / "train.json"))
         counted = lengths_of(records, ProcessorCollator(processor_of("qwen2_5_vl"), image_folder=images), beside=images)
         lengths = {record_key(record, key_of): length for record, length in zip(records, counted, strict=True)}
-        assert main(run_on(folder, run, *EXTRA, "--data_path", str(folder / train), "--image_folder", str(images))) == 0
+        assert main(run_on(folder, run, *EXTRA, "--data_path", str(folder / train), *pictures)) == 0
         assert milora_eval(["losses", *words, "--adapter", str(run), "--output", str(folder / "losses.jsonl")]) == 0
         found = [{line["key"]: line["loss"] for line in json_lines(file)}
                  for file in (folder / "losses.jsonl", run / "held_out.jsonl")]  # fmt: skip
+        capsys.readouterr()
+        milora_data(["show", *words, "--worst", str(data / "losses.jsonl"), "--limit", "99", "--format", "json"])
+        worst = [json.loads(line)["extra"]["loss"] for line in capsys.readouterr().out.splitlines()]
+        if outputs:
+            shutil.copytree(data / "run" / "eval", run / "eval")
+        asked = ["run", "--model", "tiny", "--adapter", str(run), "--benchmarks", str(folder / "val.json")]
+        asked += ["--data", str(images), "--with_base", "--forgetting_tokens", "0", "--output_dir", str(run)]
+        assert milora_eval(asked) == 0
+        scored = [read_json(run, f"eval/val/{which}/results.json") for which in ("base", "final")]
+        assert [bool(each["asked"]) for each in scored] == [not outputs] * 2
+        scores = [[each.get(name) for name in ("benchmarks", "comparison", "predictions", "table")] for each in scored]
+        shown = [
+            (run / "README.md").read_text().partition("model-index")[2].partition("## Use")[0],
+            summary(read_run(run)),
+        ]
+        kept = {"path": str(folder / "train.json"), "eval_path": str(folder / "val.json"), "image_folder": str(images)}
+        sweep = Sweep(
+            folder, Recipe.parse({"model": "tiny", "data": kept}), QuestionSet(benchmarks=str(folder / "val.json"))
+        )
         start, weights = read_json(run, "_start/texts.json"), (run / "adapter_model.safetensors").read_bytes()
         assert start["captions"]
-        outputs.append([checked, divided, lengths, start["captions"], start["rows"], losses(run), weights, *found])
+        start = [start["captions"], start["rows"]]
+        exact = [
+            checked,
+            divided,
+            lengths,
+            start,
+            losses(run),
+            weights,
+            worst,
+            scores,
+            shown,
+            _require_same_sweep(sweep),
+        ]
+        outputs.append([*exact, *found])
     for name, (one, other) in enumerate(zip(*outputs, strict=True)):
-        assert one == (pytest.approx(other, abs=1e-5) if name >= 7 else other)
+        assert one == (pytest.approx(other, abs=1e-5) if name >= 10 else other), name
+    shutil.rmtree(data / "run" / "checkpoint-6")
+    for name in ("adapter_model.safetensors", "trainer_state.json"):
+        (data / "run" / name).unlink()
+    words = run_on(folder, data / "run", *EXTRA, "--data_path", str(folder / train), *pictures)
+    assert main([*words, "--resume_from_checkpoint", "auto"]) == 0
+    assert (data / "run" / "adapter_model.safetensors").read_bytes() == weights
 
 
 def test_wrong_labels_of_the_training_file_are_shown_first(tmp_path: Path, capsys: Any) -> None:
