@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = Parts(
         args.language, args.vision, args.projector, args.select_layer, args.select_feature, args.vision_weights
     )
-    require_parts(chosen)
+    require_parts(chosen, chosen.projector)
     with at_flag("--language"):
         language_config(args.language)
     with at_flag("--vision"):

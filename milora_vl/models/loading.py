@@ -165,10 +165,12 @@ def _stamp(path: Path) -> list[tuple[str, int, int]]:
     return [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
 
 
-def require_parts(parts: Parts) -> None:
-    if parts.projector and not is_original(Path(parts.projector)):
-        projector_file(Path(parts.projector))
-    for part, name in (("language model", parts.language), ("vision tower", parts.vision)):
+def require_parts(parts: Parts | None, projector: str | None) -> None:
+    """Raise UserError if a folder of the parts, or the file with the weights of the projector, is missing."""
+    if projector and not is_original(Path(projector)):
+        projector_file(Path(projector))
+    named = (("language model", parts.language), ("vision tower", parts.vision)) if parts else ()
+    for part, name in named:
         if name.startswith((".", "/")) and not Path(name).is_dir():
             raise UserError(
                 f"no such folder; it should hold the {part}", code="path-missing", where=name, hint=beside(Path(name))

@@ -29,7 +29,6 @@ import llava_recipes
 from milora_data.batches.processor_inputs import ProcessorSettings, configure_processor, usable_inputs
 from milora_vl.common.compat.transformers import layer_kinds, unstarted_arguments, use_one_gpu
 from milora_vl.common.errors import Key, UserError, did_you_mean, first_line, require_folder, suggest
-from milora_vl.core.adapter.folders import projector_file
 from milora_vl.core.adapter.lora import base_model_of
 from milora_vl.core.policy import Target
 from milora_vl.models.base import Base, is_to_build
@@ -455,10 +454,7 @@ def require_usable(recipe: Recipe, base: Base) -> None:
     if base.own_pictures:
         configure_processor(base.processor, settings)
         usable_inputs(base.processor, base.name)
-    if base.parts is not None:
-        require_parts(base.parts)
-    elif recipe.projector_weights:
-        projector_file(Path(recipe.projector_weights))
+    require_parts(base.parts, recipe.projector_weights)
     if recipe.factor_cache:  # a complete cache may be on a disk that is read-only
         require_folder(Path(recipe.factor_cache), Key.of("factor_cache"), is_written=False)
 

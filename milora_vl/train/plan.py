@@ -235,8 +235,7 @@ def _check_pictures(recipe: Recipe, base: Base, targets: Sequence[Target]) -> No
         where = Key.of("data.min_pixels" if data.max_pixels is None else "data.max_pixels")
         raise UserError(message, code="pixels-unsupported", where=where, hint="remove the limit")
     for key in processor_settings(data).of_videos:
-        with at_flag(Key.of(f"data.{key}")):
-            raise no_videos(name)
+        raise no_videos(name, Key(("data", key)))
     if (ratio == "anyres" and tiling is None) or (ratio == "plain" and tiling is not None):
         message = f"{ratio}, but {name} {'sees a picture once' if tiling is None else 'tiles its pictures'}"
         where, hint = Key.of("data.image_aspect_ratio"), "use pad or plain" if tiling is None else "use anyres"

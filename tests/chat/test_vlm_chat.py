@@ -11,9 +11,10 @@ from PIL import Image
 from transformers import pipeline
 
 from milora_data.batches.processor_collator import ProcessorCollator
+from milora_data.batches.processor_inputs import sampler
 from milora_data.encode.chat_template_mask import parts_of
 from milora_data.encode.templates import OWN
-from milora_data.pictures.videos import read_video, sampler
+from milora_data.pictures.videos import read_video
 from milora_data.records.record import Turn
 from milora_eval.answers.runner import loglikelihoods
 from milora_vl import Policy, apply_milora, save_adapter

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
+from inspect import signature
 from typing import Any
 
 import torch
@@ -16,14 +18,15 @@ from milora_data.encode.chat_template_mask import VIDEO_MARK, ImageTemplate, Pla
 from milora_data.encode.templates import no_videos
 from milora_data.encode.tokens import fast_backend
 from milora_data.pictures.load import ImageError, load_image, picture_size
-from milora_data.pictures.videos import Frames, outline, read_video, require_one_size, sampler
+from milora_data.pictures.videos import Frames, outline, read_video, require_one_size
 from milora_data.records.record import IMAGE, VIDEO, Turn, Video
 from milora_vl.common.compat.transformers import count_image_tokens, recorded_places
-from milora_vl.common.errors import DataError, Key, UserError, at_flag, first_line
+from milora_vl.common.errors import DataError, Key, UserError, first_line
 
 # What processors raise for pictures and texts that they do not take.
 PROCESSOR_ERRORS = (ValueError, TypeError, IndexError, KeyError, RuntimeError, StopIteration, ZeroDivisionError)
 PLACES = "places_of_images"
+DEFAULT_FPS = 2.0  # if the processor has no default; Qwen3-VL and GLM-4V have the same
 
 
 def takes_videos(processor: Any) -> bool:
@@ -476,13 +479,36 @@ def configure_processor(processor: Any, data: ProcessorSettings) -> None:
     """Set what a recipe says about the sizes of pictures and videos, and about the frames of video files."""
     limit_pixels(processor, data.min_pixels, data.max_pixels)
     if data.of_videos and not takes_videos(processor):
-        with at_flag(Key.of(f"data.{data.of_videos[0]}")):
-            raise no_videos(type(processor).__name__)
+        raise no_videos(type(processor).__name__, Key(("data", data.of_videos[0])))
     if data.video_min_pixels is not None or data.video_max_pixels is not None:
         _limit(processor.video_processor, data.video_min_pixels, data.video_max_pixels, "video_")
     if data.fps is not None or data.num_frames is not None:
-        with at_flag(Key.of("data.num_frames" if data.fps is None else "data.fps")):
-            processor.video_processor = sampler(processor.video_processor, data.fps, data.num_frames)
+        processor.video_processor = sampler(processor.video_processor, data.fps, data.num_frames, section="data")
+
+
+def sampler(video_processor: Any, fps: float | None = None, num_frames: int | None = None, *, section: str = "") -> Any:
+    """Return a video processor that samples `fps` frames per second or `num_frames` frames of each file.
+
+    Without either, its own setting counts, else `DEFAULT_FPS`. Raises `DataError` for a processor that does not sample
+    by the setting (GLM-4V knows no `num_frames`), at its key in the `section` of a recipe, if one is named.
+    """
+    if fps is None and num_frames is None:
+        if video_processor.fps is not None or video_processor.num_frames is not None:
+            return video_processor
+        fps = DEFAULT_FPS
+    name, other, value = ("num_frames", "fps", num_frames) if fps is None else ("fps", "num_frames", fps)
+    if name not in signature(video_processor.sample_frames).parameters:
+        message = f"{type(video_processor).__name__} does not choose frames by {name}"
+        where = Key((section, name)) if section else ""
+        raise DataError(message, code="video-sampling-unsupported", where=where, hint=f"use {other}")
+    changed = copy(video_processor)
+    # A default for the other setting would overrule this one. SmolVLM has both, and needs them: it reads `fps` frames
+    # per second, and `num_frames` at most.
+    if video_processor.fps is None or video_processor.num_frames is None:
+        setattr(changed, other, None)
+    setattr(changed, name, value)
+    changed.do_sample_frames = True
+    return changed
 
 
 def limit_pixels(processor: Any, min_pixels: int | None, max_pixels: int | None) -> None:

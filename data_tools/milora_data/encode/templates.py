@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 from milora_data.encode.tokens import bos_ids, eos_text, glue_after, own_template
 from milora_data.records.record import IMAGE, Turn
 from milora_vl.common.cli.console import amount
-from milora_vl.common.errors import DataError, UserError, did_you_mean, suggest
+from milora_vl.common.errors import DataError, Key, UserError, did_you_mean, suggest
 
 EOS = "{eos}"
 OWN = "chat_template"
@@ -222,9 +222,9 @@ def split_turns(turns: Sequence[Turn]) -> tuple[str | None, list[Turn]]:
     return system, exchange
 
 
-def no_videos(name: str) -> DataError:
+def no_videos(name: str, where: str | Key = "") -> DataError:
     hint = "use its frames as pictures, or leave it out"
-    return DataError(f"{name} takes no videos", code="record-videos", hint=hint)
+    return DataError(f"{name} takes no videos", code="record-videos", where=where, hint=hint)
 
 
 def place_images(turns: Sequence[Turn], num_images: int | None) -> list[Turn]:

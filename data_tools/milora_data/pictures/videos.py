@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from copy import copy
 from importlib.util import find_spec
-from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,7 +20,6 @@ from milora_vl.common.errors import DataError, UserError, first_line
 if TYPE_CHECKING:
     from transformers.video_utils import VideoMetadata
 
-DEFAULT_FPS = 2.0  # if the processor has no default; Qwen3-VL and GLM-4V have the same
 # What samplers of transformers raise for a video that is too short for them, or for a setting that they do not take.
 _SAMPLER_ERRORS = (ValueError, TypeError, IndexError, ZeroDivisionError, RuntimeError)
 
@@ -66,30 +63,6 @@ def require_pyav() -> None:
     if find_spec("av") is None:
         message = "video files need PyAV, which is not installed"
         raise UserError(message, code="package-missing", hint="pip install -e '.[video]'")
-
-
-def sampler(video_processor: Any, fps: float | None = None, num_frames: int | None = None) -> Any:
-    """Return a video processor that samples `fps` frames per second or `num_frames` frames of each file.
-
-    Without either, its own setting counts, else `DEFAULT_FPS`. Raises `DataError` for a processor that does not sample
-    by the setting (GLM-4V knows no `num_frames`).
-    """
-    if fps is None and num_frames is None:
-        if video_processor.fps is not None or video_processor.num_frames is not None:
-            return video_processor
-        fps = DEFAULT_FPS
-    name, other, value = ("num_frames", "fps", num_frames) if fps is None else ("fps", "num_frames", fps)
-    if name not in signature(video_processor.sample_frames).parameters:
-        message = f"{type(video_processor).__name__} does not choose frames by {name}"
-        raise DataError(message, code="video-sampling-unsupported", hint=f"use {other}")
-    changed = copy(video_processor)
-    # A default for the other setting would overrule this one. SmolVLM has both, and needs them: it reads `fps` frames
-    # per second, and `num_frames` at most.
-    if video_processor.fps is None or video_processor.num_frames is None:
-        setattr(changed, other, None)
-    setattr(changed, name, value)
-    changed.do_sample_frames = True
-    return changed
 
 
 def _sampled(video_processor: Any, metadata: VideoMetadata) -> list[int]:

@@ -108,24 +108,24 @@ def record_stream(
 
 def _rows(source: Source, processes: int) -> datasets.IterableDataset:
     """Return the rows of one source: {"record": pickled `Record` or `DataError`}."""
-    if not is_stored(source.path):
-        count = -(-MIN_PARTS // processes) * processes
-        parts = parts_of(Path(source.path), count, processes)
-        if not parts:
-            raise DataError(problems=[no_records(source.path)])
-        return datasets.IterableDataset.from_generator(
-            _json_rows, features=FEATURES, gen_kwargs={"parts": parts, "image_folder": source.image_folder}
+    if source.path.startswith(HUB):
+        stored = open_hub(source.path)
+        return stored.map(
+            _hub_row,
+            fn_kwargs={"source": source.path, "image_folder": source.image_folder},
+            with_indices=True,
+            remove_columns=stored.column_names,
+            features=FEATURES,
         )
-    if not source.path.startswith(HUB):
+    if is_stored(source.path):
         files = {"files": files_of(source.path), "image_folder": source.image_folder}
         return datasets.IterableDataset.from_generator(_stored_rows, features=FEATURES, gen_kwargs=files)
-    stored = open_hub(source.path)
-    return stored.map(
-        _hub_row,
-        fn_kwargs={"source": source.path, "image_folder": source.image_folder},
-        with_indices=True,
-        remove_columns=stored.column_names,
-        features=FEATURES,
+    count = -(-MIN_PARTS // processes) * processes
+    parts = parts_of(Path(source.path), count, processes)
+    if not parts:
+        raise DataError(problems=[no_records(source.path)])
+    return datasets.IterableDataset.from_generator(
+        _json_rows, features=FEATURES, gen_kwargs={"parts": parts, "image_folder": source.image_folder}
     )
 
 
