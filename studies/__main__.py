@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
+from milora_vl.common.atomic_write import locked
 from milora_vl.common.cli.console import amount, next_step, run
 from milora_vl.common.cli.parser import Command, flag, option, positive, shared
-from milora_vl.sweep.runner import alone, usable_cores
+from milora_vl.sweep.runner import usable_cores
 from studies import page, runner
 from studies.study import Study, chosen, read_study, study_names
 from studies.tasks import require_task
@@ -88,7 +89,7 @@ def _run_one(name: str, study: Study, options: argparse.Namespace) -> int:
         return 0
     for task in (study.task, *study.then):
         require_task(task)  # before the workers start
-    with alone(folder.folder):
+    with locked(folder.folder, "study", "wait until it has finished"):
         failed = runner.run_study(folder, jobs, retry=options.retry)
         written, table = page.write(folder, f"python -m studies {name}")
     as_json = json.dumps({"study": name, "arms": [dict(zip(table.header, row, strict=True)) for row in table.rows]})

@@ -1,4 +1,4 @@
-"""What a run costs, from its plan: steps and batches, trained numbers, seconds of start and step; memory by
+"""Counts of a run: steps and batches, trained numbers, work of a step, seconds of the start. Memory is in
 `models.memory_plan`.
 """
 
@@ -8,37 +8,22 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import psutil
-import torch
 from torch import nn
 from transformers.trainer_pt_utils import get_model_param_count
 
-from milora_vl.common.cli.console import amount, duration_text
+from milora_vl.common.cli.console import amount
 from milora_vl.core.adapter.fixed_a import distinct_inputs
-from milora_vl.core.adapter.sidecar import read_sidecar
 from milora_vl.core.calibration.activations import ROOM
 from milora_vl.core.calibration.texts import COUNT, HELD_OUT_TEXTS, LENGTH
 from milora_vl.core.policy import Target
 from milora_vl.models.base import Base
-from milora_vl.models.devices import bytes_per_number, measured_flops, quantized_layers
-from milora_vl.models.memory_plan import (
-    GIB,
-    Workload,
-    activations,
-    flops_per_step,
-    host_memory,
-    memory,
-    size_text,
-    verdict,
-)
+from milora_vl.models.devices import quantized_layers
+from milora_vl.models.memory_plan import GIB, Workload, activations
 from milora_vl.train.launch import Launch
-from milora_vl.train.settings import RENAMED, Recipe, Request, value_of
-
-if TYPE_CHECKING:
-    from milora_vl.train.plan import Run
+from milora_vl.train.settings import CalibrationConfig, Recipe, Request, value_of
 
 
 def num_devices(request: Request) -> int:
@@ -149,83 +134,6 @@ class Counts:
 MIX665K = Counts(tokens=700, supervised=60)  # approximate, per record
 
 
-@dataclass(frozen=True, slots=True)
-class Costs:
-    """Costs of a run as lines to print, and whether it fits in the memory of --gpu-memory."""
-
-    lines: list[str]
-    fits: bool
-
-
-def costs_of(run: Run, counts: Counts, batching: Batching, *, has_steps: bool) -> Costs:
-    base, request = run.base, run.request
-    work = _work_of(run, counts, batching)
-    frugal = [flag for flag, has in (("bf16", work.half), ("gradient_checkpointing", work.checkpointing)) if not has]
-    flags = " ".join(f"--{flag} True" for flag in frugal)
-    lean = _work_of(run, counts, batching, *frugal) if frugal else work
-    sizes, leanest = memory(work), sum(memory(lean).values())
-    whole = sum(sizes.values())
-    stage = "FSDP2" if work.fsdp else f"ZeRO-{work.stage}" if work.stage else "no ZeRO"
-    line = f"memory about {size_text(whole)} per device ({stage}, {amount(work.devices, 'device')})"
-    parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in sizes.items() if size >= 0.05 * GIB)
-    out = [f"{line}: {parts}" if parts else line]
-    if base.own_pictures:
-        out.append("       and the activations of the vision tower, which depend on the sizes of the pictures")
-    if host_memory(work):
-        out.append(f"       and {host_memory(work) / GIB:.1f} GiB of host memory per device (offloaded)")
-    if leanest < min(0.9 * whole, whole - 0.05 * GIB):
-        out.append(f"       with {flags} about {size_text(leanest)}")
-    fits = True
-    if request.gpu_memory is not None:
-        lines, fits = verdict(work, lean, flags, request.gpu_memory)
-        out += lines
-    is_planned = request.devices is not None or request.gpu_memory is not None
-    on_cpu = work.total < SMALL_MODEL and not torch.cuda.is_available() and not is_planned
-    flops, where = (measured_flops(), CPU) if on_cpu else (A100_FLOPS, A100)
-    step = flops_per_step(work) / flops
-    total = f", {duration_text(batching.steps * step)} in total" if has_steps else ""
-    steps = batching.steps if has_steps else SMOKE_STEPS
-    start = start_seconds(run, steps, flops if on_cpu else None, work.tokens if counts.has_pictures else 0)
-    before = f", about {duration_text(start)} before the first" if start else ""
-    out += [f"time   about {duration_text(step)} a step on {where}{total}{before}"]
-    if is_smoke_test(run, steps):
-        out.append(SMOKE_NOTE)
-    if work.base_kl:
-        share = flops_per_step(work) / flops_per_step(replace(work, base_kl=0.0)) - 1
-        room = whole - sum(memory(replace(work, base_kl_activations=0.0)).values())
-        texts, every = amount(run.base_kl.texts, "text"), run.base_kl.every
-        price = f"{share * every:.0%} more time in that step, {share:.0%} in all"
-        out.append(f"base_kl  reads {texts} in one step of {every}: {price}, {room / GIB:.1f} GiB")
-    return Costs(out, fits)
-
-
-def _work_of(run: Run, counts: Counts, batching: Batching, *frugal: str) -> Workload:
-    """Return the work of a run, also with the flags `frugal`.
-
-    Texts and captions of `base_kl` take turns. A caption has its picture, and about 80 tokens of system text, question
-    and answer. Records of earlier tasks are as long as this run's.
-    """
-    base, term, recipe = run.base, run.base_kl, run.recipe
-    train = {**run.launch.train, **{RENAMED.get(name, name): True for name in frugal}}
-    work = workload_of(replace(run.launch, train=train), base, run.targets, counts, batching)
-    if recipe.quantization != "none":
-        work = replace(work, packed_bytes=bytes_per_number(recipe.quantization))
-    saved = None if recipe.after is None else read_sidecar(Path(recipe.after))
-    earlier = () if saved is None else saved.targets  # the base holds their factors
-    held = sum((t.rank or 0) * (2 if t.has_anchor else 1) * sum(t.shape) for t in earlier)
-    work = replace(work, fixed=work.fixed + held)
-    if not term.weight:
-        return work
-    longest = of_text = max(LENGTH, work.tokens if recipe.after else 0)
-    if base.reads_pictures and recipe.calibration.num_pictures and counts.has_pictures:
-        largest = base.tokens_of_a_picture if base.tiling is None else base.tiling.most_tokens
-        longest = max(longest, (largest or work.tokens) + 80)
-    # In proportion; and logits and probabilities of the model and of the base in float32, with their gradients.
-    in_proportion = work.activations * term.texts * longest / (work.records * work.tokens)
-    extra = in_proportion + 5 * 4 * term.texts * of_text * base.config.get_text_config().vocab_size
-    return replace(work, base_kl=term.texts * (LENGTH + longest) / 2 / term.every, base_kl_activations=extra)
-
-
 def workload_of(launch: Launch, base: Base, targets: Sequence[Target], counts: Counts, batching: Batching) -> Workload:
     model, sizes, train = base.meta, trained_sizes(targets, base.meta), launch.train
     adapters = sum(sizes[t.path] for t in targets if t.rank is not None)
@@ -274,25 +182,31 @@ def part_of(count: int, steps: int) -> int:
     return count if steps >= SMOKE_STEPS else -(-count // 10)
 
 
-def is_smoke_test(run: Run, steps: int) -> bool:
-    return run.reads_calibration and steps < SMOKE_STEPS
+def start_seconds(
+    base: Base,
+    targets: Sequence[Target],
+    calibration: CalibrationConfig | None,
+    *,
+    num_tasks: int,
+    steps: int,
+    devices: int,
+    flops: float | None,
+    row: float,
+) -> float:
+    """Return about the seconds before the first step of a run of `steps` steps: on A100s, or at `flops` on a CPU.
 
-
-def start_seconds(run: Run, steps: int, flops: float | None, row: float) -> float:
-    """Return about the seconds before the first step of a run of `steps` steps: on an A100, or at `flops` on a CPU.
-
-    The base writes texts, describes pictures (`row` tokens; 0: no pictures) and runs on both, and the inputs of the
-    protected layers are decomposed. A caption has 112 tokens beside its picture; the base writes 32 of them. An A100
-    reads the weights in half precision once for each step of 16 texts. A CPU needs twice as long for a token that it
-    writes as for one that it reads, and LAYER seconds for each layer of a forward, however small it is.
+    `targets` get new adapters. With `calibration` the base writes texts, describes pictures (`row` tokens; 0: no
+    pictures) and runs on both, and the inputs of the protected layers are decomposed. A caption has 112 tokens beside
+    its picture; the base writes 32 of them. An A100 reads the weights in half precision once for each step of 16
+    texts. A CPU needs twice as long for a token that it writes as for one that it reads, and LAYER seconds for each
+    layer of a forward, however small it is.
 
     Processes share the texts, captions, inputs and weights. Each pass over the calibration runs the model in all,
     and sums C of the inputs that fit beside it, and as much on what is held out; a pass ends at its last layer, so
     it runs half of the model on average. The eigenvalue solver makes C tridiagonal, which reads the rest of C once
     for each column: 4/3 n^3 bytes, limited by memory; the other steps are products with about 6 n^3 operations.
     """
-    base, settings, size = run.base, run.recipe.calibration, num_parameters(run.base.meta)
-    new = [target for target in run.targets if run.folder.checkpoint is None and run.recipe.adapter is None]
+    size = num_parameters(base.meta)
     layers = LAYER * base.config.get_text_config().num_hidden_layers
     if flops is None:
         token, written, products, bandwidth = 2 * size / A100_FLOPS, size / BANDWIDTH / 8, FLOAT32_FLOPS, BANDWIDTH
@@ -300,18 +214,18 @@ def start_seconds(run: Run, steps: int, flops: float | None, row: float) -> floa
         token, written = 2 * size / flops + layers / TOKENS, 4 * size / flops + layers / COUNT
         products, bandwidth = flops, CPU_BANDWIDTH
     texts = captions = 0
-    if run.reads_calibration:
-        texts = part_of(settings.num_samples + HELD_OUT_TEXTS if settings.num_samples else 0, steps)
-        captions = part_of(settings.num_pictures, steps) if base.reads_pictures and row else 0
+    if calibration is not None:
+        texts = part_of(calibration.num_samples + HELD_OUT_TEXTS if calibration.num_samples else 0, steps)
+        captions = part_of(calibration.num_pictures, steps) if base.reads_pictures and row else 0
     caption = (base.tokens_of_a_picture or min(row, 700)) + 112
-    share = 1 / num_devices(run.request)
+    share = 1 / devices
     seconds = share * (texts * LENGTH * written + captions * (caption * token + 32 * written))
-    inputs = [float(target.shape[1]) for target in distinct_inputs(new)]
+    inputs = [float(target.shape[1]) for target in distinct_inputs(targets)]
     if inputs:
-        tokens = texts * LENGTH + captions * caption + part_of(NUM_RECORDS, steps) * len(run.tasks) * (row or LENGTH)
+        tokens = texts * LENGTH + captions * caption + part_of(NUM_RECORDS, steps) * num_tasks * (row or LENGTH)
         free = psutil.virtual_memory().available if flops else max(A100_MEMORY - 2 * size, GIB)
         passes = math.ceil(share * 8 * sum(n**2 for n in inputs) / (ROOM * free))
         seconds += token * tokens * (passes + 1) / 2
         seconds += share * sum((n**2 * tokens + 6 * n**3) / products + 4 / 3 * n**3 / bandwidth for n in inputs)
-    matrices = [target for target in new if target.is_decomposed]
+    matrices = [target for target in targets if target.is_decomposed]
     return seconds + share * DECOMPOSITION * sum(2.0 * math.prod(t.shape) * min(t.shape) for t in matrices) / products

@@ -25,18 +25,36 @@ from milora_data.batches.pack import require_packable
 from milora_data.batches.record_collator import RecordCollator
 from milora_data.encode.templates import OWN, no_videos
 from milora_data.records.record import IMAGE, Record
-from milora_vl.common.cli.console import amount
+from milora_vl.common.cli.console import amount, duration_text
 from milora_vl.common.cli.screen import Screen
 from milora_vl.common.cli.table import drawn
 from milora_vl.common.errors import Key, Problem, UserError, at_flag, beside, collected
+from milora_vl.core.adapter.sidecar import read_sidecar
+from milora_vl.core.calibration.texts import LENGTH
 from milora_vl.core.policy import Policy, Target
 from milora_vl.core.policy.resolve import frozen_towers, policy_rows
 from milora_vl.models import loading
 from milora_vl.models.base import Base, Parts, find_base, tokenizer_at_hand
-from milora_vl.models.devices import fastest_dtype, quantized_layers
+from milora_vl.models.devices import bytes_per_number, fastest_dtype, measured_flops, quantized_layers
+from milora_vl.models.memory_plan import GIB, Workload, flops_per_step, host_memory, memory, size_text, verdict
 from milora_vl.train import data
 from milora_vl.train.callbacks import require_evaluation
-from milora_vl.train.counts import MIX665K, Batching, Counts, costs_of, num_devices, num_parameters, trained_sizes
+from milora_vl.train.counts import (
+    A100,
+    A100_FLOPS,
+    CPU,
+    MIX665K,
+    SMALL_MODEL,
+    SMOKE_NOTE,
+    SMOKE_STEPS,
+    Batching,
+    Counts,
+    num_devices,
+    num_parameters,
+    start_seconds,
+    trained_sizes,
+    workload_of,
+)
 from milora_vl.train.data import Task, read_earlier_records
 from milora_vl.train.join_settings import Settings, default_rules
 from milora_vl.train.launch import (
@@ -57,7 +75,16 @@ from milora_vl.train.resume import (
     read_resumed,
     tasks_before,
 )
-from milora_vl.train.settings import BaseKLConfig, CalibrationConfig, PartsConfig, Recipe, Request, value_of, with_rates
+from milora_vl.train.settings import (
+    RENAMED,
+    BaseKLConfig,
+    CalibrationConfig,
+    PartsConfig,
+    Recipe,
+    Request,
+    value_of,
+    with_rates,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +119,23 @@ class Run:
     @property
     def reads_calibration(self) -> bool:
         return self.protects or bool(self.base_kl.weight)
+
+    def is_smoke_test(self, steps: int) -> bool:
+        return self.reads_calibration and steps < SMOKE_STEPS
+
+    def start_seconds(self, steps: int, flops: float | None, row: float) -> float:
+        """Return about the seconds before the first of `steps` steps; see `counts.start_seconds`."""
+        is_new = self.folder.checkpoint is None and self.recipe.adapter is None
+        return start_seconds(
+            self.base,
+            self.targets if is_new else (),
+            self.recipe.calibration if self.reads_calibration else None,
+            num_tasks=len(self.tasks),
+            steps=steps,
+            devices=num_devices(self.request),
+            flops=flops,
+            row=row,
+        )
 
     def on_records(self, *, has_pictures: bool) -> tuple[Run, str]:
         """Return the run on records with or without pictures, and a note.
@@ -310,6 +354,83 @@ def trainable_line(trained: int, total: int) -> str:
     'trainable params: 1 || all params: 8 || trainable%: 12.5000'
     """
     return f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}"
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """Costs of a run as lines to print, and whether it fits in the memory of --gpu-memory."""
+
+    lines: list[str]
+    fits: bool
+
+
+def costs_of(run: Run, counts: Counts, batching: Batching, *, has_steps: bool) -> Costs:
+    base, request = run.base, run.request
+    work = _work_of(run, counts, batching)
+    frugal = [flag for flag, has in (("bf16", work.half), ("gradient_checkpointing", work.checkpointing)) if not has]
+    flags = " ".join(f"--{flag} True" for flag in frugal)
+    lean = _work_of(run, counts, batching, *frugal) if frugal else work
+    sizes, leanest = memory(work), sum(memory(lean).values())
+    whole = sum(sizes.values())
+    stage = "FSDP2" if work.fsdp else f"ZeRO-{work.stage}" if work.stage else "no ZeRO"
+    line = f"memory about {size_text(whole)} per device ({stage}, {amount(work.devices, 'device')})"
+    parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in sizes.items() if size >= 0.05 * GIB)
+    out = [f"{line}: {parts}" if parts else line]
+    if base.own_pictures:
+        out.append("       and the activations of the vision tower, which depend on the sizes of the pictures")
+    if host_memory(work):
+        out.append(f"       and {host_memory(work) / GIB:.1f} GiB of host memory per device (offloaded)")
+    if leanest < min(0.9 * whole, whole - 0.05 * GIB):
+        out.append(f"       with {flags} about {size_text(leanest)}")
+    fits = True
+    if request.gpu_memory is not None:
+        lines, fits = verdict(work, lean, flags, request.gpu_memory)
+        out += lines
+    is_planned = request.devices is not None or request.gpu_memory is not None
+    on_cpu = work.total < SMALL_MODEL and not torch.cuda.is_available() and not is_planned
+    flops, where = (measured_flops(), CPU) if on_cpu else (A100_FLOPS, A100)
+    step = flops_per_step(work) / flops
+    total = f", {duration_text(batching.steps * step)} in total" if has_steps else ""
+    steps = batching.steps if has_steps else SMOKE_STEPS
+    start = run.start_seconds(steps, flops if on_cpu else None, work.tokens if counts.has_pictures else 0)
+    before = f", about {duration_text(start)} before the first" if start else ""
+    out += [f"time   about {duration_text(step)} a step on {where}{total}{before}"]
+    if run.is_smoke_test(steps):
+        out.append(SMOKE_NOTE)
+    if work.base_kl:
+        share = flops_per_step(work) / flops_per_step(replace(work, base_kl=0.0)) - 1
+        room = whole - sum(memory(replace(work, base_kl_activations=0.0)).values())
+        texts, every = amount(run.base_kl.texts, "text"), run.base_kl.every
+        price = f"{share * every:.0%} more time in that step, {share:.0%} in all"
+        out.append(f"base_kl  reads {texts} in one step of {every}: {price}, {room / GIB:.1f} GiB")
+    return Costs(out, fits)
+
+
+def _work_of(run: Run, counts: Counts, batching: Batching, *frugal: str) -> Workload:
+    """Return the work of a run, also with the flags `frugal`.
+
+    Texts and captions of `base_kl` take turns. A caption has its picture, and about 80 tokens of system text, question
+    and answer. Records of earlier tasks are as long as this run's.
+    """
+    base, term, recipe = run.base, run.base_kl, run.recipe
+    train = {**run.launch.train, **{RENAMED.get(name, name): True for name in frugal}}
+    work = workload_of(replace(run.launch, train=train), base, run.targets, counts, batching)
+    if recipe.quantization != "none":
+        work = replace(work, packed_bytes=bytes_per_number(recipe.quantization))
+    saved = None if recipe.after is None else read_sidecar(Path(recipe.after))
+    earlier = () if saved is None else saved.targets  # the base holds their factors
+    held = sum((t.rank or 0) * (2 if t.has_anchor else 1) * sum(t.shape) for t in earlier)
+    work = replace(work, fixed=work.fixed + held)
+    if not term.weight:
+        return work
+    longest = of_text = max(LENGTH, work.tokens if recipe.after else 0)
+    if base.reads_pictures and recipe.calibration.num_pictures and counts.has_pictures:
+        largest = base.tokens_of_a_picture if base.tiling is None else base.tiling.most_tokens
+        longest = max(longest, (largest or work.tokens) + 80)
+    # In proportion; and logits and probabilities of the model and of the base in float32, with their gradients.
+    in_proportion = work.activations * term.texts * longest / (work.records * work.tokens)
+    extra = in_proportion + 5 * 4 * term.texts * of_text * base.config.get_text_config().vocab_size
+    return replace(work, base_kl=term.texts * (LENGTH + longest) / 2 / term.every, base_kl_activations=extra)
 
 
 SHOWN, LONGEST = 2, 300  # records of the first batch, characters of a text

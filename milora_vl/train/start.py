@@ -53,17 +53,7 @@ from milora_vl.models.base import Base, split_processor
 from milora_vl.models.devices import measured_flops
 from milora_vl.models.generate import Prompt, generate
 from milora_vl.models.projector import load_projector
-from milora_vl.train.counts import (
-    A100,
-    CPU,
-    NUM_RECORDS,
-    SMOKE_NOTE,
-    SMOKE_STEPS,
-    is_smoke_test,
-    part_of,
-    start_seconds,
-    trained_sizes,
-)
+from milora_vl.train.counts import A100, CPU, NUM_RECORDS, SMOKE_NOTE, SMOKE_STEPS, part_of, trained_sizes
 from milora_vl.train.data import EarlierRecords, collator
 from milora_vl.train.plan import Run
 from milora_vl.train.resume import require_same
@@ -184,11 +174,11 @@ def show_start(run: Run, model: Any, steps: int, screen: Screen) -> None:
     """Say about how long the start takes, before its first slow part, if no earlier start has cached anything."""
     on_cpu = model.device.type == "cpu"
     flops = measured_flops() if on_cpu else None
-    start = start_seconds(run, steps, flops, run.base.tokens_of_a_picture or LENGTH)
+    start = run.start_seconds(steps, flops, run.base.tokens_of_a_picture or LENGTH)
     if start:
         where = CPU if on_cpu else A100
         screen.say(f"start  about {duration_text(start)} before the first step, on {where}, if nothing is cached")
-    if is_smoke_test(run, steps):
+    if run.is_smoke_test(steps):
         screen.say(SMOKE_NOTE)
 
 
