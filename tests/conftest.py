@@ -88,7 +88,7 @@ def known_costs() -> Iterator[None]:
         yield
         return
     from milora_vl.models import memory_plan
-    from milora_vl.train import counts
+    from milora_vl.train import plan
 
     simulate, known = memory_plan.simulate, {}
 
@@ -100,7 +100,7 @@ def known_costs() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory_plan, "simulate", remembered)
-        patch.setattr(counts, "measured_flops", functools.cache(counts.measured_flops))
+        patch.setattr(plan, "measured_flops", functools.cache(plan.measured_flops))
         yield
 
 

@@ -205,7 +205,7 @@ def _earlier(folder: Path, comparisons: Sequence[SuiteScores]) -> Iterator[tuple
                 if benchmark["metrics"] and asked not in known:
                     known.add(asked)
                     name = {"benchmark": benchmark.get("reference", benchmark["name"])}
-                    yield run, _since(benchmark, own, [a | name for a in answers if a["question_key"] in asked])
+                    yield run, _since(benchmark, own, [{**a, **name} for a in answers if a["question_key"] in asked])
 
 
 def _since(benchmark: Json, before: Sequence[Json], now: Sequence[Json]) -> Score:
