@@ -15,12 +15,10 @@ from peft import LoraConfig, get_peft_model
 from milora_data.records.record import Turn
 from milora_eval import run
 from milora_eval import run_suite as evaluation
-from milora_eval.answers.questions import answer_key, plan_of
+from milora_eval.answers.questions import answer_key
 from milora_eval.benchmark import Item, content_of
 from milora_eval.benchmarks.emoji import EmojiBenchmark
-from milora_eval.registry import choose
 from milora_eval.run_suite import settings
-from support.drawn import draw
 from support.eval_questions import write_questions
 
 Made = tuple[Any, Any]
@@ -85,39 +83,3 @@ def test_settings_tell_apart_what_changes_answers(tiny_llava: Callable[..., Made
 
     assert made("") == made("")
     assert made(change) != made("")
-
-
-def test_renamed_pictures_and_a_shuffled_file_change_no_answer_comparison_or_selection(
-    tiny_llava: Callable[..., Made], tmp_path: Path
-) -> None:
-    """Both models answer the questions as they are, then renamed, moved, shuffled and without ids."""
-    output, colors = tmp_path / "run", ("red", "green", "blue")
-    rows = [
-        {"id": f"{n}", "image": f"{n}.png", "question": f"{color}?", "answer": "yes", "type": f"type {n % 2}"}
-        for n, color in enumerate([*colors, *colors])
-    ]
-    moved = [{**row, "image": f"other/x{row['image']}", "id": None} for row in rows[::-1]]
-    for folder, content in (("here", rows), ("there", moved)):
-        for row, color in zip(rows, [*colors, *colors], strict=True):
-            draw(tmp_path / folder / (str(row["image"]) if folder == "here" else f"other/x{row['image']}"), color)
-        (tmp_path / folder / "own.json").write_text(json.dumps(content))
-    base, tuned = tiny_llava(), tiny_llava(seed=1)
-
-    def evaluate(made: Made, which: str, folder: str, limit: int | None = None) -> dict[str, Any]:
-        chosen = choose(str(tmp_path / folder / "own.json"), data_dir=tmp_path / folder, run=output)
-        plan, items = plan_of(chosen, tmp_path / folder, limit)
-        return dict(evaluation.evaluate(*made, replace(plan, which=which), items, output) or {})
-
-    numbers = ("benchmarks", "comparison", "predictions")
-    results = []
-    for folder in ("here", "there"):
-        asked = [evaluate(base, "base", folder)["asked"], evaluate(tuned, "final", folder)["asked"]]
-        results.append(evaluate(tuned, "final", folder))
-        assert asked == ([3, 3] if folder == "here" else [0, 0])
-    assert [path.name for path in (output / "eval").iterdir()] == ["own"]
-    assert {name: results[0][name] for name in numbers} == {name: results[1][name] for name in numbers}
-    assert results[0]["comparison"]["benchmarks"][0]["n"] == 6
-    few = [evaluate(tuned, "final", folder, limit=2)["predictions"] for folder in ("here", "there")]
-    assert few[0] == few[1]
-    draw(tmp_path / "there" / "other" / "x0.png", "blue")
-    assert evaluate(base, "base", "there")["asked"] == 1

