@@ -21,12 +21,14 @@ from milora_vl.core.calibration.activations import ROOM, _inputs_in_order, _pass
 from milora_vl.core.evaluation_mode import without_caches
 from milora_vl.core.policy import Policy
 from milora_vl.models.base import Base, config_of, find_base, meta_model
+from milora_vl.models.loading import load_weights
 from milora_vl.models.memory_plan import _Ledger, memory
 from milora_vl.models.tiny import tiny_llama
 from milora_vl.train.__main__ import main
 from milora_vl.train.counts import A100_MEMORY, Batching, Counts, num_parameters, workload_of
 from milora_vl.train.launch import Launch
 from milora_vl.train.run import require_one_device
+from support import simulated_device as simulated
 from support.adapter_cases import one_rule
 from support.launched import KINDS, needs_deepspeed
 from support.problems import raises_code
@@ -58,12 +60,19 @@ def started(
         assert main([word for word in line if word != "--use_cpu"]) == 0
     more = ["--per_device_train_batch_size", "2"]
     lines = [training(data, folder / k, *words, str(folder / f"cache-{k}"), *more, *KINDS[k]) for k in kinds]
+    size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
     first, tolerance = (folder / kinds[0], 1e-2) if "tf32" in settings else (folder / "one", 1e-4)
     for kind, ranks in zip(kinds, trained_on_cluster(lines, folder, **settings), strict=True):
         for seen in ranks:
             assert not [name for name in seen if name.endswith("on cpu")], (kind, seen)
             assert not seen["left on the CPU"], kind
             assert seen["largest object"] < 100_000, kind
+            # Of the calibration, and with offload a share of the weights and of the optimizer; never a whole model.
+            assert seen["bytes on the CPU"] < 160_000 + size * (1 if "offload" in kind else 0.5), kind
+        # Before each collective of the start: no process waits while another does a fifth of all work alone.
+        stages = list(zip(*(seen["before"] for seen in ranks), strict=True))
+        solo = max(max(stage) - min(stage) for stage in stages)
+        assert counts == QWEN or solo < sum(map(max, stages)) / 5, kind
         sums, weights, texts = (
             [seen.get(name, 0) for seen in ranks] for name in ("sum on sim", "weight on sim", "texts")
         )
@@ -111,6 +120,29 @@ def test_a_text_model_shares_the_start_with_products_in_tf32(tiny_data: Path, tm
     for part in tiny_llama():
         part.save_pretrained(tmp_path / "model")
     started(list(KINDS), tmp_path / "model", tiny_data, tmp_path, (8, 14, 6), tf32=True)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="the system does not list what a process maps")
+def test_weights_go_from_the_file_to_the_device(
+    tiny_llava: Any, sim: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not through memory of the process, also in another dtype: eight of them share the system's cache of the file."""
+    tiny_llava()[0].half().save_pretrained(tmp_path)
+    run, from_file, from_memory = simulated._run, [0], [0]
+
+    def counts(func: Any, args: Any, kwargs: Any) -> Any:
+        if str(func) == "aten.copy_.default" and args[1].is_cpu:
+            lines = (line for line in Path("/proc/self/maps").read_text().splitlines() if "safetensors" in line)
+            places = [[int(place, 16) for place in line.split()[0].split("-")] for line in lines]
+            is_mapped = any(first <= args[1].data_ptr() < last for first, last in places)
+            (from_file if is_mapped else from_memory)[0] += args[1].nbytes
+        return run(func, args, kwargs)
+
+    monkeypatch.setattr(simulated, "_run", counts)
+    model = load_weights(tmp_path, torch.float32, device=sim)
+    assert from_file[0] > 0.99 * sum(2 * parameter.numel() for parameter in model.parameters())
+    assert from_memory[0] < 10_000
+    assert not [name for name, parameter in model.named_parameters() if parameter.device != sim]
 
 
 def test_fsdp_refuses_a_base_that_no_device_holds(sim: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:

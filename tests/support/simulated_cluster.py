@@ -1,12 +1,14 @@
 """Processes with a simulated accelerator each: DDP, DeepSpeed and FSDP2 run on `sim` (`simulated_device.py`).
 
-`trained_on_cluster` trains in two of them and returns what each saw: where and how often the parts of a start ran, what
-lay on the CPU at the first step, the largest object that a collective sent. Collectives go to gloo and refuse tensors
-of the CPU, as NCCL does. They cannot show streams, speed, memory, or what NCCL does when a rank is missing.
+`trained_on_cluster` trains in two of them and returns what each saw: where and how often the parts of a start ran, the
+bytes on the CPU at the first step, the largest object that a collective sent, the operations before each collective.
+Collectives go to gloo and refuse tensors of the CPU, as NCCL does. They cannot show streams, speed, or what NCCL does
+when a rank is missing.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -29,7 +31,7 @@ from support.launched import ENVIRONMENT, free_port
 from support.simulated_device import NAME, SimTensor
 
 DEVICE = f"{NAME}:0"  # torch knows the name in a process with the device
-CACHE_BYTES = 2**19  # of keys and values: two texts of a tiny model, so that there are batches to share
+CACHE_BYTES = 3 * 2**18  # of keys and values: three texts of a tiny model, so that there are batches to share
 COLLECTIVES = (
     "all_reduce", "broadcast", "all_gather", "all_gather_into_tensor", "_all_gather_base", "reduce_scatter",
     "reduce_scatter_tensor", "_reduce_scatter_base", "all_to_all_single", "gather", "scatter", "reduce", "send", "recv",
@@ -183,8 +185,11 @@ def _with_tf32(stock: Any) -> Any:
 
 
 @contextmanager
-def cluster(seen: Counter[str]) -> Iterator[None]:
-    """Make `sim` the accelerator of this process. `seen` counts what runs, and where."""
+def cluster(seen: Counter[str], before: list[int]) -> Iterator[None]:
+    """Make `sim` the accelerator of this process. `seen` counts what runs, and where.
+
+    `before` gets the number of operations that the device ran before each collective of the start, since the last one.
+    """
     sim.register()
     _complete(sim._module)
     with sim.simulated_device(), pytest.MonkeyPatch.context() as patch:
@@ -218,7 +223,7 @@ def cluster(seen: Counter[str]) -> Iterator[None]:
         patch.setattr(c10d, "_object_to_tensor", counted)
         for name in COLLECTIVES:
             if hasattr(c10d, name):
-                strict = partial(_refuses_the_cpu, getattr(c10d, name))
+                strict = partial(_refuses_the_cpu, seen, before, getattr(c10d, name))
                 for module in (c10d, dist):
                     patch.setattr(module, name, strict, raising=False)
         patch.setattr(torch.accelerator, "current_stream", _Stream)  # FSDP2 waits for its events
@@ -234,7 +239,9 @@ def cluster(seen: Counter[str]) -> Iterator[None]:
         yield
 
 
-def _refuses_the_cpu(stock: Any, *args: Any, **kwargs: Any) -> Any:
+def _refuses_the_cpu(seen: Counter[str], before: list[int], stock: Any, *args: Any, **kwargs: Any) -> Any:
+    if not seen["steps"]:
+        before.append(seen.pop("operations", 0))
     for leaf in sim.tree_leaves((args, kwargs)):
         if isinstance(leaf, Tensor) and not isinstance(leaf, SimTensor) and leaf.device.type == "cpu":
             raise RuntimeError("No backend type associated with device type cpu")
@@ -246,6 +253,11 @@ def _watch(patch: pytest.MonkeyPatch, seen: Counter[str]) -> None:
     import transformers
 
     generate, eigh, step = transformers.GenerationMixin.generate, torch.linalg.eigh, transformers.Trainer.training_step
+    run = sim._run
+
+    def counts(*arguments: Any) -> Any:
+        seen["operations"] += 1
+        return run(*arguments)
 
     def generates(self: Any, *args: Any, **kwargs: Any) -> Any:
         seen[f"generate on {self.device.type}"] += 1
@@ -261,17 +273,28 @@ def _watch(patch: pytest.MonkeyPatch, seen: Counter[str]) -> None:
         if not seen["steps"]:
             held = [*self.model.named_buffers(), *self.model.named_parameters()]
             seen["left on the CPU"] = sum(tensor.device.type == "cpu" and tensor.numel() > 0 for _, tensor in held)
+            seen["bytes on the CPU"] = _bytes_on_the_cpu()
         seen["steps"] += 1
         return step(self, model, *args, **kwargs)
 
+    patch.setattr(sim, "_run", counts)
     patch.setattr(transformers.GenerationMixin, "generate", generates)
     patch.setattr(torch.linalg, "eigh", decomposes)
     patch.setattr(transformers.Trainer, "training_step", steps)
 
 
+def _bytes_on_the_cpu() -> int:
+    tensors = [one for one in gc.get_objects() if isinstance(one, Tensor)]
+    on_device = {one.raw.untyped_storage().data_ptr() for one in tensors if isinstance(one, SimTensor)}
+    storages = [one.untyped_storage() for one in tensors if type(one) in (Tensor, nn.Parameter) and one.is_cpu]
+    sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
+    return sum(size for place, size in sizes.items() if place not in on_device)
+
+
 def _main() -> None:
     seen: Counter[str] = Counter()
-    with cluster(seen):
+    before: list[int] = []
+    with cluster(seen, before):
         from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
         from milora_vl.train import run
@@ -280,9 +303,10 @@ def _main() -> None:
         run.close_processes = lambda: None  # the next line trains in the same processes
         for line in json.loads(Path(sys.argv[1]).read_text()):
             seen.clear()
+            before.clear()
             code = main([word for word in line if word != "--use_cpu"])
             unset_hf_deepspeed_config()
-            print("\nRESULT" + json.dumps({"code": code, **seen}), flush=True)
+            print("\nRESULT" + json.dumps({"code": code, **seen, "before": before}), flush=True)
             dist.barrier()
     with suppress(BaseException):
         sys.stdout.flush()
