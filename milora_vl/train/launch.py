@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from accelerate.utils import get_mixed_precision_context_manager
 from torch import nn
+from torch.torch_version import TorchVersion
 from transformers import Trainer, TrainerCallback, TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.training_args import trainer_log_levels
@@ -438,6 +439,11 @@ def _start_deepspeed(train: Mapping[str, Any]) -> None:
             # DeepSpeed would compile an inference kernel. If it is killed while compiling, it leaves a stale lock file
             # that blocks later runs.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+            stage, processes = train["deepspeed"].get("zero_optimization", {}).get("stage"), os.environ["WORLD_SIZE"]
+            if stage == 3 and int(processes) > 1 and TorchVersion(deepspeed.__version__) < "0.19.8":
+                message = f"DeepSpeed {deepspeed.__version__} on CPUs reads weights before they are gathered"
+                hint = "pip install 'deepspeed>=0.19.8', or use --deepspeed zero2"
+                raise UserError(message, where=Key.of("train.deepspeed"), hint=hint)
         deepspeed.init_distributed(verbose=False)
 
 

@@ -30,7 +30,7 @@ from milora_vl.train.launch import Launch
 from milora_vl.train.run import require_one_device
 from support import simulated_device as simulated
 from support.adapter_cases import one_rule
-from support.launched import KINDS, needs_deepspeed
+from support.launched import KINDS, needs_deepspeed, needs_zero3
 from support.problems import raises_code
 from support.simulated_cluster import CACHE_BYTES, trained_on_cluster
 from support.simulated_device import simulated_device
@@ -86,10 +86,12 @@ def started(
         assert dict(losses(folder / kind)) == pytest.approx(dict(losses(folder / "one")), abs=tolerance), kind
 
 
+@needs_zero3
 def test_zero3_shares_the_start_on_the_accelerators(tiny_data: Path, tiny_folder: Path, tmp_path: Path) -> None:
     started(["zero3"], tiny_folder, tiny_data, tmp_path)
 
 
+@needs_zero3
 @pytest.mark.slow
 def test_a_model_that_fits_no_device_is_gathered_in_each_forward(
     tiny_data: Path, tiny_folder: Path, tmp_path: Path

@@ -29,7 +29,7 @@ from milora_vl.models.tiny import tiny_llava
 from support.adapter_cases import anchors, one_rule, train_steps
 from support.calibrated import directions, leaks
 from support.documented import ROOT
-from support.launched import in_two_processes, needs_deepspeed
+from support.launched import in_two_processes, needs_zero3
 from support.llava_oracle import llama_tokenizer
 from support.problems import raises_code, raises_problem
 
@@ -262,7 +262,7 @@ with milora_in_llava():
 
 
 @pytest.mark.slow
-@needs_deepspeed
+@needs_zero3
 def test_llavas_own_training_under_zero_3_is_that_under_zero_2(tmp_path: Path, tiny_records) -> None:
     pytest.importorskip("llava")
     flags, out = llava_flags(tmp_path, tiny_records), tmp_path / "llava-lora"

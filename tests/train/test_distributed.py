@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from milora_vl.models.tiny import tiny_llava
 from milora_vl.train.__main__ import main
-from support.launched import ENVIRONMENT, KINDS, needs_deepspeed, train_in_two
+from support.launched import ENVIRONMENT, KINDS, needs_deepspeed, needs_zero3, train_in_two
 from support.train_runs import METHODS, WEIGHTS, lengthen_data, losses, training
 
 
@@ -56,7 +56,7 @@ def run_all(kinds: list[str], method: str, model: Path, data: Path, tmp_path: Pa
     return printed
 
 
-@needs_deepspeed
+@needs_zero3
 def test_zero3_is_the_training_of_one_process_from_parts(tmp_path: Path, tiny_data: Path, tiny_folder: Path) -> None:
     """With batches of text alone on one rank: the records with pictures are in the minority."""
     lengthen_data(tiny_data, 20)
@@ -87,7 +87,7 @@ LAUNCHERS = {
 }
 
 
-@needs_deepspeed
+@needs_zero3
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", LAUNCHERS)
 def test_launchers_take_the_same_command_line(kind: str, tmp_path: Path, tiny_data: Path) -> None:
@@ -114,7 +114,7 @@ wait $first && wait $second
 """
 
 
-@needs_deepspeed
+@needs_zero3
 @pytest.mark.slow
 def test_the_slurm_job_runs_as_two_agents(tmp_path: Path, tiny_data: Path) -> None:
     """On the loopback address, with a srun that starts both here."""

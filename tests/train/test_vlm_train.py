@@ -23,7 +23,7 @@ from milora_vl.interop.load_model import load_model
 from milora_vl.train import trainer
 from milora_vl.train.__main__ import main
 from support import official_data
-from support.launched import KINDS, needs_deepspeed, train_in_two
+from support.launched import KINDS, needs_zero3, train_in_two
 from support.train_runs import losses
 from support.versions import needs_places
 from support.vlm_families import VLM_FAMILIES
@@ -198,7 +198,7 @@ def test_a_run_is_asked_evaluated_and_exported(
 
 
 @pytest.mark.slow
-@needs_deepspeed
+@needs_zero3
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "idefics3", "internvl", "mllama"])
 def test_records_with_and_without_pictures_mix_on_two_processes(name: str, data: Path, tmp_path: Path) -> None:
     """In the first step and the last two one process has a picture, in the others none: momentum still moves them.
