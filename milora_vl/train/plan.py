@@ -29,7 +29,7 @@ from milora_vl.common.cli.console import amount, duration_text
 from milora_vl.common.cli.screen import Screen
 from milora_vl.common.cli.table import drawn
 from milora_vl.common.errors import Key, Problem, UserError, at_flag, beside, collected
-from milora_vl.core.adapter.sidecar import read_sidecar
+from milora_vl.core.adapter.sidecar import read_sidecar, require_layers
 from milora_vl.core.calibration.texts import LENGTH
 from milora_vl.core.policy import Policy, Target
 from milora_vl.core.policy.resolve import frozen_towers, policy_rows
@@ -209,6 +209,9 @@ def fit(settings: Settings) -> tuple[Recipe, Base, list[Target], list[str]]:
     recipe, problems, targets, notes = settings.recipe, list[Problem](), list[Target](), list[str]()
     with at_flag(Key.of("model")):
         base = _base_of_run(recipe)
+    if recipe.after is not None and not settings.request.resume and (saved := read_sidecar(Path(recipe.after))):
+        with at_flag("--after"):
+            require_layers(base.meta, saved)  # before its rules are matched with another model
     with collected(problems):
         if "policy" not in settings.is_set:
             rules, notes = default_rules(settings, base)

@@ -200,6 +200,8 @@ def test_what_is_no_adapter_of_ours_is_refused(data: Path, first: Path, tmp_path
     other.config.save_pretrained(tmp_path / "other")
     with raises_code("adapter-wrong-base", where="mlp", message="there, here"):  # before weights load
         plan(second(data, first, tmp_path / "b", "--model", str(tmp_path / "other")))
+    with raises_code("", where="--after", message="the model lacks", hint="the base model that the adapter"):
+        plan(second(data, first, tmp_path / "b", "--model", "tiny-text"))
     assert main(second(data, first, tmp_path / "b", "--max_steps", "1", "--save_strategy", "no")) == 0
     with raises_code("adapter-several-tasks", hint="--after"):
         plan(training(data, tmp_path / "c", "--adapter", str(tmp_path / "b")))
