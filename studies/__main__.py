@@ -89,6 +89,7 @@ def _run_one(name: str, study: Study, options: argparse.Namespace) -> int:
         return 0
     for task in (study.task, *study.then):
         require_task(task)  # before the workers start
+    folder.folder.mkdir(parents=True, exist_ok=True)
     with locked(folder.folder, "study", "wait until it has finished"):
         failed = runner.run_study(folder, jobs, retry=options.retry)
         written, table = page.write(folder, f"python -m studies {name}")

@@ -132,7 +132,7 @@ WAIT = 8  # seconds for the lock: loader processes of a killed training notice i
 
 @contextmanager
 def locked(path: Path, what: str = "training", hint: str = RESUME) -> Iterator[None]:
-    """Hold the lock of a folder for a training or a sweep (`what`). Raises UserError if another process does.
+    """Hold the lock of a folder for a training, a sweep or a study (`what`). Raises UserError if another process does.
 
     The system releases it when the process and its loader processes end, also after a kill.
     """
