@@ -27,8 +27,8 @@ CREDIT = """\
 
 Pictures: OpenMoji, the open-source emoji and icon project (openmoji.org), version 17.0, licence CC BY-SA 4.0.
 They were rendered from the project's SVG files{changes}.
-Names and categories: emoji-data, MIT licence. Questions: CC BY-SA 4.0, made by
-`{call}`.
+Names and categories: emoji-data, MIT licence. Questions: CC BY-SA 4.0.
+Made by `{call}`.
 
 No picture of `test.json` is in a training file, in any gender; skin tones are left out of all of them. Where a name
 belongs to two emoji (`dog`, `dog face`) one is in training and one in test, and naming asks for these; all other
