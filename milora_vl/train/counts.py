@@ -15,7 +15,6 @@ from torch import nn
 from transformers.trainer_pt_utils import get_model_param_count
 
 from milora_vl.common.cli.console import amount
-from milora_vl.core.adapter.fixed_a import distinct_inputs
 from milora_vl.core.calibration.activations import ROOM
 from milora_vl.core.calibration.texts import COUNT, HELD_OUT_TEXTS, LENGTH
 from milora_vl.core.policy import Target
@@ -180,6 +179,20 @@ def part_of(count: int, steps: int) -> int:
     (7, 64)
     """
     return count if steps >= SMOKE_STEPS else -(-count // 10)
+
+
+_SAME_INPUT = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
+
+
+def distinct_inputs(targets: Sequence[Target]) -> list[Target]:
+    """Return one target with protected inputs for each input that several layers read: q, k, v, and gate, up."""
+    found: dict[tuple[str, str], Target] = {}
+    for target in targets:
+        if target.protect:
+            parent, _, leaf = target.path.rpartition(".")
+            group = next((",".join(sorted(names)) for names in _SAME_INPUT if leaf in names), leaf)
+            found.setdefault((parent, group), target)
+    return list(found.values())
 
 
 def start_seconds(

@@ -186,27 +186,6 @@ def test_the_papers_random_column_is_the_expectation() -> None:
     assert drawn == pytest.approx(measures.expected_inside(float(torch.linalg.norm(W)), (200, 150), 40), rel=0.1)
 
 
-def similarity(A: Tensor, B: Tensor) -> float:
-    """||A'B||_F^2 / r of column-orthonormal A, B (d, r)."""
-    return float((A.T @ B).square().sum()) / A.shape[1]
-
-
-@pytest.mark.parametrize("shape", [(8, 8), (12, 5), (5, 12)])
-def test_similarities_are_those_of_the_definition(shape: tuple[int, int]) -> None:
-    W, r = randn(*shape), 2
-    whole = decompose(W, min(shape), "principal")
-    update = LowRankUpdate.from_factors(randn(shape[0], 3, seed=1), randn(3, shape[1], seed=2))
-    top, bottom, rest = measures.similarities(whole, update, r)
-    U = torch.linalg.svd(W, full_matrices=False).U
-    own = update.U[:, :r].double()
-    U = U.double()
-    assert top == pytest.approx(similarity(own, U[:, :r]), rel=1e-6)
-    assert bottom == pytest.approx(similarity(own, U[:, -r:]), rel=1e-6)
-    draws = torch.Generator().manual_seed(0)
-    picked = [U[:, torch.randperm(U.shape[1], generator=draws)[:r]] for _ in range(3000)]
-    assert rest == pytest.approx(sum(similarity(own, P) for P in picked) / 3000, rel=0.05)
-
-
 def test_an_intruder_is_a_direction_that_was_not_there() -> None:
     """W diagonal: a strong update along (e1 + ... + e8)/sqrt(8) has a cosine of 0.35 with every vector of W."""
     W = torch.diag(torch.arange(8, 0, -1).double())

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from milora_vl import apply_milora, calibration_texts
 from milora_vl.common.compat.torch import after_operations
-from milora_vl.core.adapter.fixed_a import distinct_inputs, make_A
+from milora_vl.core.adapter.fixed_a import make_A
 from milora_vl.core.calibration import activations
 from milora_vl.core.calibration.activations import ROOM, _inputs_in_order, _passes, _shares, for_each_input
 from milora_vl.core.evaluation_mode import without_caches
@@ -25,7 +25,7 @@ from milora_vl.models.loading import load_weights
 from milora_vl.models.memory_plan import _Ledger, memory
 from milora_vl.models.tiny import tiny_llama
 from milora_vl.train.__main__ import main
-from milora_vl.train.counts import A100_MEMORY, Batching, Counts, num_parameters, workload_of
+from milora_vl.train.counts import A100_MEMORY, Batching, Counts, distinct_inputs, num_parameters, workload_of
 from milora_vl.train.launch import Launch
 from milora_vl.train.run import require_one_device
 from support import simulated_device as simulated

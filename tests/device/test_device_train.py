@@ -83,17 +83,14 @@ def test_mixed_precision_checkpointing_accumulation_evaluation_and_resume(
     assert losses(tmp_path / "again") == losses(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "milora"])
-def test_other_methods(method: str, sim: torch.device, tiny_data: Path, tmp_path: Path) -> None:
-    words = training(tiny_data, tmp_path / "run", "--method", method, *METHODS[method], "--max_steps", "2", "--bf16")
-    assert main(on_device(words)) == 0
+OTHERS = [["--method", name, *flags, "--bf16"] for name, flags in METHODS.items() if name != "milora"]
+LOADERS = [["--packing"], ["--train_sampling_strategy", "group_by_length"], ["--streaming"]]
 
 
-@pytest.mark.parametrize("more", [["--packing"], ["--train_sampling_strategy", "group_by_length"], ["--streaming"]])
-def test_other_loaders(more: list[str], sim: torch.device, tiny_data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [*OTHERS, *([*PLAIN, "--dataloader_num_workers", "2", *more] for more in LOADERS)])
+def test_other_methods_and_loaders(more: list[str], sim: torch.device, tiny_data: Path, tmp_path: Path) -> None:
     lengthen_data(tiny_data, 8)
-    words = training(tiny_data, tmp_path / "run", *PLAIN, "--max_steps", "2", *more)
-    assert main([*on_device(words), "--dataloader_num_workers", "2"]) == 0
+    assert main(on_device(training(tiny_data, tmp_path / "run", "--max_steps", "2", *more))) == 0
 
 
 def waits_of(words: list[str]) -> tuple[Counter[str], Counter[str]]:

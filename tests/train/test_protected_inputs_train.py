@@ -17,9 +17,7 @@ from milora_data.records.record import IMAGE, Record, Turn
 from milora_data.stream import load_records
 from milora_vl import load_adapter
 from milora_vl.common.cli.screen import Screen
-from milora_vl.core.adapter.fixed_a import distinct_inputs
 from milora_vl.core.adapter.lora import lora_layer
-from milora_vl.core.policy import Policy
 from milora_vl.forgetting.answers import drawn_questions
 from milora_vl.forgetting.measure import general_text
 from milora_vl.models.base import Base, find_base
@@ -232,9 +230,3 @@ def test_protect_0_trains_the_minor_triplets_as_in_the_paper(tiny_data: Path, tm
         torch.testing.assert_close(target.scaling * B.anchor @ A.anchor, minor, rtol=0, atol=1e-5)
         assert B.delta.any(), "the left factor trains"
         assert A.delta.any(), "and so does the right one"
-
-
-def test_the_plan_counts_each_input_once(tiny_llama) -> None:
-    rules = [{"modules": "language", "method": "milora", "rank": 4, "protect": 0.9}]
-    targets = Policy.parse(rules).resolve(tiny_llama()[0])
-    assert len(distinct_inputs(targets)) == 8

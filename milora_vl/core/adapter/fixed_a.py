@@ -300,17 +300,3 @@ def protected_directions(targets: Sequence[Target], protection: Mapping[str, Pro
             entry = protection[target.path]
             shares.setdefault(target.tower or "other", []).append(entry.directions / entry.inputs)
     return {tower: round(sum(values) / len(values), 4) for tower, values in shares.items()}
-
-
-_SAME_INPUT = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
-
-
-def distinct_inputs(targets: Sequence[Target]) -> list[Target]:
-    """Return one target with protected inputs for each input that several layers read: q, k, v, and gate, up."""
-    found: dict[tuple[str, str], Target] = {}
-    for target in targets:
-        if target.protect:
-            parent, _, leaf = target.path.rpartition(".")
-            group = next((",".join(sorted(names)) for names in _SAME_INPUT if leaf in names), leaf)
-            found.setdefault((parent, group), target)
-    return list(found.values())
