@@ -217,10 +217,11 @@ def new_paths(saved: Sidecar, here: Sidecar) -> dict[str, str]:
 
 
 def require_layers(model: nn.Module, sidecar: Sidecar) -> None:
-    """Raise AdapterError if the layers of a model, which needs no weights, are not those that the adapter changes."""
+    """Raise AdapterError if the layers of a base, which needs no weights, are not those that the adapter changes."""
     located = locate(sidecar, canonical_names(model))
     for target in (target for target in located.targets if target.rank is not None):
-        shape, is_vocabulary = matrix_shape(base_layer(model, target.path)), located.names[target.path].count(".") == 1
+        shape = matrix_shape(model.get_submodule(target.path))
+        is_vocabulary = located.names[target.path].count(".") == 1
         if shape != target.shape and not is_vocabulary:  # it may be padded
             message = f"this is not the base model that the adapter was made for: {target.shape} there, here {shape}"
             hint = "name the base model that adapter_config.json names"
