@@ -20,7 +20,6 @@ from milora_vl.core.adapter.folders import (
     model_of,
     newest_of_unfinished,
     require_adapter,
-    require_no_base,
 )
 
 COMMAND = Command(
@@ -48,7 +47,6 @@ examples:
         option("--num_frames", type=positive, help="frames to read of each file of --video, in place of --fps"),
     ),
     settings=(
-        shared("base"),
         shared("scale"),
         flag("--compare", "show the base model's answer too"),
         option(
@@ -92,7 +90,7 @@ def _check(options: argparse.Namespace) -> None:
         with at_flag("--template"):
             template_name(options.template)
     adapter = options.adapter
-    question, has_update = options.question is not None, options.base or holds_adapter(adapter or Path(options.model))
+    question = options.question is not None
     for is_wrong, code, where, message, hint in (
         (options.fps and not options.video, "flag-needs-another", "--fps", "needs --video", "add --video FILE"),
         (options.num_frames and not options.video, "flag-needs-another", "--num_frames", "needs --video", "add it"),
@@ -104,12 +102,11 @@ def _check(options: argparse.Namespace) -> None:
     ):
         if is_wrong:
             raise UserError(message, code=code, where=where, hint=hint)
-    require_no_base(options.model, adapter, options.base)
     if adapter:
         require_adapter(adapter, "--adapter", "milora_vl.chat", "--model", options.model, "--adapter")
-    if options.compare and not has_update:
-        message = "needs an adapter, or a fully trained model and its base: it shows the answers of both"
-        hint = newest_of_unfinished(Path(options.model), "--model") or "add:  --adapter FOLDER   or   --base MODEL"
+    if options.compare and not holds_adapter(adapter or Path(options.model)):
+        message = "needs an adapter: it shows the answers with and without it"
+        hint = newest_of_unfinished(Path(options.model), "--model") or "add:  --adapter FOLDER"
         raise UserError(message, code="flag-needs-another", where="--compare", hint=hint)
 
 
