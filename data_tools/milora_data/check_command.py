@@ -1,6 +1,6 @@
 """`python -m milora_data check`: find all errors of a data set in one pass.
 
-`--fix` writes its usable records; `--against` counts what a test set shares with the data.
+`--fix` writes its usable records; `--against` finds what a test set shares with the data.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from milora_data.check import KINDS, Finding, Report, errors_of, image_folder, scan
 from milora_data.formats.jsonfile import read_objects, write_objects
 from milora_data.formats.stored import is_stored
-from milora_data.hold_out import shared_with
+from milora_data.hold_out import leaks
 from milora_data.keys import FileKeys
 from milora_data.records import as_llava, parse_record
 from milora_data.records.record import IMAGE
@@ -46,7 +46,7 @@ examples:
     inputs=(
         DATA,
         shared("image_folder", about="folder of the pictures (default: beside DATA)"),
-        option("--against", type=Path, metavar="TEST", help="count what this test set shares with DATA"),
+        option("--against", type=Path, metavar="TEST", help="find what this test set shares with DATA"),
     ),
     outputs=(
         option(
@@ -74,8 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     report = scan(chosen.data, folder)
     if not report.records and not report.findings:
         raise UserError(problems=[no_records(chosen.data)])
-    found = {} if chosen.against is None else _shared(report, chosen.data, folder, chosen.against)
-    sys.stdout.write(as_json(report, found) if chosen.format == "json" else as_text(report, chosen.limit, found))
+    if chosen.against is not None:
+        _add_leaks(report, chosen.data, folder, chosen.against)
+    sys.stdout.write(as_json(report) if chosen.format == "json" else as_text(report, chosen.limit))
     if chosen.fix is not None:
         done = write_repaired(report, chosen.data, chosen.fix)
         if done[BROKEN_LIST]:
@@ -84,17 +85,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if report.count("error") else 0
 
 
-def _shared(report: Report, data: Path, folder: Path, test: Path) -> dict[str, int]:
-    """Return what the test set shares with the data, and add a finding for each of its records that leaks.
-
-    Its pictures are in the folder of the data or beside the test.
-    """
+def _add_leaks(report: Report, data: Path, folder: Path, test: Path) -> None:
+    """Add the records of a test set that leak; its pictures are in the folder of the data or beside the test."""
     of_train, of_test = FileKeys(folder), FileKeys(folder, test.parent, test.parent / "images")
-    counts, leaked = shared_with(load_records(data), load_records(test), of_train, of_test)
-    report.findings += [Finding("leaked", record.source, f"also in {place}", record.id) for record, place in leaked]
+    for record, place in leaks(load_records(data), load_records(test), of_train, of_test):
+        report.findings.append(Finding("leaked", record.source, f"also in {place}", record.id))
     unknown = [f"{name}: no such file, so its content is unknown" for name in sorted(map(str, of_test.missing))]
     report.findings += [Finding("leaked", str(test), message) for message in unknown]
-    return counts
 
 
 def _print_next_step(report: Report, fixed: Path | None, pictures: Sequence[str | Path]) -> None:
@@ -108,7 +105,7 @@ def _print_next_step(report: Report, fixed: Path | None, pictures: Sequence[str 
         next_step("milora_data", "check", report.path, *pictures, "--fix", "OUT.json")
 
 
-def as_json(report: Report, found: dict[str, int]) -> str:
+def as_json(report: Report) -> str:
     content: dict[str, Any] = {
         "path": report.path,
         "image_folder": report.image_folder,
@@ -118,21 +115,19 @@ def as_json(report: Report, found: dict[str, int]) -> str:
         "picture_files": report.picture_files,
         "errors": report.count("error"),
         "warnings": report.count("warning"),
-        **({"leakage": found} if found else {}),
         "kinds": Counter(finding.kind for finding in report.findings),
         "findings": [{"severity": finding.severity, **asdict(finding)} for finding in report.findings],
     }
     return json.dumps(content, ensure_ascii=False, indent=2) + "\n"
 
 
-def as_text(report: Report, limit: int, found: dict[str, int]) -> str:
+def as_text(report: Report, limit: int) -> str:
     """Return the report as text: counts, then each kind of finding with its first cases."""
     files = amount(report.picture_files, "file")
     kinds = (("pictures", report.with_pictures), ("videos", report.with_videos))
     counts = ", ".join(f"{number:,} with {what}" for what, number in kinds if number)
     about = f"{counts} ({files}, looked for in {report.image_folder})" if counts else "text only"
     lines = [f"{report.path}: {amount(report.records, 'record')}, {about}"]
-    lines += [f"{name.replace('_', ' ')}: {number:,}" for name, number in found.items()]
     for kind, findings in report.by_kind().items():
         severity, title = KINDS[kind]
         lines += ["", f"{severity:<8} {len(findings):>7,}  {title}"]

@@ -17,7 +17,7 @@ from typing import Any
 from milora_data.formats.jsonfile import read_rows, write_objects
 from milora_data.formats.stored import is_stored, stored_items
 from milora_data.formats.tables import COLUMNS, DEFAULT_PROMPT, EMPTY_CELL, Records, TableOptions, is_record, row_record
-from milora_data.hold_out import PICTURE, RECORD, held_out, shared_pictures
+from milora_data.hold_out import PICTURE, RECORD, held_out, leaks
 from milora_data.keys import FileKeys, file_key
 from milora_data.pictures.load import ImageError, Picture, picture_suffix
 from milora_data.records import SPEAKERS, as_llava, parse_record
@@ -109,8 +109,10 @@ def _hold_out(
     write_objects(path, (value for number, value in enumerate(records) if number in numbers))
     asked = "" if len(numbers) == chosen.hold_out else f", for the {chosen.hold_out:,} of --hold_out"
     sys.stderr.write(f"{path}: {amount(len(numbers), 'record')}, held out by {by}{asked}\n")
-    if shared := 0 if by == PICTURE else shared_pictures(records, numbers, key_of):
-        sys.stderr.write(f"note: {shared:,} of them show a picture that training records show too\n")
+    if by != PICTURE:
+        sides = ([parse_record(value) for n, value in enumerate(records) if (n in numbers) == held] for held in (0, 1))
+        if shared := len(list(leaks(*sides, key_of, key_of))):
+            sys.stderr.write(f"note: {shared:,} of them have a picture or a whole question of training records\n")
     return numbers, (value for number, value in enumerate(records) if number not in numbers)
 
 

@@ -40,41 +40,23 @@ def held_out(records: Sequence[Mapping[str, Any]], count: int, by: str, key_of: 
     return frozenset(index for place in _about(list(map(len, groups)), count) for index in groups[place])
 
 
-def shared_pictures(records: Sequence[Mapping[str, Any]], chosen: frozenset[int], key_of: KeyOf) -> int:
-    """Return how many of the `chosen` records show a picture or video that another record shows too."""
-    shown = [set(map(key_of, _record(value).files)) for value in records]
-    others = set().union(*(keys for number, keys in enumerate(shown) if number not in chosen))
-    return sum(not others.isdisjoint(shown[number]) for number in chosen)
-
-
-def shared_with(
+def leaks(
     train: Iterable[Record], test: Iterable[Record], of_train: KeyOf, of_test: KeyOf
-) -> tuple[dict[str, int], list[tuple[Record, str]]]:
-    """Return how many records of `test` share questions, with their pictures or alone, or pictures with `train`.
-
-    Then each that shares more than the text of a question about other pictures, with the first record that has it.
-    """
+) -> Iterator[tuple[Record, str]]:
+    """Yield each record of `test` with a picture, video or whole question of `train`, and the first place of it."""
     seen: dict[str, str] = {}
     for record in train:
-        seen.update(dict.fromkeys(_parts(record, of_train) - seen.keys(), record.source))
-    counts = dict.fromkeys(("question_and_its_pictures", "question_text", "picture_or_video"), 0)
-    num_records, leaked = 0, list[tuple[Record, str]]()
+        seen.update(dict.fromkeys(_parts(record, of_train) - seen.keys(), record.place))
     for record in test:
-        num_records += 1
-        shared = {part.partition(" ")[0]: seen[part] for part in sorted(seen.keys() & _parts(record, of_test))}
-        for what in counts:
-            counts[what] += what in shared
-        if place := shared.get("picture_or_video", shared.get("question_and_its_pictures")):
-            leaked.append((record, place))
-    return {"test_records": num_records, **{f"with_a_{what}_of_the_training": n for what, n in counts.items()}}, leaked
+        if shared := seen.keys() & _parts(record, of_test):
+            yield record, seen[min(shared)]
 
 
 def _parts(record: Record, key_of: KeyOf) -> set[str]:
+    """Return the keys of what a record shows, and of its questions with all that it shows."""
     texts = [turn.text.replace(IMAGE, "").strip() for turn in record.turns if turn.role == "user"]
     shown = shown_keys(record.images, record.videos, key_of)
-    parts = {f"picture_or_video {key_of(name)}" for name in record.files}
-    parts |= {f"question_text {digest(text)}" for text in texts}
-    return parts | {f"question_and_its_pictures {digest([text, shown])}" for text in texts}
+    return {f"file {key_of(name)}" for name in record.files} | {f"question {digest([text, shown])}" for text in texts}
 
 
 def _record(value: Mapping[str, Any]) -> Record:
