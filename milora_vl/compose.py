@@ -41,8 +41,8 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = COMMAND.parse(argv)
-    from milora_vl.models.base import Parts, language_config, tower_config
-    from milora_vl.models.loading import require_parts, write
+    from milora_vl.models.base import Parts, language_config, require_parts, tower_config
+    from milora_vl.models.loading import write
 
     folder: Path = args.output_dir
     if folder.exists():

@@ -27,8 +27,8 @@ from milora_data.encode.tokens import share_template
 from milora_data.pictures.pixels import Tiling
 from milora_vl.common.cli.web import hub_is_known
 from milora_vl.common.compat.transformers import quiet_bars, whole_weights
-from milora_vl.common.errors import UserError, first_line, suggest
-from milora_vl.core.adapter.folders import has_config, newest_of_unfinished
+from milora_vl.common.errors import UserError, beside, first_line, suggest
+from milora_vl.core.adapter.folders import has_config, newest_of_unfinished, projector_file
 from milora_vl.core.weights.tensor_files import read_weights
 from milora_vl.models import smol_llava
 from milora_vl.models.llava import (
@@ -111,22 +111,37 @@ def find_base(name: str, parts: Parts | None = None) -> Base:
 
     Loads no weights. Raises UserError for an unknown name, or a config that is not available.
     """
-    config = config_of(name)
-    if parts is None or "vision_config" in config.to_dict():
+    config = None if is_original(Path(name)) else _read_config(name)
+    if config is not None and (parts is None or "vision_config" in config.to_dict()):
         return Base.of(name, config)
-    return Base.of(name, planned_config(parts), parts)
+    composed = parts if parts is not None and config is not None else parts_of_original(Path(name))
+    return Base.of(name, planned_config(composed), None if config is None else parts)
 
 
 def config_of(name: str) -> Any:
     """Return the HF config of a named model, a folder or a hub id. Packaged configs need no network."""
+    return find_base(name).config
+
+
+def require_parts(parts: Parts | None, projector: str | None) -> None:
+    """Raise UserError if a folder of the parts, or the file with the weights of the projector, is missing."""
+    if projector and not is_original(Path(projector)):
+        projector_file(Path(projector))
+    named = (("language model", parts.language), ("vision tower", parts.vision)) if parts else ()
+    for part, name in named:
+        if name.startswith((".", "/")) and not Path(name).is_dir():
+            raise UserError(
+                f"no such folder; it should hold the {part}", code="path-missing", where=name, hint=beside(Path(name))
+            )
+
+
+def _read_config(name: str) -> Any:
     from transformers import AutoConfig
 
     register()
-    if is_original(Path(name)):
-        return planned_config(parts_of_original(Path(name)))
     if name in PART_OF:
         whole, part, differing = PART_OF[name]
-        inner = config_of(whole).to_dict()[part] | differing
+        inner = _read_config(whole).to_dict()[part] | differing
         return AutoConfig.for_model(inner.pop("model_type"), **inner)
     content = _packaged_config(name)
     if content is not None:
@@ -151,7 +166,7 @@ def tower_plan(parts: Parts) -> TowerPlan:
 
 def language_config(name: str) -> Any:
     folder = Path(name)
-    return read_original(folder).text_config() if is_original(folder) else config_of(name)
+    return read_original(folder).text_config() if is_original(folder) else _read_config(name)
 
 
 TIMM = "timm/"
@@ -161,7 +176,7 @@ def tower_config(name: str) -> Any:
     if name.startswith(TIMM):
         size, grid = _timm_sizes(name.removeprefix(TIMM))
         return TimmTowerConfig.of(name.removeprefix(TIMM), image_size=size, grid=grid)
-    config = config_of(name)
+    config = _read_config(name)
     if "vision_config" in config.to_dict():
         config = config.vision_config
     if name in BUILT_IN_MODELS or "image_size" not in config.to_dict():

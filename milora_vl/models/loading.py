@@ -25,7 +25,6 @@ from milora_vl.common.atomic_write import complete_folder
 from milora_vl.common.cli.web import hub_is_known
 from milora_vl.common.compat.transformers import forget_conversions, pass_texts_unchanged, quiet_bars, whole_weights
 from milora_vl.common.errors import UserError, beside, first_line
-from milora_vl.core.adapter.folders import projector_file
 from milora_vl.core.evaluation_mode import keep_weights_readable
 from milora_vl.core.weights.tensor_files import read_weights
 from milora_vl.models import base
@@ -163,18 +162,6 @@ def _digest(parts: Parts) -> str:
 def _stamp(path: Path) -> list[tuple[str, int, int]]:
     files = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
     return [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
-
-
-def require_parts(parts: Parts | None, projector: str | None) -> None:
-    """Raise UserError if a folder of the parts, or the file with the weights of the projector, is missing."""
-    if projector and not is_original(Path(projector)):
-        projector_file(Path(projector))
-    named = (("language model", parts.language), ("vision tower", parts.vision)) if parts else ()
-    for part, name in named:
-        if name.startswith((".", "/")) and not Path(name).is_dir():
-            raise UserError(
-                f"no such folder; it should hold the {part}", code="path-missing", where=name, hint=beside(Path(name))
-            )
 
 
 def load_language(name: str) -> tuple[Any, Any]:

@@ -32,9 +32,9 @@ from milora_vl.common.compat.transformers import layer_kinds, unstarted_argument
 from milora_vl.common.errors import Key, UserError, did_you_mean, first_line, require_folder, suggest
 from milora_vl.core.adapter.lora import base_model_of
 from milora_vl.core.policy import Target
-from milora_vl.models.base import Base, is_to_build
+from milora_vl.models.base import Base, is_to_build, require_parts
 from milora_vl.models.devices import dtype_named, quantization_config, train_device, unquantized
-from milora_vl.models.loading import load_weights, require_parts
+from milora_vl.models.loading import load_weights
 from milora_vl.models.projector import load_projector
 from milora_vl.train.settings import AUTOCAST, RENAMED, DataConfig, Recipe, value_of
 

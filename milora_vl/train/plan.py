@@ -233,10 +233,9 @@ def _base_of_run(recipe: Recipe) -> Base:
     Loads no weights. Raises UserError for an unknown name, or a config that is not available.
     """
     named = recipe.parts
-    if named.vision_tower is None:
-        return find_base(recipe.model)
-    tower, weights = named.vision_tower, named.vision_weights
-    parts = Parts(recipe.model, tower, recipe.projector_weights, named.select_layer, named.select_feature, weights)
+    tower, weights, source = named.vision_tower, named.vision_weights, recipe.projector_weights
+    layer, feature = named.select_layer, named.select_feature
+    parts = None if tower is None else Parts(recipe.model, tower, source, layer, feature, weights)
     return find_base(recipe.model, parts)
 
 

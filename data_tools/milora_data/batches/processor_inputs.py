@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from milora_data.batches.record_collator import BLANK
 from milora_data.encode.chat_template_mask import VIDEO_MARK, ImageTemplate, PlainPrompt, Rendered, prompt_format
 from milora_data.encode.templates import no_videos
-from milora_data.encode.tokens import fast_backend
 from milora_data.pictures.load import ImageError, load_image, picture_size
 from milora_data.pictures.videos import Frames, outline, read_video, require_one_size
 from milora_data.records.record import IMAGE, VIDEO, Turn, Video
@@ -57,7 +56,6 @@ class ProcessorInputs:
         require_places()
         self.processor = processor
         self.tokenizer = processor.tokenizer
-        fast_backend(self.tokenizer)  # raises for a slow one
         self.format = prompt_format(processor)
         # A few processors replace the placeholder of a picture by another token.
         has_placeholder = "image_placeholder_token" in dir(processor)
