@@ -120,12 +120,13 @@ def test_a_run_calibrates_protects_resumes_and_shows_it(
 @needs_deepspeed
 def test_half_precision_of_deepspeed_rounds_and_no_more(tiny_data: Path, tiny_folder: Path, tmp_path: Path) -> None:
     extra = [*PROTECT, "--model", str(tiny_folder), "--max_steps", "2", "--dtype", "bfloat16", "--bf16", "True"]
-    kinds = {kind: more for kind, more in KINDS.items() if kind != "zero3_offload"}
+    kinds = {kind: more for kind, more in KINDS.items() if kind not in ("fsdp", "zero3_offload")}
     train_in_two([training(tiny_data, tmp_path / kind, *extra, *more) for kind, more in kinds.items()], tmp_path)
+    expected = load_file(tmp_path / "ddp" / "adapter_model.safetensors")
     for kind in kinds:
-        model = load_adapter(tiny_llava()[0], tmp_path / kind, is_trainable=True)
-        assert model.changed_A() == [], kind
-        assert {p.dtype for name, p in model.named_buffers() if ".lora_A." in name} == {torch.float32}, kind
+        assert load_adapter(tiny_llava()[0], tmp_path / kind, is_trainable=True).changed_A() == [], kind
+        found = load_file(tmp_path / kind / "adapter_model.safetensors")
+        assert all(A.equal(found[name]) for name, A in expected.items() if "lora_A" in name), kind
 
 
 def test_texts_are_written_once_and_an_entry_that_does_not_fit_again(
