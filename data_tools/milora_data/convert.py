@@ -110,8 +110,8 @@ def _hold_out(
     asked = "" if len(numbers) == chosen.hold_out else f", for the {chosen.hold_out:,} of --hold_out"
     sys.stderr.write(f"{path}: {amount(len(numbers), 'record')}, held out by {by}{asked}\n")
     if by != PICTURE:
-        sides = ([parse_record(value) for n, value in enumerate(records) if (n in numbers) == held] for held in (0, 1))
-        if shared := len(list(leaks(*sides, key_of, key_of))):
+        train, test = ([parse_record(v) for n, v in enumerate(records) if (n in numbers) == held] for held in (0, 1))
+        if shared := len(list(leaks(train, test, key_of, key_of))):
             sys.stderr.write(f"note: {shared:,} of them have a picture or a whole question of training records\n")
     return numbers, (value for number, value in enumerate(records) if number not in numbers)
 
