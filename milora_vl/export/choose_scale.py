@@ -55,8 +55,12 @@ def measure_scales(folder: Path, base: str, options: Options) -> dict[str, Any]:
         curve.append({"scale": scale, "held_out_loss": fmean(losses), "forgetting": forgotten.kl})
     before, lowest = curve[0]["held_out_loss"], min(point["held_out_loss"] for point in curve)
     kept = [point["scale"] for point in curve[1:] if before - point["held_out_loss"] >= KEPT * (before - lowest)]
-    content = {"chosen": kept[0] if lowest < before else None, "num_records": len(losses), "scales": curve}
-    content["adapter"] = file_key(folder / ADAPTER_FILES[0])
+    content: dict[str, Any] = {
+        "chosen": kept[0] if lowest < before else None,
+        "num_records": len(losses),
+        "scales": curve,
+        "adapter": file_key(folder / ADAPTER_FILES[0]),
+    }
     write_json(folder / "scales.json", content)
     if content["chosen"] is None:
         raise UserError(f"auto: no scale lowers the loss of {before:.4f}", where="--scale", hint="give a number")
