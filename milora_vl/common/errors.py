@@ -69,8 +69,8 @@ class Problem:
         return replace(self, where=Key((*parts, *(self.where.parts if isinstance(self.where, Key) else ()))))
 
     def __str__(self) -> str:
-        place = f"{self.where}: " if self.where else ""
-        return place + self.message + (f"\n{self.hint}" if self.hint else "")
+        start = f"{self.where}: " if self.where else ""
+        return start + self.message + (f"\n{self.hint}" if self.hint else "")
 
 
 def render(problems: Sequence[Problem], source: str = "") -> str:
@@ -208,8 +208,8 @@ def expected_format(
         raise
     except MALFORMED as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
-        place = f"{frame.filename.rpartition('/')[2]}:{frame.lineno}"
-        reason = f"{type(error).__name__}: {first_line(error)[:120]}, {place}"
+        line = f"{frame.filename.rpartition('/')[2]}:{frame.lineno}"
+        reason = f"{type(error).__name__}: {first_line(error)[:120]}, {line}"
         reason = "too many lists and objects in each other" if isinstance(error, RecursionError) else reason
         raise (kind or UserError)(f"{message} ({reason})", code=code, where=where, hint=hint) from error
 

@@ -45,24 +45,24 @@ class Strict(BaseModel):
 def problems_of(error: ValidationError, model: type[BaseModel], area: str) -> list[Problem]:
     """Return pydantic's errors about `model` as problems with the codes `area`-value and `area`-unknown-key.
 
-    Their places are keys of the model: `data.path[0].weight`. A field with a `description` has one message
+    Each `where` is a key of the model: `data.path[0].weight`. A field with a `description` has one message
     for all wrong values: expected DESCRIPTION, got VALUE. A UserError of a validator keeps its own problems.
     """
     found: dict[Key, list[Problem]] = {}
     for fault in error.errors():
-        place, field, section = _located(fault["loc"], model)
+        key, field, section = _located(fault["loc"], model)
         cause = fault.get("ctx", {}).get("error")  # the exception of a validator
         if isinstance(cause, UserError):
-            found[place] = [problem.inside(*place.parts) for problem in cause.problems]
+            found[key] = [problem.inside(*key.parts) for problem in cause.problems]
         elif cause is not None:
-            found[place] = [Problem(str(cause), f"{area}-value", place)]
+            found[key] = [Problem(str(cause), f"{area}-value", key)]
         elif fault["type"] == "extra_forbidden":
-            found[place] = [unknown_key(place, section.model_fields, f"{area}-unknown-key")]
-        elif place not in found:  # every type of a union has its own error
-            found[place] = [_wrong_value(fault, place, field, section, f"{area}-value")]
+            found[key] = [unknown_key(key, section.model_fields, f"{area}-unknown-key")]
+        elif key not in found:  # every type of a union has its own error
+            found[key] = [_wrong_value(fault, key, field, section, f"{area}-value")]
     # A value that fits one type of a union in part has the errors inside it, and no error as a whole.
-    inner = [place for place in found if not any(_is_inside(other, place) for other in found)]
-    return [problem for place in inner for problem in found[place]]
+    inner = [key for key in found if not any(_is_inside(other, key) for other in found)]
+    return [problem for key in inner for problem in found[key]]
 
 
 def _is_inside(inner: Key, outer: Key) -> bool:
@@ -71,16 +71,16 @@ def _is_inside(inner: Key, outer: Key) -> bool:
 
 def _located(loc: tuple[int | str, ...], model: type[BaseModel]) -> tuple[Key, FieldInfo | None, type[BaseModel]]:
     """Return the key of an error, the last field on it, and the section that holds its last part."""
-    place, field, section, parts = Key(()), None, model, iter(loc)
+    key, field, section, parts = Key(()), None, model, iter(loc)
     for part in parts:
-        place = place.below(part)
+        key = key.below(part)
         field = section.model_fields.get(str(part), field)
         if field is not None and part in section.model_fields:
             section = next(_sections(field.annotation), section)
             is_union = get_origin(field.annotation) in (Union, UnionType)
             if is_union and len(set(get_args(field.annotation)) - {NoneType}) > 1:
                 next(parts, None)  # the type, which is not a key
-    return place, field, section
+    return key, field, section
 
 
 def _sections(kind: Any) -> Iterator[type[BaseModel]]:
@@ -90,32 +90,32 @@ def _sections(kind: Any) -> Iterator[type[BaseModel]]:
         yield kind
 
 
-def _wrong_value(fault: Any, place: Key, field: FieldInfo | None, section: type[BaseModel], code: str) -> Problem:
+def _wrong_value(fault: Any, key: Key, field: FieldInfo | None, section: type[BaseModel], code: str) -> Problem:
     value, described = fault["input"], field.description if field is not None else None
     if fault["type"] == "missing":
         examples = (field.examples if field is not None else None) or ()
         hint = "".join(f"for example  {fault['loc'][-1]}: {example}" for example in examples[:1])
-        return Problem("missing" + (f": {described}" if described else ""), code, place, hint)
+        return Problem("missing" + (f": {described}" if described else ""), code, key, hint)
     if fault["type"] == "literal_error" and not described:
         words = re.findall(r"'([^']*)'", fault["ctx"]["expected"])
         near = difflib.get_close_matches(str(value), words, n=1)
         hint = f"did you mean {near[0]}?" if near else ""
-        return Problem(f"expected one of {', '.join(words)}, got {value!r}", code, place, hint)
+        return Problem(f"expected one of {', '.join(words)}, got {value!r}", code, key, hint)
     if fault["type"] == "model_type" and not described:
         hint = f"its keys: {', '.join(section.model_fields)}"
-        return Problem(f"expected a mapping, got {value!r}", code, place, hint)
+        return Problem(f"expected a mapping, got {value!r}", code, key, hint)
     expected = described or EXPECTED[fault["type"]].format(**fault.get("ctx", {}))
     hint = f"without quotes it is a number:  {value}" if isinstance(value, str) and FLOAT.match(value) else ""
-    return Problem(f"expected {expected}, got {value!r}", code, place, hint)
+    return Problem(f"expected {expected}, got {value!r}", code, key, hint)
 
 
-def unknown_key(place: Key, known: Iterable[str], code: str) -> Problem:
+def unknown_key(key: Key, known: Iterable[str], code: str) -> Problem:
     """Return the problem of a key whose last part is not `known`; its hint names similar keys."""
     known = list(known)
-    near = difflib.get_close_matches(str(place.parts[-1]), known, n=3, cutoff=0.6)
+    near = difflib.get_close_matches(str(key.parts[-1]), known, n=3, cutoff=0.6)
     if near:
         hint = f"did you mean {' or '.join(near)}?"
     else:
         few = len(known) < 15
         hint = f"known keys: {', '.join(known)}" if few else "known keys: the TrainingArguments of transformers"
-    return Problem("unknown key", code, place, hint)
+    return Problem("unknown key", code, key, hint)

@@ -84,8 +84,8 @@ def load_by_flags(
 
     Without a device, the model goes to the first GPU, or to the CPU without one.
     """
-    place = device_named(device)
-    return load_model(name, adapter=adapter, scale=scale, dtype=dtype_named(dtype, place), device=place)
+    chosen = device_named(device)
+    return load_model(name, adapter=adapter, scale=scale, dtype=dtype_named(dtype, chosen), device=chosen)
 
 
 def update_since(base: str, model: nn.Module) -> Update:

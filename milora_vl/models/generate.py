@@ -109,7 +109,7 @@ def generate(
     `model` is a vision-language model or a text-only causal model, or a PeftModel of one. A model whose own processor
     prepares the pictures is asked in its own chat template; `template`, `image_aspect_ratio` and `share_pictures` are
     for LLaVA and text-only models. A LLaVA-1.6 model tiles its pictures and ignores `image_aspect_ratio`.
-    `on_batch(places, replies)` is called after each batch with the indices of its prompts. transformers' `streamer`
+    `on_batch(indices, replies)` is called after each batch with the indices of its prompts. transformers' `streamer`
     gets the tokens of a single prompt.
 
     Raises UserError for a picture if the model reads only text, and ValueError for a streamer with several prompts or a
@@ -123,22 +123,22 @@ def generate(
     if not prompts:
         return answers
 
-    def keep(places: list[int], replies: list[Reply]) -> None:
-        for number, place in enumerate(places):
-            if prompts[place].boxes:
-                text = reader.boxes.read(replies[number].text, _size(prompts[place].images[0]))
+    def keep(indices: list[int], replies: list[Reply]) -> None:
+        for number, index in enumerate(indices):
+            if prompts[index].boxes:
+                text = reader.boxes.read(replies[number].text, _size(prompts[index].images[0]))
                 replies[number] = replace(replies[number], text=text)
-            answers[place] = replies[number]
+            answers[index] = replies[number]
         if on_batch is not None:
-            on_batch(places, replies)
+            on_batch(indices, replies)
 
     reader = reader_of(model, processor, template, image_aspect_ratio, share_pictures and num_beams == 1)
     config = _greedy(reader, max_new_tokens, num_beams)
     with torch.no_grad(), _evaluated(model), out_of_memory(LESS_MEMORY):
-        for places in reader.batches(prompts, batch_size):
-            inputs = reader.inputs([prompts[place] for place in places])
+        for indices in reader.batches(prompts, batch_size):
+            inputs = reader.inputs([prompts[index] for index in indices])
             output = model.generate(**inputs, generation_config=config, streamer=streamer)
-            keep(places, _decoded(reader.tokenizer, output[:, inputs["input_ids"].shape[1] :], config.eos_token_id))
+            keep(indices, _decoded(reader.tokenizer, output[:, inputs["input_ids"].shape[1] :], config.eos_token_id))
     return answers
 
 
@@ -266,7 +266,7 @@ class ProcessorReader:
     def batches(self, prompts: Sequence[Prompt], batch_size: int) -> Iterator[list[int]]:
         lengths = [self._length(self.rendered(prompt), prompt) for prompt in prompts]
         kinds = [self._kind(prompt) for prompt in prompts]
-        order = sorted(range(len(prompts)), key=lambda place: (kinds[place], lengths[place]), reverse=True)
+        order = sorted(range(len(prompts)), key=lambda index: (kinds[index], lengths[index]), reverse=True)
         yield from _in_batches(order, kinds.__getitem__, batch_size)
 
     def _kind(self, prompt: Prompt) -> tuple[bool, bool, tuple[int, ...]]:
@@ -388,12 +388,12 @@ class LlavaReader:
         for key, tokens in zip(keys, lengths, strict=True):
             longest[key] = max(tokens, longest.get(key, 0))
 
-        def rank(place: int) -> tuple[int, int, str, int]:
-            key = keys[place]
-            return len(key), longest[key], str(key), lengths[place]
+        def rank(index: int) -> tuple[int, int, str, int]:
+            key = keys[index]
+            return len(key), longest[key], str(key), lengths[index]
 
         order = sorted(range(len(prompts)), key=rank, reverse=True)
-        yield from _in_batches(order, lambda place: len(keys[place]), batch_size)
+        yield from _in_batches(order, lambda index: len(keys[index]), batch_size)
 
     def inputs(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
         rows = [self.row(prompt) for prompt in prompts]
@@ -492,11 +492,11 @@ Reader = ProcessorReader | LlavaReader  # turns prompts into the inputs of one m
 
 
 def _in_batches(order: Sequence[int], kind: Callable[[int], Any], batch_size: int) -> Iterator[list[int]]:
-    """Yield the places of `order` in batches of one kind each; places of equal kind follow each other."""
+    """Yield the indices of `order` in batches of one kind each; indices of equal kind follow each other."""
     for _, group in groupby(order, key=kind):
-        places = list(group)
-        for start in range(0, len(places), batch_size):
-            yield places[start : start + batch_size]
+        indices = list(group)
+        for start in range(0, len(indices), batch_size):
+            yield indices[start : start + batch_size]
 
 
 def _decoded(tokenizer: Any, rows: Tensor, ends: Collection[int]) -> list[Reply]:

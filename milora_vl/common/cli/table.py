@@ -70,10 +70,10 @@ def drawn(
 ) -> None:
     """Print a table. The first column, of names, takes several lines where it is too wide; no other cell is cut."""
     table = RichTable(title=title or None, title_justify="left", box=box.SIMPLE_HEAD)
-    widths = [max(cell_len(row[place]) for row in (header, *rows)) for place in range(len(header))]
+    widths = [max(cell_len(row[column]) for row in (header, *rows)) for column in range(len(header))]
     widths[0] = min(widths[0], LEAST_NAME)
-    for place, name in enumerate(header):
-        table.add_column(name, justify="left" if name in left else "right", no_wrap=place > 0, overflow="fold")
+    for column, name in enumerate(header):
+        table.add_column(name, justify="left" if name in left else "right", no_wrap=column > 0, overflow="fold")
     for row in rows:
         table.add_row(*row)
     console.width = max(console.width, sum(widths) + 3 * len(header) + 1)

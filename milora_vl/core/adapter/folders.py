@@ -175,8 +175,8 @@ def from_there(folder: Path, name: str) -> str:
     """
     if Path(name).is_dir():
         return name
-    places = (parent / name for parent in folder.resolve().parents)
-    return next((str(place) for place in places if (place / "config.json").is_file()), name)
+    paths = (parent / name for parent in folder.resolve().parents)
+    return next((str(path) for path in paths if (path / "config.json").is_file()), name)
 
 
 def model_of(model: str | None, adapter: Path | None, *call: object) -> str:
@@ -200,7 +200,8 @@ def model_of(model: str | None, adapter: Path | None, *call: object) -> str:
 
 def recipe_of_run(folder: Path) -> dict[str, Any]:
     """Return the content of the recipe.yaml in a run folder, or in the folder above a checkpoint; empty without one."""
-    file = next((place / "recipe.yaml" for place in (folder, folder.parent) if (place / "recipe.yaml").is_file()), None)
+    files = (folder / "recipe.yaml", folder.parent / "recipe.yaml")
+    file = next((file for file in files if file.is_file()), None)
     return {} if file is None else read_file(file)
 
 

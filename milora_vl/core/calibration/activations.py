@@ -278,8 +278,8 @@ def _inputs_in_order(model: nn.Module, targets: Mapping[str, Target], batches: S
     hooks = {module: hook_of(module) for module in wanted}
     firsts = {_kind(batch): number for number, batch in reversed(list(enumerate(batches)))}.values()
     order = sorted(range(len(batches)), key=lambda number: number not in firsts)
-    for place, number in enumerate(order):
-        if place >= len(firsts) and len(calls) == len(wanted):
+    for index, number in enumerate(order):
+        if index >= len(firsts) and len(calls) == len(wanted):
             break
         batch = batches[number]
         if batch.keys() <= {"input_ids", "attention_mask"}:  # the layers have the same order in every row
