@@ -86,8 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _add_leaks(report: Report, data: Path, folder: Path, test: Path) -> None:
-    """Add the records of a test set that leak; its pictures are in the folder of the data or beside the test."""
-    of_train, of_test = FileKeys(folder), FileKeys(folder, test.parent, test.parent / "images")
+    """Add the records of a test set that leak; its pictures are beside the test or in the folder of the data."""
+    of_train, of_test = FileKeys(folder), FileKeys(test.parent, test.parent / "images", folder)
     for record, place in leaks(load_records(data), load_records(test), of_train, of_test):
         report.findings.append(Finding("leaked", record.source, f"also in {place}", record.id))
     unknown = [f"{name}: no such file, so its content is unknown" for name in sorted(map(str, of_test.missing))]

@@ -169,6 +169,11 @@ def test_questions_that_both_sides_ask_are_counted(tmp_path: Path, capsys: pytes
     assert [finding["message"] for finding in report["findings"] if finding["kind"] == "leaked"] == [
         f"also in {tmp_path / 'train.json'}:record 1", "none.png: no such file, so its content is unknown"
     ]  # fmt: skip
+    far = made(tmp_path / "far")  # a folder with another picture of an equal name
+    (far / "a.png").write_bytes(b"far")
+    (far / "test.json").write_text(json.dumps([{"image": "a.png", "conversations": ask}]))
+    main(["check", words[0], "--against", str(far / "test.json"), "--format", "json"])
+    assert "leaked" not in json.loads(capsys.readouterr().out)["kinds"]
 
 
 def test_a_picture_of_a_table_is_on_one_side(tmp_path: Path) -> None:
