@@ -29,6 +29,7 @@ from milora_vl.common.cli.web import hub_is_known
 from milora_vl.common.compat.transformers import quiet_bars, whole_weights
 from milora_vl.common.errors import UserError, beside, first_line, suggest
 from milora_vl.core.adapter.folders import has_config, newest_of_unfinished, projector_file
+from milora_vl.core.policy.towers import Towers, find_towers
 from milora_vl.core.weights.tensor_files import read_weights
 from milora_vl.models import smol_llava
 from milora_vl.models.llava import (
@@ -87,6 +88,10 @@ class Base:
     def meta(self) -> nn.Module:
         """The model on the meta device, which allocates no memory."""
         return meta_model(self.config)
+
+    @cached_property
+    def towers(self) -> Towers:
+        return find_towers(self.meta)
 
     @cached_property
     def processor(self) -> Any:

@@ -217,7 +217,7 @@ def activations(base: Base, targets: Sequence[Target], work: Workload) -> float:
 
     Both peaks grow linearly with the layers of each tower.
     """
-    towers, text = find_towers(base.meta), base.config.get_text_config()
+    towers, text = base.towers, base.config.get_text_config()
     depths = {"language": text.num_hidden_layers}
     if work.pictures and "num_hidden_layers" in base.config.vision_config.to_dict():  # timm's towers have other names
         depths["vision"] = base.config.vision_config.num_hidden_layers

@@ -32,7 +32,6 @@ from milora_vl.core.policy import Policy, PolicyError, Rule, Target
 from milora_vl.core.policy.resolve import RankTooLarge
 from milora_vl.core.policy.rules import DEFAULT_RULES, FULL_PROJECTOR, UNALIGNED_PROJECTOR, RuleDict, without_projector
 from milora_vl.core.policy.rules import METHODS as RULE_METHODS
-from milora_vl.core.policy.towers import find_towers
 from milora_vl.models.base import Base
 from milora_vl.train.settings import (
     ADAPTERS,
@@ -394,7 +393,7 @@ def default_rules(settings: Settings, base: Base) -> tuple[list[RuleDict], list[
     """Return the default rules as they fit a base, after the flags, and notes about what is not as usual."""
     recipe, edits, notes = settings.recipe, settings.request.edits, list[str]()
     rules = list(recipe.policy or [])
-    projector = find_towers(base.meta).projector
+    projector = base.towers.projector
     rate = {} if edits.mm_projector_lr is None else {"learning_rate": edits.mm_projector_lr}
     if projector is None:
         if rate:
