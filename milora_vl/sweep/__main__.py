@@ -23,8 +23,7 @@ from milora_vl.common.evaluator_protocol import QuestionSet
 from milora_vl.sweep import page
 from milora_vl.sweep.cells import Cell, make_cells, recipe_of
 from milora_vl.sweep.runner import Sweep, run_sweep, usable_cores
-from milora_vl.train.callbacks import data_of
-from milora_vl.train.data import read_records
+from milora_vl.train.data import data_of, read_records
 from milora_vl.train.settings import ADAPTERS, Recipe, read_recipe
 
 

@@ -29,13 +29,13 @@ from transformers import (
 
 from milora_data.batches.record_collator import RecordCollator
 from milora_vl.common.cli.console import amount, duration_text
-from milora_vl.common.errors import Key, UserError
-from milora_vl.common.evaluator_protocol import QuestionSet, TrainingQuestions, evaluator, is_file
+from milora_vl.common.evaluator_protocol import TrainingQuestions, evaluator
 from milora_vl.core.adapter.anchored import fixed_names
 from milora_vl.core.adapter.folders import EARLIER
 from milora_vl.core.adapter.lora import base_model_of
 from milora_vl.core.policy.towers import find_towers
 from milora_vl.forgetting.measure import Probe
+from milora_vl.train.data import suites_of
 from milora_vl.train.settings import Recipe
 
 
@@ -50,27 +50,6 @@ class ForgettingCallback(TrainerCallback):
             trainer, due = self.trainer, control.should_log
             trainer.log(self.probe.measure(trainer.model, trainer.accelerator.autocast))
             control.should_log = due  # HF resets should_log at any log line, also before the loss is logged
-
-
-def suites_of(recipe: Recipe) -> dict[str, str | None]:
-    return {suite: data_of(suite, recipe, recipe.eval.data) for suite in recipe.eval.suites}
-
-
-def data_of(suite: str, recipe: Recipe, data: str | None) -> str | None:
-    """Return `data`; without it, the pictures of own questions (FILE.json) are in the folder of the training's."""
-    return data or (recipe.data.image_folder if is_file(suite) else None)
-
-
-def require_evaluation(recipe: Recipe) -> None:
-    """Raise UserError for errors that would appear only after training: an unknown suite or missing files."""
-    suites = recipe.eval.suites
-    if recipe.eval.suite_every is not None and not suites:
-        hint = "name one in the recipe:  eval: {suites: [quick], data: FOLDER, suite_every: N}"
-        where = Key.of("eval.suite_every")
-        raise UserError("there is no suite to score", code="flag-needs-another", where=where, hint=hint)
-    for suite, files in suites_of(recipe).items():
-        questions = QuestionSet(suite, files)
-        evaluator().require_questions(questions, at=Key.of("eval.suites"), data_at=Key.of("eval.data"))
 
 
 def training_questions(recipe: Recipe) -> TrainingQuestions | None:

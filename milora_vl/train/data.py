@@ -17,10 +17,9 @@ import os
 import signal
 import threading
 import warnings
-from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import fields, replace
 from functools import partial
 from importlib.util import find_spec
 from itertools import islice
@@ -34,23 +33,21 @@ from transformers import TrainingArguments
 
 from milora_data.batches.lengths import lengths_of
 from milora_data.batches.pack import PackedRecords, fill, pack
+from milora_data.batches.processor_inputs import ProcessorSettings, configure_processor, usable_inputs
 from milora_data.batches.record_collator import RecordCollator
-from milora_data.check import RunData, read_training_records, source_text, sources_of
+from milora_data.check import RunData, read_training_records, sources_of
 from milora_data.encode.labels import NoSupervisedTokens
 from milora_data.encode.templates import OWN, TEMPLATES
 from milora_data.encode.tokens import own_template
 from milora_data.pictures.load import ImagePolicy
 from milora_data.records.record import IMAGE, Record
 from milora_data.stream.dataset import RecordStream, record_stream
-from milora_vl.common.cli.screen import Screen
-from milora_vl.common.errors import DataError, Key, UserError, with_context, with_problems
-from milora_vl.core.adapter.fixed_a import Protection, protected_directions
-from milora_vl.core.adapter.folders import read_environment
-from milora_vl.core.calibration.texts import SEED
-from milora_vl.core.policy import Target
+from milora_vl.common.errors import DataError, Key, UserError, require_folder, with_context, with_problems
+from milora_vl.common.evaluator_protocol import QuestionSet, evaluator, is_file
 from milora_vl.core.weights.tensor_files import read_weights
 from milora_vl.models.base import Base, split_processor
 from milora_vl.models.collator_for import CountingCollator, collator_for
+from milora_vl.models.loading import require_parts
 from milora_vl.train.launch import attention_of
 from milora_vl.train.settings import DataConfig, Recipe, value_of
 
@@ -65,6 +62,45 @@ WHAT_HAPPENED = {
     "cut": "a record was cut to --max_length",
     "broken": "a record was skipped because it is broken or the model does not take it (python -m milora_data check)",
 }
+
+
+def suites_of(recipe: Recipe) -> dict[str, str | None]:
+    return {suite: data_of(suite, recipe, recipe.eval.data) for suite in recipe.eval.suites}
+
+
+def data_of(suite: str, recipe: Recipe, data: str | None) -> str | None:
+    """Return `data`; without it, the pictures of own questions (FILE.json) are in the folder of the training's."""
+    return data or (recipe.data.image_folder if is_file(suite) else None)
+
+
+def require_evaluation(recipe: Recipe) -> None:
+    """Raise UserError for errors that would appear only after training: an unknown suite or missing files."""
+    suites = recipe.eval.suites
+    if recipe.eval.suite_every is not None and not suites:
+        hint = "name one in the recipe:  eval: {suites: [quick], data: FOLDER, suite_every: N}"
+        where = Key.of("eval.suite_every")
+        raise UserError("there is no suite to score", code="flag-needs-another", where=where, hint=hint)
+    for suite, files in suites_of(recipe).items():
+        questions = QuestionSet(suite, files)
+        evaluator().require_questions(questions, at=Key.of("eval.suites"), data_at=Key.of("eval.data"))
+
+
+def processor_settings(data: DataConfig) -> ProcessorSettings:
+    return ProcessorSettings(**{key.name: getattr(data, key.name) for key in fields(ProcessorSettings)})
+
+
+def require_usable(recipe: Recipe, base: Base) -> None:
+    """Raise UserError, before any weights load, if a part is missing or pictures cannot be prepared for the model.
+
+    The processor of the base then follows the recipe.
+    """
+    settings = processor_settings(recipe.data)
+    if base.own_pictures:
+        configure_processor(base.processor, settings)
+        usable_inputs(base.processor, base.name)
+    require_parts(base.parts, recipe.projector_weights)
+    if recipe.factor_cache:  # a complete cache may be on a disk that is read-only
+        require_folder(Path(recipe.factor_cache), Key.of("factor_cache"), is_written=False)
 
 
 def read_records(config: DataConfig) -> RunData:
@@ -304,84 +340,3 @@ def save_position(loader: Any, folder: Path, args: TrainingArguments) -> None:
 
 def _position_file(args: TrainingArguments) -> str:
     return f"stream_state_{args.process_index}.pth"
-
-
-Task = Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class EarlierRecords:
-    """The records of earlier tasks: the recipe to collate by, records, and a random order of them."""
-
-    found: tuple[tuple[Recipe, Sequence[Record], Sequence[int]], ...]
-
-
-def read_earlier_records(tasks: Sequence[Task], recipe: Recipe, screen: Screen, *, are_used: bool) -> EarlierRecords:
-    """Read the records of earlier tasks if the run uses them, those in one place once.
-
-    Raises UserError where they are missing, unreadable or changed.
-    """
-    places: dict[str, tuple[Task, DataConfig, Sequence[Record]]] = {}
-    for task in tasks if are_used else ():
-        data, read = _records_of(task, recipe, screen)
-        places[str(data)] = task, data, read.train
-    found = []
-    for task, data, records in places.values():
-        order = torch.randperm(len(records), generator=torch.Generator().manual_seed(SEED)).tolist()
-        found.append((recipe.model_copy(update={"template": task["template"], "data": data}), records, order))
-    return EarlierRecords(tuple(found))
-
-
-def _records_of(task: Task, recipe: Recipe, screen: Screen) -> tuple[DataConfig, RunData]:
-    """Read the records of a task: those with its fingerprint, in its text and in its pictures."""
-    data = DataConfig.model_validate({**task["data"], "eval_path": None})
-    if recipe.data.bad_images != "raise":
-        data = data.model_copy(update={"bad_images": recipe.data.bad_images})
-    name = source_text(data.path)
-    try:
-        with screen.step(f"reading the records of {task['run']} in {name}"):
-            read = read_records(data)
-    except UserError as error:
-        raise _records_missing(task, str(error.first).splitlines()[0]) from None
-    if task["fingerprint"] not in ("", read.fingerprint):
-        raise _records_missing(task, f"{name} has other records")
-    if task.get("pictures", "") not in ("", read.pictures):
-        raise _records_missing(task, f"the pictures in {data.image_folder} are others")
-    return data, read
-
-
-def task_entry(
-    run: Path,
-    recipe: Recipe,
-    targets: Sequence[Target],
-    protection: Mapping[str, Protection],
-    records: RunData | Mapping[str, Any],
-) -> Task:
-    """Return the entry of a task, on records or on what environment.json of its run says about them."""
-    if isinstance(records, RunData):
-        records = {"data": records.counts(), "records": records.fingerprint, "pictures": records.pictures}
-    rules = Counter((target.tower, target.method, target.rank, target.protect) for target in targets)
-    return {
-        "run": str(run),
-        "template": recipe.template,
-        "records": records.get("data", {}).get("train"),
-        "fingerprint": records.get("records", ""),
-        "pictures": records.get("pictures", ""),
-        "data": recipe.data.model_dump(exclude_defaults=True),
-        "eval": recipe.eval.model_dump(exclude_defaults=True),
-        "rules": [
-            {"tower": tower, "method": method, "rank": rank, "protect": protect, "modules": count}
-            for (tower, method, rank, protect), count in rules.items()
-        ],
-        "directions": protected_directions(targets, protection),
-    }
-
-
-def _records_missing(task: Task, why: str) -> UserError:
-    message = f"the records of {task['run']} are needed to protect what it has learned: {why}"
-    return UserError(message, where=Key.of("after"), hint="put them back, and start where that run was started")
-
-
-def has_other_records(adapter: Path, fingerprint: str) -> bool:
-    before = (read_environment(adapter) or read_environment(adapter.parent)).get("records")
-    return before is not None and before != fingerprint

@@ -27,16 +27,15 @@ from transformers.training_args import trainer_log_levels
 from transformers.utils import is_accelerate_available
 
 import llava_recipes
-from milora_data.batches.processor_inputs import ProcessorSettings, configure_processor, usable_inputs
 from milora_vl.common.compat.transformers import layer_kinds, unstarted_arguments, use_one_gpu
-from milora_vl.common.errors import Key, UserError, did_you_mean, first_line, require_folder, suggest
+from milora_vl.common.errors import Key, UserError, first_line
 from milora_vl.core.adapter.lora import base_model_of
 from milora_vl.core.policy import Target
-from milora_vl.models.base import Base, is_to_build, require_parts
-from milora_vl.models.devices import dtype_named, quantization_config, train_device, unquantized
+from milora_vl.models.base import Base, is_to_build
+from milora_vl.models.devices import dtype_named, fastest_dtype, quantization_config, train_device, unquantized
 from milora_vl.models.loading import load_weights
 from milora_vl.models.projector import load_projector
-from milora_vl.train.settings import AUTOCAST, RENAMED, DataConfig, Recipe, value_of
+from milora_vl.train.settings import AUTOCAST, RENAMED, Recipe, value_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -78,7 +77,7 @@ def missing_packages(recipe: Recipe) -> list[tuple[str, str, str]]:
     return [need[1:] for need in needs if need[0] and importlib.util.find_spec(need[1]) is None]
 
 
-def require_installed(recipe: Recipe, base: Base, *, is_started: bool) -> None:
+def _require_installed(recipe: Recipe, base: Base, *, is_started: bool) -> None:
     """Raise UserError for a missing package that a plan needs too, or (`is_started`) the run alone."""
     train = recipe.train
     for package, key, hint in missing_packages(recipe) if is_started else ():
@@ -116,13 +115,60 @@ class Launch:
         return int((self.deepspeed or {}).get("zero_optimization", {}).get("stage", 0))
 
 
-def launch_of(recipe: Recipe, targets: Sequence[Target], dtype_before: str | None = None) -> Launch:
-    """Return how a run starts. Raises UserError for arguments that Hugging Face or we do not support together.
+def launch_of(
+    recipe: Recipe, base: Base, targets: Sequence[Target], dtype_before: str | None = None, *, is_started: bool = False
+) -> Launch:
+    """Return how a run starts: what it always sets, and what follows from model, rules, device and launcher.
 
-    `dtype_before` is what `fastest` meant in the run that this one resumes.
+    `dtype_before` is what `fastest` meant in the run that this one resumes. Raises UserError for arguments that
+    Hugging Face or we do not support together.
     """
+    _require_installed(recipe, base, is_started=is_started)
     deepspeed, fsdp, warnings = _launcher(recipe.train)
-    launch = _derived(recipe, targets, deepspeed, fsdp, warnings, dtype_before)
+    train = dict(recipe.train)
+    for name, value in FORCED.items():
+        if train.get(name, value) != value:
+            warnings.append(f"train.{name}: {train[name]} has no effect; it is always {value}")
+        train[name] = value
+    if train.get("train_sampling_strategy") == "group_by_length":
+        del train["train_sampling_strategy"]  # our sampler does this; HF's sampler needs tokenized records
+    if deepspeed is not None:
+        train["deepspeed"] = deepspeed
+    if fsdp is not None:
+        train |= {"fsdp": True, "fsdp_config": {"version": 2, "reshard_after_forward": RESHARDS[fsdp]}}
+    device = train_device(train)
+    dtype = _base_dtype(recipe, device, dtype_before)
+    if recipe.dtype != "auto" and (autocast := AUTOCAST.get(str(dtype).removeprefix("torch."))):
+        train.setdefault(autocast, True)
+    if is_started and train.get("bf16") and device.type == "cpu" and fastest_dtype(device) != torch.bfloat16:
+        warnings.append("bf16 is emulated by this CPU, which is slow (faster: --dtype float32 --bf16 False)")
+    if device.type == "cpu":
+        train.setdefault("use_cpu", True)  # HF rejects bf16 on a CPU without this
+    # A batch without images holds a hidden one, so all trained parameters are used, except layers of the vision tower
+    # that the model does not read.
+    train.setdefault("ddp_find_unused_parameters", any(target.tower == "vision" for target in targets))
+    train.setdefault("dataloader_pin_memory", device.type not in ("cpu", "mps"))
+    if train["dataloader_pin_memory"]:
+        train.setdefault("accelerator_config", {"non_blocking": True})  # batches move while the GPU computes
+    if device.type != "cuda" and train.pop("tf32", None):
+        warnings.append("train.tf32 has no effect on a CPU")
+    if train.get("save_strategy") == "best":
+        train.setdefault("metric_for_best_model", "loss")
+    if recipe.data.eval_path is not None and "eval_strategy" not in train:
+        # load_best_model_at_end compares checkpoints, so each of them needs an evaluation.
+        by_steps = train.get("load_best_model_at_end") and value_of(train, "save_strategy") == "steps"
+        train["eval_strategy"] = "steps" if by_steps else "epoch"
+        if by_steps:
+            train.setdefault("eval_steps", value_of(train, "save_steps"))
+    if train.get("use_liger_kernel"):
+        # Liger's fused loss would replace the forward that computes our loss in chunks. Its other kernels stay.
+        train["liger_kernel_config"] = {"fused_linear_cross_entropy": False}
+    # HF would compile the whole model, without our loss.
+    is_compiled = train.pop("torch_compile", False)
+    named = {name: train.pop(f"torch_compile_{name}", None) for name in ("backend", "mode")}
+    options = {name: value for name, value in named.items() if value is not None}
+    compiled = options if is_compiled or options else None
+    launch = Launch(train, dtype, deepspeed, fsdp, compiled, tuple(warnings))
     _check(recipe, launch)
     return launch
 
@@ -152,9 +198,8 @@ def _read_deepspeed(config: Mapping[str, Any] | str) -> Mapping[str, Any]:
         packaged: Mapping[str, Any] = json.loads(llava_recipes.read(config, "deepspeed"))
         return packaged
     if isinstance(config, str) and not Path(config).is_file():
-        near = suggest(Path(config).stem, llava_recipes.names("deepspeed"))
         message = f"expected {', '.join(llava_recipes.names('deepspeed'))} or a JSON file, got {config}"
-        hint = did_you_mean(near[:1]) or "name one of these, or a file that exists"
+        hint = "name one of these, or a file that exists"
         raise UserError(message, where=Key.of("train.deepspeed"), hint=hint)
     content: Any = config
     if isinstance(config, str):
@@ -222,59 +267,6 @@ FORCED = {
 }
 # What every evaluation during a training measures, without `eval_`.
 MEASURED = ("loss", "runtime", "samples_per_second", "steps_per_second")
-
-
-def _derived(
-    recipe: Recipe,
-    targets: Sequence[Target],
-    deepspeed: dict[str, Any] | None,
-    fsdp: Strategy | None,
-    warnings: list[str],
-    dtype_before: str | None,
-) -> Launch:
-    """Return what a run always sets, and what follows from the model, the rules and the device."""
-    train = dict(recipe.train)
-    for name, value in FORCED.items():
-        if train.get(name, value) != value:
-            warnings.append(f"train.{name}: {train[name]} has no effect; it is always {value}")
-        train[name] = value
-    if train.get("train_sampling_strategy") == "group_by_length":
-        del train["train_sampling_strategy"]  # our sampler does this; HF's sampler needs tokenized records
-    if deepspeed is not None:
-        train["deepspeed"] = deepspeed
-    if fsdp is not None:
-        train |= {"fsdp": True, "fsdp_config": {"version": 2, "reshard_after_forward": RESHARDS[fsdp]}}
-    device = train_device(train)
-    dtype = _base_dtype(recipe, device, dtype_before)
-    if recipe.dtype != "auto" and (autocast := AUTOCAST.get(str(dtype).removeprefix("torch."))):
-        train.setdefault(autocast, True)
-    if device.type == "cpu":
-        train.setdefault("use_cpu", True)  # HF rejects bf16 on a CPU without this
-    # A batch without images holds a hidden one, so all trained parameters are used, except layers of the vision tower
-    # that the model does not read.
-    train.setdefault("ddp_find_unused_parameters", any(target.tower == "vision" for target in targets))
-    train.setdefault("dataloader_pin_memory", device.type not in ("cpu", "mps"))
-    if train["dataloader_pin_memory"]:
-        train.setdefault("accelerator_config", {"non_blocking": True})  # batches move while the GPU computes
-    if device.type != "cuda" and train.pop("tf32", None):
-        warnings.append("train.tf32 has no effect on a CPU")
-    if train.get("save_strategy") == "best":
-        train.setdefault("metric_for_best_model", "loss")
-    if recipe.data.eval_path is not None and "eval_strategy" not in train:
-        # load_best_model_at_end compares checkpoints, so each of them needs an evaluation.
-        by_steps = train.get("load_best_model_at_end") and value_of(train, "save_strategy") == "steps"
-        train["eval_strategy"] = "steps" if by_steps else "epoch"
-        if by_steps:
-            train.setdefault("eval_steps", value_of(train, "save_steps"))
-    if train.get("use_liger_kernel"):
-        # Liger's fused loss would replace the forward that computes our loss in chunks. Its other kernels stay.
-        train["liger_kernel_config"] = {"fused_linear_cross_entropy": False}
-    # HF would compile the whole model, without our loss.
-    is_compiled = train.pop("torch_compile", False)
-    named = {name: train.pop(f"torch_compile_{name}", None) for name in ("backend", "mode")}
-    options = {name: value for name, value in named.items() if value is not None}
-    compiled = options if is_compiled or options else None
-    return Launch(train, dtype, deepspeed, fsdp, compiled, tuple(warnings))
 
 
 def _base_dtype(recipe: Recipe, device: torch.device, dtype_before: str | None) -> torch.dtype:
@@ -445,24 +437,6 @@ def _start_deepspeed(train: Mapping[str, Any]) -> None:
                 hint = "pip install 'deepspeed>=0.19.8', or use --deepspeed zero2"
                 raise UserError(message, where=Key.of("train.deepspeed"), hint=hint)
         deepspeed.init_distributed(verbose=False)
-
-
-def processor_settings(data: DataConfig) -> ProcessorSettings:
-    return ProcessorSettings(**{key.name: getattr(data, key.name) for key in dataclasses.fields(ProcessorSettings)})
-
-
-def require_usable(recipe: Recipe, base: Base) -> None:
-    """Raise UserError, before any weights load, if a part is missing or pictures cannot be prepared for the model.
-
-    The processor of the base then follows the recipe.
-    """
-    settings = processor_settings(recipe.data)
-    if base.own_pictures:
-        configure_processor(base.processor, settings)
-        usable_inputs(base.processor, base.name)
-    require_parts(base.parts, recipe.projector_weights)
-    if recipe.factor_cache:  # a complete cache may be on a disk that is read-only
-        require_folder(Path(recipe.factor_cache), Key.of("factor_cache"), is_written=False)
 
 
 def load_base_model(recipe: Recipe, base: Base, dtype: torch.dtype, device: torch.device) -> tuple[nn.Module, Any]:

@@ -40,10 +40,9 @@ from milora_vl.models.generate import Prompt, generate
 from milora_vl.report import model_card
 from milora_vl.report.page import try_write_report
 from milora_vl.report.repeat import of_earlier
-from milora_vl.train.callbacks import suites_of
-from milora_vl.train.data import Task
+from milora_vl.train.data import suites_of
 from milora_vl.train.plan import Run
-from milora_vl.train.resume import CARD, ENVIRONMENT, RunFolder, refuse_to_overwrite
+from milora_vl.train.resume import CARD, ENVIRONMENT, RunFolder, Task, refuse_to_overwrite
 from milora_vl.train.settings import Recipe
 from milora_vl.train.trainer import MiloraTrainer
 

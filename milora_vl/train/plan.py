@@ -35,10 +35,9 @@ from milora_vl.core.policy import Policy, Target
 from milora_vl.core.policy.resolve import frozen_towers, policy_rows
 from milora_vl.models import loading
 from milora_vl.models.base import Base, Parts, find_base, tokenizer_at_hand
-from milora_vl.models.devices import bytes_per_number, fastest_dtype, measured_flops, quantized_layers
+from milora_vl.models.devices import bytes_per_number, measured_flops, quantized_layers
 from milora_vl.models.memory_plan import GIB, Workload, flops_per_step, host_memory, memory, size_text, verdict
 from milora_vl.train import data
-from milora_vl.train.callbacks import require_evaluation
 from milora_vl.train.counts import (
     A100,
     A100_FLOPS,
@@ -55,23 +54,17 @@ from milora_vl.train.counts import (
     trained_sizes,
     workload_of,
 )
-from milora_vl.train.data import Task, read_earlier_records
+from milora_vl.train.data import processor_settings, require_evaluation, require_usable
 from milora_vl.train.join_settings import Settings, default_rules
-from milora_vl.train.launch import (
-    Launch,
-    hf_arguments,
-    launch_of,
-    missing_packages,
-    processor_settings,
-    require_installed,
-    require_usable,
-)
+from milora_vl.train.launch import Launch, hf_arguments, launch_of, missing_packages
 from milora_vl.train.resume import (
     ResumedRun,
     RunFolder,
+    Task,
     choose_folder,
     default_folder,
     dtype_before,
+    read_earlier_records,
     read_resumed,
     tasks_before,
 )
@@ -174,16 +167,13 @@ def make_run(settings: Settings, *, is_started: bool) -> Run:
     path = Path(request.output_dir) if request.output_dir else default_folder(recipe, started)
     folder = choose_folder(path, request.resume)
     tasks, notes = tasks_before(recipe, base.meta, targets, folder.checkpoint)
-    require_installed(recipe, base, is_started=is_started)
-    launch = launch_of(recipe, targets, dtype_before(request))
+    launch = launch_of(recipe, base, targets, dtype_before(request), is_started=is_started)
     if recipe.dtype == "fastest":
         recipe = recipe.model_copy(update={"dtype": launch.dtype_name})
     args = hf_arguments(launch.train, path, is_started=is_started)
     devices, on_base = num_devices(request), partial(_as_composed, recipe, base)
     earlier = read_resumed(folder, request.resume, on_base, launch.dtype_name, devices)
     warnings += [*notes, *launch.warnings]
-    if is_started and args.bf16 and args.device.type == "cpu" and fastest_dtype(args.device) != torch.bfloat16:
-        warnings.append("bf16 is emulated by this CPU, which is slow (faster: --dtype float32 --bf16 False)")
     if is_started and args.world_size == 1 and args.device.type == "cuda" and torch.cuda.device_count() > 1:
         count = torch.cuda.device_count()
         command = f"torchrun --nproc_per_node {count} -m milora_vl.train ..."
@@ -216,7 +206,8 @@ def fit(settings: Settings) -> tuple[Recipe, Base, list[Target], list[str]]:
         if "policy" not in settings.is_set:
             rules, notes = default_rules(settings, base)
             recipe = recipe.model_copy(update={"policy": rules})
-        targets = with_rates(Policy.parse(recipe.policy or []).resolve(base.meta), recipe.train)
+        targets = Policy.parse(recipe.policy or []).resolve(base.meta)
+        targets = with_rates(targets, recipe.train)
     if base.own_pictures and "template" not in settings.is_set:
         recipe = recipe.model_copy(update={"template": OWN})
     for refuse in (_check_pictures, _check_base_kl, _check_calibration, _check_quantization):

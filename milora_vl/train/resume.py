@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -16,15 +17,18 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from milora_data.check import KEY_BYTES, RunData, files_of
+from milora_data.check import KEY_BYTES, RunData, files_of, source_text
 from milora_data.records.record import Record
 from milora_vl.common import atomic_write
 from milora_vl.common.cli.console import amount, command_line
+from milora_vl.common.cli.screen import Screen
 from milora_vl.common.errors import Key, UserError, require_folder
 from milora_vl.common.yaml_text import read_file
 from milora_vl.core.adapter import folders
+from milora_vl.core.adapter.fixed_a import Protection, protected_directions
 from milora_vl.core.adapter.folders import (
     HELD_OUT,
     is_sharded,
@@ -35,13 +39,16 @@ from milora_vl.core.adapter.folders import (
     zero_stage,
 )
 from milora_vl.core.adapter.sidecar import Sidecar, read_sidecar, require_layers
+from milora_vl.core.calibration.texts import SEED
 from milora_vl.core.policy import Target
-from milora_vl.train.data import Task, task_entry
+from milora_vl.train.data import read_records
 from milora_vl.train.join_settings import to_merge
-from milora_vl.train.settings import Changes, Recipe, Request, differences, load_recipe, value_of
+from milora_vl.train.settings import Changes, DataConfig, Recipe, Request, differences, load_recipe, value_of
 
 ENVIRONMENT, CARD = "environment.json", "README.md"  # shared with others, so secrets in them are hidden
 OWN_FILES = ("recipe.yaml", CARD, "policy.json", "report.html", HELD_OUT)
+
+Task = Mapping[str, Any]  # the entry of a run that others come after, in their milora.json
 
 
 @dataclass(frozen=True, slots=True)
@@ -423,3 +430,81 @@ def _require_rules(recipe: Recipe, saved: Sidecar, base: nn.Module, targets: Seq
             message = f"{path} would train in full, but an earlier run has trained it: the new weight would replace it"
             hint = "give it an adapter, or leave its rule out; without a policy the run takes the earlier one's"
             raise UserError(message, where=where, hint=hint)
+
+
+@dataclass(frozen=True, slots=True)
+class EarlierRecords:
+    """The records of earlier tasks: the recipe to collate by, records, and a random order of them."""
+
+    found: tuple[tuple[Recipe, Sequence[Record], Sequence[int]], ...]
+
+
+def read_earlier_records(tasks: Sequence[Task], recipe: Recipe, screen: Screen, *, are_used: bool) -> EarlierRecords:
+    """Read the records of earlier tasks if the run uses them, those in one place once.
+
+    Raises UserError where they are missing, unreadable or changed.
+    """
+    places: dict[str, tuple[Task, DataConfig, Sequence[Record]]] = {}
+    for task in tasks if are_used else ():
+        data, read = _records_of(task, recipe, screen)
+        places[str(data)] = task, data, read.train
+    found = []
+    for task, data, records in places.values():
+        order = torch.randperm(len(records), generator=torch.Generator().manual_seed(SEED)).tolist()
+        found.append((recipe.model_copy(update={"template": task["template"], "data": data}), records, order))
+    return EarlierRecords(tuple(found))
+
+
+def _records_of(task: Task, recipe: Recipe, screen: Screen) -> tuple[DataConfig, RunData]:
+    """Read the records of a task: those with its fingerprint, in its text and in its pictures."""
+    data = DataConfig.model_validate({**task["data"], "eval_path": None})
+    if recipe.data.bad_images != "raise":
+        data = data.model_copy(update={"bad_images": recipe.data.bad_images})
+    name = source_text(data.path)
+    try:
+        with screen.step(f"reading the records of {task['run']} in {name}"):
+            read = read_records(data)
+    except UserError as error:
+        raise _records_missing(task, str(error.first).splitlines()[0]) from None
+    if task["fingerprint"] not in ("", read.fingerprint):
+        raise _records_missing(task, f"{name} has other records")
+    if task.get("pictures", "") not in ("", read.pictures):
+        raise _records_missing(task, f"the pictures in {data.image_folder} are others")
+    return data, read
+
+
+def task_entry(
+    run: Path,
+    recipe: Recipe,
+    targets: Sequence[Target],
+    protection: Mapping[str, Protection],
+    records: RunData | Mapping[str, Any],
+) -> Task:
+    """Return the entry of a task, on records or on what environment.json of its run says about them."""
+    if isinstance(records, RunData):
+        records = {"data": records.counts(), "records": records.fingerprint, "pictures": records.pictures}
+    rules = Counter((target.tower, target.method, target.rank, target.protect) for target in targets)
+    return {
+        "run": str(run),
+        "template": recipe.template,
+        "records": records.get("data", {}).get("train"),
+        "fingerprint": records.get("records", ""),
+        "pictures": records.get("pictures", ""),
+        "data": recipe.data.model_dump(exclude_defaults=True),
+        "eval": recipe.eval.model_dump(exclude_defaults=True),
+        "rules": [
+            {"tower": tower, "method": method, "rank": rank, "protect": protect, "modules": count}
+            for (tower, method, rank, protect), count in rules.items()
+        ],
+        "directions": protected_directions(targets, protection),
+    }
+
+
+def _records_missing(task: Task, why: str) -> UserError:
+    message = f"the records of {task['run']} are needed to protect what it has learned: {why}"
+    return UserError(message, where=Key.of("after"), hint="put them back, and start where that run was started")
+
+
+def has_other_records(adapter: Path, fingerprint: str) -> bool:
+    before = (folders.read_environment(adapter) or folders.read_environment(adapter.parent)).get("records")
+    return before is not None and before != fingerprint

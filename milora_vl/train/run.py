@@ -37,17 +37,10 @@ from milora_vl.interop.base_kl import BaseKL
 from milora_vl.models.base import Base, split_processor
 from milora_vl.models.memory_plan import size_text
 from milora_vl.train import data
-from milora_vl.train.callbacks import (
-    ForgettingCallback,
-    SuiteCallback,
-    calls_on_sigterm,
-    require_evaluation,
-    training_questions,
-)
+from milora_vl.train.callbacks import ForgettingCallback, SuiteCallback, calls_on_sigterm, training_questions
 from milora_vl.train.counts import Batching, num_parameters
-from milora_vl.train.data import EarlierRecords, has_other_records, read_earlier_records, task_entry
 from milora_vl.train.join_settings import Settings
-from milora_vl.train.launch import load_base_model, refused_arguments, require_usable, stage_of, trained_dtype
+from milora_vl.train.launch import load_base_model, refused_arguments, stage_of, trained_dtype
 from milora_vl.train.output import (
     FirstFiles,
     evaluate_run,
@@ -65,7 +58,10 @@ from milora_vl.train.resume import (
     ENVIRONMENT,
     RECORDS,
     TEXTS,
+    EarlierRecords,
     environment_resumed,
+    has_other_records,
+    read_earlier_records,
     read_start,
     records_content,
     require_same_checkpoint,
@@ -73,6 +69,7 @@ from milora_vl.train.resume import (
     require_same_steps,
     resume_warnings,
     shown_value,
+    task_entry,
 )
 from milora_vl.train.start import Built, build_model, compile_blocks, make_texts, show_start
 from milora_vl.train.trainer import MiloraTrainer
@@ -86,8 +83,8 @@ def train(settings: Settings) -> int:
         return 0
     with ExitStack() as stack:
         with raised_in_all():
-            require_evaluation(run.recipe)
-            require_usable(run.recipe, run.base)
+            data.require_evaluation(run.recipe)
+            data.require_usable(run.recipe, run.base)
             data.require_named(run.recipe.data)
             for note in run.notes:
                 screen.say(note)

@@ -54,9 +54,9 @@ from milora_vl.models.devices import measured_flops
 from milora_vl.models.generate import Prompt, generate
 from milora_vl.models.projector import load_projector
 from milora_vl.train.counts import A100, CPU, NUM_RECORDS, SMOKE_NOTE, SMOKE_STEPS, part_of, trained_sizes
-from milora_vl.train.data import EarlierRecords, collator
+from milora_vl.train.data import collator
 from milora_vl.train.plan import Run
-from milora_vl.train.resume import require_same
+from milora_vl.train.resume import EarlierRecords, require_same
 from milora_vl.train.settings import Recipe
 from milora_vl.train.trainer import CheckpointKind
 

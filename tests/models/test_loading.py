@@ -27,7 +27,7 @@ from milora_vl.train.plan import make_run
 from milora_vl.train.resume import dtype_before
 from support.fake_hub import FakeHub, running
 from support.machine import fastest
-from support.plans import plan, settings
+from support.plans import fitted, plan, settings
 from support.problems import raises_code
 
 ASKED = """
@@ -115,7 +115,8 @@ def test_a_resumed_run_keeps_its_dtype_whatever_is_the_fastest_here(tmp_path: Pa
     (run / "checkpoint-3").mkdir()
     assert dtype_before(parse(words)) is None
     before = dtype_before(parse([*words, *again]))
-    assert launch_of(settings(words).recipe, (), before).dtype == torch.float16
+    found = fitted(words)
+    assert launch_of(found.recipe, found.base, found.targets, before).dtype == torch.float16
 
 
 Factory = Callable[..., tuple[Any, Any]]

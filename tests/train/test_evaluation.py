@@ -12,7 +12,7 @@ import torch
 from milora_eval.run_suite import TrainingSuites
 from milora_vl import load_model
 from milora_vl.train.__main__ import main
-from milora_vl.train.callbacks import require_evaluation
+from milora_vl.train.data import require_evaluation
 from milora_vl.train.output import evaluation_commands
 from milora_vl.train.settings import Recipe
 from support.eval_questions import write_questions

@@ -189,7 +189,7 @@ def test_parts_are_composed_whole_for_a_run_that_shares_its_weights_out(parts: d
         (
             {"deepspeed": "./scripts/zero9.json"},
             "",
-            r"--deepspeed: .*zero9.json(.|\n)*did you mean zero",
+            r"--deepspeed: .*zero9.json(.|\n)*name one of these",
         ),
         ({"report_to": "wandb"}, "tracker-unavailable", r"--report_to: WandbCallback requires wandb"),
         ({"report_to": "tensorbord"}, "tracker-unavailable", r"--report_to: tensorbord is not supported"),
