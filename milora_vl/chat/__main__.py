@@ -15,12 +15,7 @@ from milora_data.encode.templates import template_name
 from milora_vl.common.cli.console import run
 from milora_vl.common.cli.parser import OR_ADAPTER, Command, above_zero, flag, option, positive, shared
 from milora_vl.common.errors import UserError, at_flag
-from milora_vl.core.adapter.folders import (
-    holds_adapter,
-    model_of,
-    newest_of_unfinished,
-    require_adapter,
-)
+from milora_vl.core.adapter.folders import holds_adapter, model_of, newest_of_unfinished, require_adapter
 
 COMMAND = Command(
     "milora_vl.chat",

@@ -29,13 +29,14 @@ from transformers.utils import is_accelerate_available
 import llava_recipes
 from milora_vl.common.compat.transformers import layer_kinds, unstarted_arguments, use_one_gpu
 from milora_vl.common.errors import Key, UserError, first_line
+from milora_vl.core.adapter import folders
 from milora_vl.core.adapter.lora import base_model_of
 from milora_vl.core.policy import Target
 from milora_vl.models.base import Base, is_to_build
 from milora_vl.models.devices import dtype_named, fastest_dtype, quantization_config, train_device, unquantized
 from milora_vl.models.loading import load_weights
 from milora_vl.models.projector import load_projector
-from milora_vl.train.settings import AUTOCAST, RENAMED, Recipe, value_of
+from milora_vl.train.settings import AUTOCAST, RENAMED, Recipe, Request, value_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -116,11 +117,11 @@ class Launch:
 
 
 def launch_of(
-    recipe: Recipe, base: Base, targets: Sequence[Target], dtype_before: str | None = None, *, is_started: bool = False
+    recipe: Recipe, base: Base, targets: Sequence[Target], request: Request, *, is_started: bool = False
 ) -> Launch:
     """Return how a run starts: what it always sets, and what follows from model, rules, device and launcher.
 
-    `dtype_before` is what `fastest` meant in the run that this one resumes. Raises UserError for arguments that
+    Raises UserError for arguments that
     Hugging Face or we do not support together.
     """
     _require_installed(recipe, base, is_started=is_started)
@@ -137,7 +138,7 @@ def launch_of(
     if fsdp is not None:
         train |= {"fsdp": True, "fsdp_config": {"version": 2, "reshard_after_forward": RESHARDS[fsdp]}}
     device = train_device(train)
-    dtype = _base_dtype(recipe, device, dtype_before)
+    dtype = _base_dtype(recipe, device, request)
     if recipe.dtype != "auto" and (autocast := AUTOCAST.get(str(dtype).removeprefix("torch."))):
         train.setdefault(autocast, True)
     if is_started and train.get("bf16") and device.type == "cpu" and fastest_dtype(device) != torch.bfloat16:
@@ -269,9 +270,11 @@ FORCED = {
 MEASURED = ("loss", "runtime", "samples_per_second", "steps_per_second")
 
 
-def _base_dtype(recipe: Recipe, device: torch.device, dtype_before: str | None) -> torch.dtype:
+def _base_dtype(recipe: Recipe, device: torch.device, request: Request) -> torch.dtype:
     """Return the dtype of the frozen weights: --dtype, else the half precision of a run on a GPU, else float32."""
-    name = dtype_before or "fastest" if recipe.dtype == "fastest" else recipe.dtype
+    name = recipe.dtype
+    if name == "fastest" and (run := folders.resumed_run(request.output_dir, request.resume)):
+        name = folders.recipe_of_run(run).get("dtype", name)  # what was the fastest there
     named = dtype_named(None if name == "auto" else name, device)
     if named is not None:
         return named

@@ -7,6 +7,7 @@ run resumes, the optimizer, the schedule and the factors come from the checkpoin
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -62,8 +63,6 @@ from milora_vl.train.resume import (
     RunFolder,
     Task,
     choose_folder,
-    default_folder,
-    dtype_before,
     read_earlier_records,
     read_resumed,
     tasks_before,
@@ -165,12 +164,12 @@ def make_run(settings: Settings, *, is_started: bool) -> Run:
     train = {name: value for name, value in recipe.train.items() if name != "hub_token"}
     recipe = recipe.model_copy(update={"train": train})
     path = Path(request.output_dir) if request.output_dir else default_folder(recipe, started)
-    folder = choose_folder(path, request.resume)
-    tasks, notes = tasks_before(recipe, base.meta, targets, folder.checkpoint)
-    launch = launch_of(recipe, base, targets, dtype_before(request), is_started=is_started)
+    launch = launch_of(recipe, base, targets, request, is_started=is_started)
+    args = hf_arguments(launch.train, path, is_started=is_started)
     if recipe.dtype == "fastest":
         recipe = recipe.model_copy(update={"dtype": launch.dtype_name})
-    args = hf_arguments(launch.train, path, is_started=is_started)
+    folder = choose_folder(path, request.resume)
+    tasks, notes = tasks_before(recipe, base.meta, targets, folder.checkpoint)
     devices, on_base = num_devices(request), partial(_as_composed, recipe, base)
     earlier = read_resumed(folder, request.resume, on_base, launch.dtype_name, devices)
     warnings += [*notes, *launch.warnings]
@@ -193,6 +192,16 @@ def make_run(settings: Settings, *, is_started: bool) -> Run:
         warnings=tuple(warnings),
         tasks=tasks,
     )
+
+
+def default_folder(recipe: Recipe, now: datetime) -> Path:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        message = "a run on several devices needs --output_dir"
+        raise UserError(message, code="flag-required", where="--output_dir", hint="add:  --output_dir FOLDER")
+    first = (recipe.policy or [{}])[0]
+    rank = first.get("rank")
+    method = str(first.get("method", "milora")) + (f"-r{rank}" if isinstance(rank, int) else "")
+    return Path("runs") / Path(recipe.model).name / method / now.strftime("%Y-%m-%d_%H%M%S")
 
 
 def fit(settings: Settings) -> tuple[Recipe, Base, list[Target], list[str]]:

@@ -6,7 +6,6 @@ The optimizer, the schedule and the factors come from the checkpoint: only the k
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,7 +25,6 @@ from milora_vl.common import atomic_write
 from milora_vl.common.cli.console import amount, command_line
 from milora_vl.common.cli.screen import Screen
 from milora_vl.common.errors import Key, UserError, require_folder
-from milora_vl.common.yaml_text import read_file
 from milora_vl.core.adapter import folders
 from milora_vl.core.adapter.fixed_a import Protection, protected_directions
 from milora_vl.core.adapter.folders import (
@@ -43,7 +41,7 @@ from milora_vl.core.calibration.texts import SEED
 from milora_vl.core.policy import Target
 from milora_vl.train.data import read_records
 from milora_vl.train.join_settings import to_merge
-from milora_vl.train.settings import Changes, DataConfig, Recipe, Request, differences, load_recipe, value_of
+from milora_vl.train.settings import Changes, DataConfig, Recipe, differences, load_recipe, value_of
 
 ENVIRONMENT, CARD = "environment.json", "README.md"  # shared with others, so secrets in them are hidden
 OWN_FILES = ("recipe.yaml", CARD, "policy.json", "report.html", HELD_OUT)
@@ -68,24 +66,6 @@ class RunFolder:
 
     def write_text(self, name: str, text: str) -> None:
         atomic_write.write_text(self.path / name, text, hides_secrets=name == CARD)
-
-
-def default_folder(recipe: Recipe, now: datetime) -> Path:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        message = "a run on several devices needs --output_dir"
-        raise UserError(message, code="flag-required", where="--output_dir", hint="add:  --output_dir FOLDER")
-    first = (recipe.policy or [{}])[0]
-    rank = first.get("rank")
-    method = str(first.get("method", "milora")) + (f"-r{rank}" if isinstance(rank, int) else "")
-    return Path("runs") / Path(recipe.model).name / method / now.strftime("%Y-%m-%d_%H%M%S")
-
-
-def dtype_before(request: Request) -> str | None:
-    """Return the dtype of the run that a command resumes, which `fastest` means there."""
-    run = folders.resumed_run(request.output_dir, request.resume)
-    if run is None or not (run / "recipe.yaml").is_file():  # nothing was saved: the run starts again
-        return None
-    return read_file(run / "recipe.yaml").get("dtype")
 
 
 def choose_folder(path: Path, resume: str | None) -> RunFolder:
@@ -402,8 +382,8 @@ def tasks_before(
     if not tasks:  # that run came after none; an adapter without a recipe has the template of this run
         of_run = folders.read_environment
         environment = of_run(after) or of_run(after.parent)  # of a checkpoint
-        of_task = Recipe.parse({"template": recipe.template, **recipe_of_run(after)})
-        tasks = [task_entry(after, of_task, saved.targets, saved.protection, environment)]
+        content = {"template": recipe.template, **recipe_of_run(after)}
+        tasks = [task_entry(after, Recipe.parse(content), saved.targets, saved.protection, environment)]
     if not any(target.protect for target in targets):
         warnings.append("no rule has protect: what the earlier runs have learned is not protected (--protect 0.95)")
     return tuple(tasks), warnings

@@ -136,6 +136,7 @@ def read_records(run: Run, screen: Screen) -> RunData:
     recipe, folder = run.recipe, run.folder
     with screen.step(f"reading {source_text(recipe.data.path)}"):
         records = data.read_records(recipe.data)
+    warnings = records.warnings()
     checkpoint = None if folder.checkpoint is None else folder.checkpoint.name
     told = gather_objects((checkpoint, records.fingerprint, records.pictures))
     require_same_checkpoint(folder.path, [name for name, *_ in told])
@@ -143,7 +144,6 @@ def read_records(run: Run, screen: Screen) -> RunData:
     if other is not None:
         message = f"rank {other} reads other records or pictures than rank 0"
         raise UserError(message, where=str(recipe.data.path), hint="all machines must see the same data")
-    warnings = records.warnings()
     if run.earlier is not None:
         warnings += require_same_records(run.earlier.folder, records, recipe)
     elif recipe.adapter and has_other_records(Path(recipe.adapter), records.fingerprint):

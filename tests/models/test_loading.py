@@ -21,13 +21,10 @@ from milora_vl.models.devices import device_named, dtype_named, fastest_dtype
 from milora_vl.models.llava import compose, image_token_id, image_tokens, processor_for
 from milora_vl.models.projector import load_projector, projector_of, read_projector, save_projector
 from milora_vl.models.timm_tower import TimmTower, TimmTowerConfig
-from milora_vl.train.__main__ import parse
-from milora_vl.train.launch import launch_of
 from milora_vl.train.plan import make_run
-from milora_vl.train.resume import dtype_before
 from support.fake_hub import FakeHub, running
 from support.machine import fastest
-from support.plans import fitted, plan, settings
+from support.plans import plan, section, settings
 from support.problems import raises_code
 
 ASKED = """
@@ -111,12 +108,10 @@ def test_a_resumed_run_keeps_its_dtype_whatever_is_the_fastest_here(tmp_path: Pa
     (run / "recipe.yaml").write_text("{model: tiny, dtype: float16}")
     words = ["--model", "tiny", "--dtype", "fastest", "--device", "cpu", "--output_dir", str(run)]
     again = ["--resume_from_checkpoint", "auto"]
-    assert dtype_before(parse([*words, *again])) is None  # it begins again
+    assert section([*words, *again]).dtype != torch.float16  # it begins again
     (run / "checkpoint-3").mkdir()
-    assert dtype_before(parse(words)) is None
-    before = dtype_before(parse([*words, *again]))
-    found = fitted(words)
-    assert launch_of(found.recipe, found.base, found.targets, before).dtype == torch.float16
+    assert section([*words, *again]).dtype == torch.float16
+    assert section(words).dtype != torch.float16
 
 
 Factory = Callable[..., tuple[Any, Any]]

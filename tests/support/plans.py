@@ -39,7 +39,7 @@ def settings(words: str | Sequence[str]) -> Settings:
 def section(words: str | Sequence[str]) -> Launch:
     """Return the arguments of the training of a command line."""
     found = fitted(words)
-    return launch_of(found.recipe, found.base, found.targets)
+    return launch_of(found.recipe, found.base, found.targets, settings(words).request)
 
 
 def plan(words: str | Sequence[str]) -> Run:

@@ -24,7 +24,8 @@ from milora_vl.forgetting import job
 from milora_vl.forgetting.__main__ import main as forget
 from milora_vl.models.projector import save_projector
 from milora_vl.train.__main__ import main
-from milora_vl.train.resume import choose_folder, default_folder
+from milora_vl.train.plan import default_folder
+from milora_vl.train.resume import choose_folder
 from milora_vl.train.settings import Recipe
 from support.adapter_cases import move
 from support.checkpoint_files import write_checkpoint
