@@ -45,9 +45,8 @@ from milora_data.stream.dataset import RecordStream, record_stream
 from milora_vl.common.errors import DataError, Key, UserError, require_folder, with_context, with_problems
 from milora_vl.common.evaluator_protocol import QuestionSet, evaluator, is_file
 from milora_vl.core.weights.tensor_files import read_weights
-from milora_vl.models.base import Base, split_processor
+from milora_vl.models.base import Base, require_parts, split_processor
 from milora_vl.models.collator_for import CountingCollator, collator_for
-from milora_vl.models.loading import require_parts
 from milora_vl.train.launch import attention_of
 from milora_vl.train.settings import DataConfig, Recipe, value_of
 
