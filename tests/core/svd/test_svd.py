@@ -230,16 +230,6 @@ def check(W: Tensor, f: Factors, part: str) -> None:
     assert f.excess <= 1e-3
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("part", ["minor", "principal"])
-def test_matrices_of_every_kind_keep_every_promise(kind: str, part: str) -> None:
-    W = drawn(480, 360, kind).float()
-    f = decompose(W, 12, part, method="fast")
-    # What lies in rounding alone has no vectors that a search can prove.
-    assert f.method in ("gram", "gram64") or kind in ("one component", "rank-deficient", "very steep")
-    check(W, f, part)
-
-
 @settings(max_examples=80, deadline=None)
 @given(
     st.integers(24, 90), st.sampled_from([1.0, 1.3, 3.0]), st.booleans(), st.sampled_from(KINDS), st.integers(1, 30),
