@@ -25,19 +25,15 @@ PREFIXED_TOWERS = ("clip_vision_model", "siglip_vision_model")
 
 
 class ExportBase:
-    """A base model by name, folder or hub id, or a loaded model. Adapters record its `name`."""
+    """A base model by name, folder or hub id. Adapters record its `name`."""
 
-    def __init__(
-        self, source: str | Path | nn.Module | None, dtype: torch.dtype | None, *, is_rounded_later: bool = False
-    ) -> None:
+    def __init__(self, source: str | Path | None, dtype: torch.dtype | None, *, is_rounded_later: bool = False) -> None:
         self.source = source
         self._dtype = dtype
         self._is_rounded_later = is_rounded_later
 
     @property
     def name(self) -> str:
-        if isinstance(self.source, nn.Module):
-            return str(self.config.name_or_path)
         if not self.source:
             message, hint = "adapter_config.json does not name the base model", "add:  --base NAME-OR-FOLDER"
             raise UserError(message, where="--base", hint=hint)
@@ -45,24 +41,16 @@ class ExportBase:
 
     @cached_property
     def config(self) -> Any:
-        if isinstance(self.source, nn.Module):
-            return self.source.config
         with at_flag("--base"):
             return config_of(self.name)
 
     @cached_property
     def model(self) -> nn.Module:
-        if isinstance(self.source, nn.Module):
-            return self.source
         dtype, saved = self._dtype, self.config.dtype
         if dtype is not None and self._is_rounded_later:  # a model that is built here names no dtype
             dtype = torch.promote_types(dtype, saved if isinstance(saved, torch.dtype) else torch.float32)
         with at_flag("--base"):
             return load_weights(self.name, dtype)
-
-    def processor(self) -> Any:
-        """Return the processor (the tokenizer of a text-only model); None for a loaded model. Needs no weights."""
-        return None if isinstance(self.source, nn.Module) else load_processor(self.name)
 
 
 def has_timm_tower(config: Any) -> bool:
@@ -126,7 +114,7 @@ def copy_processor(source: Path, target: Path, base: ExportBase) -> None:
     """Copy the processor of a run; files that it has not saved, such as the image processor, are the base's."""
     present = [name for name in _FILES if (source / name).is_file()]
     is_whole = "preprocessor_config.json" in present or "processor_config.json" in present
-    processor = None if is_whole else base.processor()
+    processor = None if is_whole else load_processor(base.name)
     if processor is not None and (not present or split_processor(processor)[1] is not None):
         processor.save_pretrained(target)
     for name in present:

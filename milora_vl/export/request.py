@@ -10,7 +10,6 @@ from milora_vl.common.errors import UserError, suggest
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
 FORMS = {
     "adapter": "stock PEFT LoRA on the unchanged base model, with milora.json",
@@ -26,14 +25,13 @@ class Options:
 
     scale: size of the finished update; modules trained in full become W + scale (W' - W). "auto": the smallest that
         keeps 95 % of the fall of the loss on the run's held-out records, measured now.
-    base: name, folder or HF id of the base model, or a loaded model, which is modified; by default the model that the
-        adapter names.
+    base: name, folder or HF id of the base model; by default the model that the adapter names.
     dtype: data type of all written tensors; by default as stored.
     vision_tower: the CLIP model for LLaVA's config.json.
     """
 
     scale: float | Literal["auto"] = 1.0
-    base: str | Path | nn.Module | None = None
+    base: str | Path | None = None
     dtype: torch.dtype | None = None
     vision_tower: str | None = None
     allow_base_mismatch: bool = False

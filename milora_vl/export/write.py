@@ -111,7 +111,7 @@ class ExportJob:
     rank: int | None = None
 
     @property
-    def base(self) -> str | Path | nn.Module | None:
+    def base(self) -> str | Path | None:
         if self.options.base is not None:
             return self.options.base
         named = read_config(self.folder, any_lora=True).base_model_name_or_path

@@ -208,9 +208,10 @@ def test_rank_r_keeps_the_rank_of_each_rule(run) -> None:
 
 
 def test_another_base_is_refused(run, tiny_llava: Factory) -> None:
+    tiny_llava(seed=1)[0].save_pretrained(run.root / "other")
     with raises_code("adapter-wrong-base"):
-        export(run.root / "adapter", "merged", run.root / "out", Options(base=tiny_llava(seed=1)[0]))
-    assert {path.name for path in run.root.iterdir()} == {"base", "adapter"}
+        export(run.root / "adapter", "merged", run.root / "out", Options(base=run.root / "other"))
+    assert {path.name for path in run.root.iterdir()} == {"base", "adapter", "other"}
 
 
 def test_the_command(run, capsys, monkeypatch) -> None:
