@@ -53,7 +53,7 @@ METHODS = ["milora, protect: 0", "pissa", "random", "lora", "dora"]
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_has_the_change_that_merging_makes(method: str, base: Path, tmp_path: Path) -> None:
-    """||dW|| of each layer is that of merged minus base, whatever the form; so are the first directions."""
+    """||dW|| of each layer equals merged minus base, for every form; so are the first directions."""
     before, _ = load_model(base)
     rules = f"[{{modules: language.mlp, method: {method}, rank: 3, alpha: 6}}, {{modules: projector, method: full}}]"
     model = disturbed(apply_milora(load_model(base)[0], Policy.parse(rules)))
@@ -163,7 +163,7 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 @settings(max_examples=25, deadline=None)
 @given(SHAPES, SEEDS, st.floats(0.1, 9), st.sampled_from(["minor", "principal"]))
 def test_amplification_of_a_scaled_part_is_its_scale(shape: tuple[int, int], seed: int, c: float, part: str) -> None:
-    """dW = c W_part: U and V are W's own, so that ||U'dWV|| = c ||W_part|| and the factor is c, whatever the part."""
+    """dW = c W_part: U and V are W's own, so that ||U'dWV|| = c ||W_part|| and the factor is c, for every part."""
     W = randn(*shape, seed=seed)
     f = decompose(W, 2, part)
     update = LowRankUpdate.from_factors(c * f.U * f.S, f.Vh)

@@ -1,4 +1,4 @@
-"""Every template: what is learnt is the answers and their ends, LLaVA's own ids where it has the format too."""
+"""Every template: what is supervised is the answers and their ends, LLaVA's own ids where it has the format too."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def test_any_chat_template_of_a_tokenizer(kind: str, turns: list[tuple[str, str]
         for number, turn in enumerate(value["conversations"])
     ]
     if kind.startswith("without"):
-        expected = "".join(f" {answer} " for _, answer in turns) + "</s>"  # nothing else would tell it to stop
+        expected = "".join(f" {answer} " for _, answer in turns) + "</s>"  # nothing else would make it stop
     else:
         theirs = tokenizer.apply_chat_template(messages, tokenize=False)
         assert tokenizer.decode(made.input_ids) == theirs
@@ -216,7 +216,7 @@ TEXTS = {
     "llm_adapters": "Below is an instruction that describes a task. "
     "Write a response that appropriately completes the request.  \n\n"
     f"{BLANKS}### Instruction:\n{BLANKS}{QUESTION}\n{BLANKS}\n{BLANKS}### Response:\n{BLANKS}{ANSWER}</s>",
-    # sufenlp/MiLoRA train.py and GraphPKU/PiSSA train.py, PROMPT; what is learnt follows the colon at once.
+    # sufenlp/MiLoRA train.py and GraphPKU/PiSSA train.py, PROMPT; what is supervised follows the colon at once.
     "alpaca": "Below is an instruction that describes a task. "
     "Write a response that appropriately completes the request.\n\n"
     f"### Instruction:\n{QUESTION}\n\n### Response:{ANSWER}</s>",

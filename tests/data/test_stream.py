@@ -1,4 +1,4 @@
-"""Records as a stream: every one comes, in its share, and a stream goes on exactly where another one was."""
+"""Records as a stream: every one comes, in its share, and a stream continues exactly where another one was."""
 
 from __future__ import annotations
 

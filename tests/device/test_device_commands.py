@@ -42,7 +42,7 @@ def model(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @pytest.fixture
 def adapter(model: str, tmp_path: Path) -> Path:
-    """An adapter whose answers differ from those of its base."""
+    """An adapter whose answers differ from its base's."""
     tuned = apply_milora(
         load_model(model)[0], Policy.parse("[{modules: language, method: milora, protect: 0, rank: 4}]")
     )

@@ -1,4 +1,4 @@
-"""The scripts in examples/ run as they are; those of TRL are tested in tests/interop/test_trl.py."""
+"""The scripts in examples/ run unchanged; TRL's are tested in tests/interop/test_trl.py."""
 
 from __future__ import annotations
 

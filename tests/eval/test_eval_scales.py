@@ -49,7 +49,7 @@ def test_several_scales_show_score_and_forgetting_and_resume(
     half, full = found["final-scale-0.5"]["forgetting"], found["final"]["forgetting"]
     assert 0 < half["kl"] < full["kl"]
     assert 0 < half["pictures"]["kl"] < full["pictures"]["kl"]
-    # Scale 1 has the results of a run without the flag, scale 0 those of `--with_base`: both find their answers there.
+    # Scale 1 has the results of a run without the flag, scale 0 as `--with_base`: both find their answers there.
     main(arguments(adapter, data, tmp_path, "--with_base"))
     assert (read(tmp_path, "final")["asked"], read(tmp_path, "base")["asked"]) == (0, 0)
     capsys.readouterr()

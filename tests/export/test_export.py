@@ -131,7 +131,7 @@ def test_merged_keeps_the_dtype_of_the_base(run, tiny_llava: Factory) -> None:
 
 
 def lost(run, whole: str, small: str) -> tuple[float, dict[str, float]]:
-    """How far the changes of one saved adapter are from those of another, relatively: in total and by module."""
+    """How far the changes of one saved adapter are from another's, relatively: in total and by module."""
     full, other = (PeftModel.from_pretrained(fresh(run.root), run.root / name) for name in (whole, small))
     squares = {}
     for path in (t.path for t in run.model.milora_targets if t.rank is not None):

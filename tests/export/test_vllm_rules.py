@@ -1,4 +1,4 @@
-"""An export by the rules of vLLM's vllm/lora/peft_helper.py and lora/utils.py, as they were in October 2026.
+"""An export by the rules of vLLM's vllm/lora/peft_helper.py and lora/utils.py, of October 2026.
 
 vLLM reads these keys of adapter_config.json and ignores all others silently. Versions before 0.32 also ignore
 rank_pattern and alpha_pattern, so an export for servers has one rank and one scale.

@@ -47,7 +47,7 @@ def analysed(folder: Path, base: str | None = None) -> dict[str, dict[str, Any]]
 
 @pytest.mark.skipif(not SAVES_BIASES, reason="this PEFT loses them")
 def test_biases_trained_along_are_forgotten_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """PEFT leaves them in the base when the adapter is switched off: a base of its own is needed."""
+    """PEFT leaves them in the base when the adapter is switched off: a separate base is needed."""
     base = saved_base(tmp_path / "base", attention_bias=True)
     model = trained(base, tmp_path / "adapter", target_modules=["q_proj", "v_proj"], bias="lora_only")
     with pytest.raises(ValueError, match="give base="):

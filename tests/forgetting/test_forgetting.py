@@ -34,7 +34,7 @@ def pair(tiny_llama: Callable[..., Made]) -> tuple[Any, Any, Any]:
 
 
 def by_hand(tuned: Any, base: Any, blocks: list[tuple[str, list[int]]]) -> dict[str, float]:
-    """The definition, in float64; the standard error is that of the documents' means, weighted by their lengths."""
+    """The definition, in float64; the standard error is the documents' means', weighted by their lengths."""
     cross, entropy, loss = [], [], []
     for ids in torch.tensor([ids for _, ids in blocks]):
         with torch.no_grad():
@@ -121,7 +121,7 @@ def test_blocks_take_turns_between_the_texts_and_start_alike(tiny_llama: Callabl
 
 
 def test_short_texts_count_as_they_are(pair: tuple[Any, Any, Any]) -> None:
-    """Each is a block of its own: nothing is left out, and each weighs what it holds."""
+    """Each is its own block: nothing is left out, and each weighs what it holds."""
     tuned, base, tokenizer = pair
     short, long = "a few words", "so many words " * 3
     both, *alone = (

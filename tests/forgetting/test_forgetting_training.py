@@ -1,4 +1,4 @@
-"""`--forgetting_every N`: the log of a training tells what it costs, whatever the method, and nothing else changes."""
+"""`--forgetting_every N`: the log of a training has what it costs, for every method, and nothing else changes."""
 
 from __future__ import annotations
 

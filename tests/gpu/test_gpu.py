@@ -45,7 +45,7 @@ def run(data: Path, folder: Path, on_device: list[str], *more: str) -> list[tupl
 
 
 def run_apart(*command: str) -> None:
-    """Run a training in a process of its own."""
+    """Run a training in its own process."""
     done = subprocess.run([sys.executable, "-m", *command], env=os.environ, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr[-3000:]
 

@@ -314,7 +314,7 @@ def test_protect_calibrates_and_refuses_a_base_whose_class_cannot_write(tiny_lla
     with get_peft_model_replaced(protect=0.95), raises_code("", message="argument 'cache'"):
         peft.get_peft_model(base, lora)
     sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
-    base = T5ForConditionalGeneration(T5Config(vocab_size=99, **sizes))  # an encoder needs an input of its own
+    base = T5ForConditionalGeneration(T5Config(vocab_size=99, **sizes))  # an encoder needs its own input
     with get_peft_model_replaced(protect=0.95), raises_code("", message="T5"):
         peft.get_peft_model(base, LoraConfig(r=2, target_modules=["q"]))
     with raises_code("", where="protect"), get_peft_model_replaced(protect=95):

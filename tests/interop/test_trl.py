@@ -174,7 +174,7 @@ def test_dpo_on_pictures(name: str, questions, tiny_llava, tmp_path: Path, monke
 def test_self_distillation_on_pictures(
     name: str, way: str, questions, tiny_llava, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The documented script: the teacher has the weights of the student's base, in no memory of their own."""
+    """The documented script: the teacher has the weights of the student's base, and takes no further memory."""
     folder, output = write_chat_model(name, tmp_path / "model", tiny_llava), tmp_path / "out"
     hint = "One word!" if way == "hint" else ""
     if way == "adapter":

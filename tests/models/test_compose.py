@@ -55,7 +55,7 @@ def tower(kind: str, folder: Path) -> str:
 @pytest.mark.parametrize(
     ("vision", "text", "tokens"),
     [
-        ("siglip", "gpt2", 16),  # no class token, Conv1D, learnt positions
+        ("siglip", "gpt2", 16),  # no class token, Conv1D, learned positions
         pytest.param("dinov2", "qwen2", 16, marks=pytest.mark.slow),
         pytest.param("timm/test_vit", "llama", 100, marks=pytest.mark.slow),
     ],

@@ -58,7 +58,7 @@ BASIC = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": END}
 class Row:
     """What the rules do not find out about a family.
 
-    `config`: fields of its config by path; a text that is a special token stands for its id. `processor`, `pictures`:
+    `config`: fields of its config by path; a text that is a special token is its id. `processor`, `pictures`:
     arguments of its processor and its image processor. `like`: the family whose processor classes it takes, if none is
     registered for it. `picture`: what a chat template writes for a picture, if not the processor's token alone.
     """
@@ -437,7 +437,7 @@ def _arguments(init: Any, config: Any) -> dict[str, Any]:
 
 
 def _of_config(config: Any, name: str) -> Any:
-    """Return a number or word of a config, or of the parts of it; None if there is none."""
+    """Return a number or word of a config, or of the parts of it; None without one."""
     parts = [config, *(part for part in vars(config).values() if isinstance(part, PreTrainedConfig))]
     values = [
         vars(part).get(name)

@@ -13,7 +13,7 @@ from typing import Any
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 WIDTHS = {"desk": 1280, "phone": 390}
 NOT_OURS = ("file:", "data:", "about:")  # the page itself, what lies in it, and the blank one before it
-# What a reader could only see by pushing the page sideways, unless it scrolls in a box of its own.
+# What a reader could only see by pushing the page sideways, unless it scrolls in its own box.
 TOO_WIDE = """
 (() => {
   const wide = document.documentElement.clientWidth, found = [];
@@ -32,7 +32,7 @@ TOO_WIDE = """
 
 
 def find() -> str | None:
-    """The browser's path; None where there is none."""
+    """The browser's path; None without one."""
     return next(filter(None, map(shutil.which, NAMES)), None)
 
 

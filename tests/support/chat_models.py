@@ -1,4 +1,4 @@
-"""Tiny models that bring a chat template of their own, as folders, and the templates of well-known ones."""
+"""Tiny models that bring their own chat template, as folders, and the templates of well-known ones."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from milora_vl.models.tiny import tiny_llama, tiny_llava
 
-# SmolLM2's, which says a system text of its own where the messages have none; the answers marked as TRL does.
+# SmolLM2's, which says its own system text where the messages have none; the answers marked as TRL does.
 MARKED = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
     "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM<|im_end|>\n' }}{% endif %}"

@@ -60,7 +60,7 @@ MARKS = ("</s>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_hea
 
 
 def with_marks(eos: str = "</s>") -> Any:
-    """A byte-level BPE tokenizer that knows the marks of all formats, as those of Qwen and Llama 3 know theirs."""
+    """A byte-level BPE tokenizer that knows the marks of all formats, as Qwen's and Llama 3's do."""
     tokenizer = copy.deepcopy(byte_bpe())
     tokenizer.add_tokens([AddedToken(mark, special=True, normalized=False) for mark in MARKS], special_tokens=True)
     tokenizer.eos_token = eos

@@ -1,4 +1,4 @@
-"""A folder of what data sets are known to go wrong with: more than forty kinds, each in a record of its own."""
+"""A folder of known faults of data sets: more than forty kinds, each in its own record."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ LLAMA, MISTRAL, QWEN2 = {"model_type": "llama"}, {"model_type": "mistral"}, {"mo
 class Family:
     """How to build one family. `tokens`: image tokens of its one picture; `pixels`: the picture's shape, None for none.
 
-    `language`: what the paths of the language layers start with; `projector`: what those of the projector hold.
+    `language`: what the paths of the language layers start with; `projector`: what the projector's hold.
     """
 
     tokens: int

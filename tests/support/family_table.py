@@ -2,7 +2,7 @@
 
     python tests/support/family_table.py [--only NAME ...] [--seconds 300]
 
-Each family runs in a process of its own, on a tiny random model (`support.any_family`), with a time limit. The results
+Each family runs in its own process, on a tiny random model (`support.any_family`), with a time limit. The results
 go to tests/reference/families.json, and the page is made of that file. A column has "yes", or the reason why not.
 """
 
@@ -193,7 +193,7 @@ def _check_adapter(config: Any, batch: dict[str, Any], folder: Path) -> None:
 
 
 def run_alone(family: str, seconds: int) -> Result:
-    """Return the result of `check` from a process of its own, which ends after so many seconds."""
+    """Return the result of `check` from its own process, which ends after so many seconds."""
     here, there = os.pipe()
     child = os.fork()
     if child == 0:

@@ -67,7 +67,7 @@ def serve(listener: socket.socket) -> None:
 
 
 def answer(request: dict[str, Any], given: list[int], sockets: Sequence[socket.socket]) -> Any:
-    """Start a program and return its process ID, or return exit code and CPU seconds of one that may have ended."""
+    """Start a program and return its process ID, or return its exit code and CPU seconds if it has ended."""
     if "wait" in request:
         pid, status, used = os.wait4(request["wait"], request["flags"])
         return [os.waitstatus_to_exitcode(status) if pid else None, used.ru_utime + used.ru_stime]

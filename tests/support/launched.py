@@ -26,7 +26,7 @@ needs_bf16_shards = pytest.mark.skipif(
     not is_accelerate_available("1.13.0"), reason="older versions of accelerate are refused with --fsdp and --bf16"
 )
 # Several trainings in one launch: starting processes takes longer than training. Each line of the file is a command;
-# "cut" makes of a finished run one that was killed while it wrote its last checkpoint.
+# "cut" makes of a finished run a killed run, stopped while it wrote its last checkpoint.
 WORKER = """
 import json, os, sys
 from pathlib import Path

@@ -1,6 +1,6 @@
 """Start programs from a test, without waiting for imports: `run(["milora_vl.train", "--rank", "4"])`.
 
-The words are those of Python's command line: a module (without `-m`), the file of a script, or `-c` and code. Each is a
+The words are Python's command line: a module (without `-m`), the file of a script, or `-c` and code. Each is a
 fork of a process that has imported the libraries (`fork_server.py`). It has files, a folder and an environment of its
 own and ends as any program does. A test of the start itself (imports, options of Python, variables that a library reads
 when it is imported) starts a new interpreter with `subprocess` instead.

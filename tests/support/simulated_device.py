@@ -5,7 +5,7 @@ what makes the CPU wait for the device, with the line of Python that asked for i
 
 How it works: torch has a dispatch key for devices of others (PrivateUse1). `SimTensor` wraps a tensor of the CPU,
 `raw`, and says that it is on this device; `_run` computes every operation on `raw`. The private names of torch below
-are those of torch's own test of such a device; there is no public way to register one from Python.
+come from torch's own test of such a device; there is no public way to register one from Python.
 
 What it can't show: the memory and the speed of a device; streams, and copies beside the computation; kernels (their
 rounding, FlashAttention, Triton, bitsandbytes, fused and foreach optimizers); torch.compile; several processes
@@ -74,7 +74,7 @@ class _Module(_DummyBackendModule):
 
 
 class Waits:
-    """Counts of what made the CPU wait for the device: operations, and the lines that called them."""
+    """Counts what made the CPU wait for the device: operations, and the lines that called them."""
 
     def __init__(self) -> None:
         self.lines: Counter[str] = Counter()

@@ -1,4 +1,4 @@
-"""`--adapter`: a finished adapter trains further, from where it stopped, with a schedule of its own."""
+"""`--adapter`: a finished adapter trains further, from where it stopped, with its own schedule."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One process, DDP, ZeRO-2 and ZeRO-3 are the same training; each goes on after a kill as if there had been none."""
+"""One process, DDP, ZeRO-2 and ZeRO-3 are the same training; each continues after a kill as if there had been none."""
 
 from __future__ import annotations
 

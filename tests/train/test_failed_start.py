@@ -16,7 +16,7 @@ from support.train_runs import file_contents, training
 EARLY = {
     "pictures in tiles for a model without": (["--image_aspect_ratio", "anyres"], "sees a picture once"),
     "an optimizer whose package is missing": (["--optim", "grokadamw"], "install grokadamw"),
-    "an optimizer with groups of its own": (["--optim", "galore_adamw"], "makes its own parameter groups"),
+    "an optimizer with its own groups": (["--optim", "galore_adamw"], "makes its own parameter groups"),
 }  # fmt: skip
 
 

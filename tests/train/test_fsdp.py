@@ -1,4 +1,4 @@
-"""FSDP2: checkpoints are those of one process, and continue with any number of processes; what is refused."""
+"""FSDP2: checkpoints equal one process's, and continue with any number of processes; what is refused."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def difference(first: Path, second: Path) -> float:
 
 
 def shorten(run: Path) -> None:
-    """Make of a finished run one that was killed after its checkpoint of step 4."""
+    """Make of a finished run a killed run, stopped after its checkpoint of step 4."""
     for file in (run / "checkpoint-6").iterdir():
         file.unlink()
     (run / "checkpoint-6").rmdir()
@@ -42,7 +42,7 @@ def shorten(run: Path) -> None:
 def test_checkpoints_continue_with_and_without_fsdp(
     tiny_data: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run of two processes goes on in one, in another folder and with an empty cache, and the other way round."""
+    """A run of two processes continues in one, in another folder and with an empty cache, and the other way round."""
     extra = ["--model", str(tiny_folder), "--rank", "4", "--dropout", "0", "--gradient_checkpointing"]
     extra += ["--base_kl_weight", "0"]  # each process reads other texts
     two = [*extra, "--per_device_train_batch_size", "2"]

@@ -1,4 +1,4 @@
-"""held_out.jsonl: the loss of each held-out record at the end of a run, beside that of the base."""
+"""held_out.jsonl: the loss of each held-out record at the end of a run, beside the base's."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def held_out(run: Path) -> list[dict[str, Any]]:
 
 
 def losses_alone(model: Any, processor: Any, data: Path) -> dict[str, float]:
-    """Return the loss of each record of val.json in a batch of its own."""
+    """Return the loss of each record of val.json in its own batch."""
     collate, losses = collator_for(model, processor, image_folder=data / "images"), {}
     for record in load_records(data / "val.json"):
         with torch.no_grad():

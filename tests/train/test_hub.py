@@ -1,4 +1,4 @@
-"""`--push_to_hub`: what cannot work is told before the model loads, and a push that fails costs no training."""
+"""`--push_to_hub`: what cannot work is an error before the model loads, and a push that fails costs no training."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TOKEN = "hf_not_a_real_one"
 
 @pytest.fixture
 def known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
-    """Nobody is logged in but by HF_TOKEN, which is as it was after the test."""
+    """Nobody is logged in but by HF_TOKEN, which is unchanged after the test."""
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
     monkeypatch.setattr(constants, "HF_STORED_TOKENS_PATH", str(tmp_path / "no-tokens"))
@@ -74,7 +74,7 @@ runpy.run_module("milora_vl.train", run_name="__main__", alter_sys=True)
 
 
 def trained(data: Path, run: Path, hub: FakeHub, *flags: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A whole run in a process of its own: the Trainer's client keeps the first address it was given."""
+    """A whole run in its own process: the Trainer's client keeps the first address it was given."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(data.parent / "hf"), **environment}
     return run_program(["-c", PROGRAM, *command(data, run, *flags)], env=inherited | own)

@@ -1,4 +1,4 @@
-"""Training from a stream: killed in the middle of an epoch it goes on as if nothing had been; what is broken counts."""
+"""Training from a stream: killed in an epoch it continues as if nothing had been; what is broken counts."""
 
 from __future__ import annotations
 

@@ -212,7 +212,7 @@ def test_the_groups_of_the_rules_do_not_warn_also_under_a_schedule(tiny_llava: C
 
 
 def test_a_loaded_adapter_warns_only_if_its_rules_differ(tiny_llava: Callable[..., Any], tmp_path: Path) -> None:
-    """A single rate is that of the earlier training, and the new one may choose another."""
+    """A single rate is the earlier training's, and the new one may choose another."""
     for name, rules, count in (("two", TWO_RATES, 1), ("one", TWO_RATES[:1], 0)):
         save_adapter(apply_milora(tiny_llava()[0], rules), tmp_path / name)
         again = load_adapter(tiny_llava()[0], tmp_path / name, is_trainable=True)

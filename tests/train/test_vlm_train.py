@@ -48,7 +48,7 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model("qwen2_5_vl", tmp_path_factory.mktemp("qwen"))
 
 
-ALIKE = ["--base_kl_weight", "0", "--dropout", "0"]  # each process reads texts of its own, and drops other numbers
+ALIKE = ["--base_kl_weight", "0", "--dropout", "0"]  # each process reads its own texts, and drops other numbers
 
 
 def flags(model: Path, data: Path, records: str = "mixed.json", steps: int = 5) -> list[str]:

@@ -26,7 +26,7 @@ from support.stored_answers import write_answers
 INNER = {name: import_module(MENU.modules[name]).MENU for name in MENU.menus}
 PROGRAMS = [(name,) for name in MENU.modules if name not in INNER]
 PROGRAMS += [(name, inner) for name, menu in INNER.items() for inner in menu.modules]
-# Their flags are many, and Hugging Face's and LLaVA's: they have names of kinds for values, and groups of their own.
+# Their flags are many, and Hugging Face's and LLaVA's: they have names of kinds for values, and their own groups.
 OF_OTHERS = [("train",)]
 LAUNCHERS = [("llava",), ("replace",)]  # what they run reports
 Json = dict[str, Any]
@@ -105,7 +105,7 @@ def test_one_list_names_every_program(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def said(capsys: pytest.CaptureFixture[str], *words: str) -> Json:
-    """What a program prints with --format json; the command that it says comes next must be one that parses."""
+    """What a program prints with --format json; the command for the next step must parse."""
     assert main([*words, "--format", "json"]) in (0, 1)
     out, err = capsys.readouterr()
     line = next(line for line in err.splitlines() if line.startswith("next: "))

@@ -21,7 +21,7 @@ NOISE = torch.Generator().manual_seed(0)
 
 
 def rows(count: int = 40, size: int = 16, large: int = 4) -> Tensor:
-    """Return inputs (count, size), of which the first `large` entries are much larger than the others."""
+    """Return inputs (count, size), whose first `large` entries are much larger than the others."""
     return torch.randn(count, size, generator=NOISE) * torch.tensor([5.0] * large + [0.1] * (size - large))
 
 
@@ -37,7 +37,7 @@ def calibrated(
 
 
 class Twice(nn.Module):
-    """A layer that runs twice, as those of ALBERT run many times."""
+    """A layer that runs twice, as ALBERT's run many times."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -187,7 +187,7 @@ def test_a_later_rank_keeps_the_scale_of_rslora(tiny_llama) -> None:
 
 
 class Gated(nn.Module):
-    """A layer with a weight of its own beside the layer that it holds."""
+    """A layer with its own weight beside the layer that it holds."""
 
     def __init__(self) -> None:
         super().__init__()

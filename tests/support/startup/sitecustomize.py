@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-FASTEST = "float32"  # the fastest data type, whatever the CPU; the suite passes with bfloat16, too
+FASTEST = "float32"  # the fastest data type, for every CPU; the suite passes with bfloat16, too
 VARIABLE = "MILORA_TESTS_FASTEST"  # another answer, for one test
 _read_text = Path.read_text
 
