@@ -167,12 +167,9 @@ def test_records_are_told_by_their_contents(whole: Path, data: Path, tmp_path: P
     resume = ["--rank", "8", "--resume_from_checkpoint", "auto", "--data_path"]
     with raises_code("resume-other-data", where=f"{other}:record 1"):
         main(training(data, run, *resume, str(other)))
-    # Renamed pictures are the same. A picture of another content with the size of the old file is not.
-    images, more = shutil.copytree(data / "images", tmp_path / "images"), ["--image_folder", str(tmp_path / "images")]
-    named = {path.name: path.rename(images / f"new-{path.name}") for path in sorted(images.iterdir())}
-    renamed = [record | {"image": named[record["image"]].name} if "image" in record else record for record in records]
-    moved.write_text(json.dumps(renamed, indent=2))
-    seen = [named[record["image"]] for record in records if "image" in record]
+    images = shutil.copytree(data / "images", tmp_path / "images")
+    more = ["--image_folder", str(images)]
+    seen = [images / record["image"] for record in records if "image" in record]
     kept, before = seen[-1].read_bytes(), (run / "environment.json").read_bytes()
     changed = bytearray(kept)
     changed[-20] ^= 1
