@@ -116,11 +116,15 @@ def find_base(name: str, parts: Parts | None = None) -> Base:
 
     Loads no weights. Raises UserError for an unknown name, or a config that is not available.
     """
-    config = None if is_original(Path(name)) else _read_config(name)
-    if config is not None and (parts is None or "vision_config" in config.to_dict()):
-        return Base.of(name, config)
-    composed = parts if parts is not None and config is not None else parts_of_original(Path(name))
-    return Base.of(name, planned_config(composed), None if config is None else parts)
+    folder = Path(name)
+    if is_original(folder):
+        composed, parts = parts_of_original(folder), None
+    else:
+        config = _read_config(name)
+        if parts is None or "vision_config" in config.to_dict():
+            return Base.of(name, config)
+        composed = parts
+    return Base.of(name, planned_config(composed), parts)
 
 
 def config_of(name: str) -> Any:

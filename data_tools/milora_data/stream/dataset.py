@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -29,6 +30,7 @@ FEATURES = datasets.Features({"record": datasets.Value("large_binary")})
 MIN_PARTS = 64  # parts of a JSON file: many small parts mix better, and each process gets some
 
 
+@dataclass(eq=False)
 class RecordStream(torch.utils.data.IterableDataset[StreamItem]):
     """An endless stream of the records of `rows`; each epoch has a different order.
 
@@ -37,10 +39,12 @@ class RecordStream(torch.utils.data.IterableDataset[StreamItem]):
     the saved number. Without a shuffle buffer, the state of `datasets` restores the position directly.
     """
 
-    def __init__(self, rows: datasets.IterableDataset, seed: int, *, buffered: bool) -> None:
-        self.rows, self.seed, self.buffered = rows, seed, buffered
-        self._epoch, self._done = 0, 0
-        self._position: dict[str, Any] | None = None  # in `rows`
+    rows: datasets.IterableDataset
+    seed: int
+    buffered: bool
+    _epoch: int = 0
+    _done: int = 0
+    _position: dict[str, Any] | None = None  # in `rows`
 
     def __iter__(self) -> Iterator[StreamItem]:
         # `set_epoch` writes to shared memory, and loader processes may be in different epochs. The one part of this

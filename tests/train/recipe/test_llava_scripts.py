@@ -159,6 +159,8 @@ def test_a_whole_model_in_llavas_layout_is_a_base(tiny_llava: Callable[..., Any]
     model, _ = load_model(base)
     ids = torch.tensor([[257, 10, 11, 12]])
     torch.testing.assert_close(model(input_ids=ids).logits[..., :260], hf(input_ids=ids).logits[..., :260])
+    read_from = ["--projector_weights", str(place / "llava-v1.5-tiny"), "--dry-run"]
+    assert main(["--model", "tiny", *read_from]) == 0  # its projector serves other models too
 
 
 @pytest.mark.slow
