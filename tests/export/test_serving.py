@@ -1,4 +1,4 @@
-"""transformers' own server with a merged model gives the answers of `milora_vl.chat` and the scores of a local run."""
+"""transformers' own server with a merged model gives the answers and scores of a local run."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ import torch
 
 from milora_eval.__main__ import main as evaluate
 from milora_vl import load_model
-from milora_vl.chat.__main__ import main as chat
 from milora_vl.export import export
 from milora_vl.models.tiny import tiny_llava
 from milora_vl.train.__main__ import main as train
 from support import official_data
 from support.drawn import write_tiny_data
 from support.eval_questions import write_questions
-from support.served import ask, serving
+from support.served import serving
 from support.vlm_runs import write_model
 
 pytestmark = pytest.mark.slow
@@ -43,16 +42,6 @@ def run(tiny_records: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFac
 
 def command(model: Path) -> list[str | Path]:
     return [Path(sys.executable).with_name("transformers"), "serve", model, "--device", "cpu"]
-
-
-def test_the_server_of_transformers_answers_as_chat_does(run: Path, capsys: Any) -> None:
-    picture = run / "data" / "images" / "0.png"
-    asked = ["--image", str(picture), "--max_new_tokens", "8", "What colour is it?"]
-    capsys.readouterr()
-    chat(["--model", str(run / "base"), "--adapter", str(run / "run"), *asked])
-    said = capsys.readouterr().out.strip()
-    with serving(command(run / "merged")) as address:
-        assert ask(address, run / "merged", "What colour is it?", picture) == said
 
 
 def redraw(folder: Path) -> None:
