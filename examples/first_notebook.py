@@ -72,7 +72,8 @@ def ask(model) -> tuple[list[str], list[str]]:
     """Return the answers about the new shapes, and those to the general questions."""
     shapes = [Prompt((Turn("user", QUESTION),), (picture,)) for _, picture in new_shapes]
     others = [Prompt((Turn("user", question),)) for question in GENERAL]
-    answers = [str(answer) for answer in generate(model, processor, [*shapes, *others], max_new_tokens=24)]
+    replies = generate(model, processor, [*shapes, *others], max_new_tokens=24)
+    answers = [str(reply).partition("\n")[0] for reply in replies]  # a small model writes on after its answer
     return answers[: len(shapes)], answers[len(shapes) :]
 
 
