@@ -177,13 +177,9 @@ def test_amplification_of_a_scaled_part_is_its_scale(shape: tuple[int, int], see
 
 
 def test_the_papers_random_column_is_the_expectation() -> None:
-    """Table of method: q_proj 1.50, down_proj 1.17 of LLaMA2-7B at r = 64; a draw here agrees within its noise."""
+    """Table of method: q_proj 1.50, down_proj 1.17 of LLaMA2-7B at r = 64."""
     assert measures.expected_inside(97.36, (4096, 4096), 64) == pytest.approx(1.50, rel=0.03)
     assert measures.expected_inside(123.0, (4096, 11008), 64) == pytest.approx(1.17, rel=0.03)
-    W = randn(200, 150)
-    U, V = (torch.linalg.qr(randn(n, 40, seed=n)).Q for n in (200, 150))
-    drawn = float(torch.linalg.norm(U.T @ W @ V))
-    assert drawn == pytest.approx(measures.expected_inside(float(torch.linalg.norm(W)), (200, 150), 40), rel=0.1)
 
 
 def test_an_intruder_is_a_direction_that_was_not_there() -> None:

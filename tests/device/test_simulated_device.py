@@ -19,8 +19,6 @@ from support.simulated_device import counted_waits
         lambda x: x.index_put((torch.tensor([0]),), torch.zeros(1)),
         lambda x: nn.Linear(3, 2)(x),
         lambda x: torch.rand(3, generator=torch.Generator(), device=x.device),
-        lambda x: x.normal_(generator=torch.Generator()),
-        lambda x: torch.zeros(3).add_(x),
     ],
 )
 def test_two_devices_do_not_mix(act: Callable[[Tensor], Tensor], sim: torch.device) -> None:
