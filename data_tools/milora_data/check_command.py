@@ -36,7 +36,7 @@ COMMAND = Command(
     "Find errors in a data set of LLaVA's format.",
     """\
 exit code: 0 no errors (warnings are allowed), 1 errors found, 2 the data cannot be read at all
-all rules are those of every model; a training with --dry-run adds the rules of its --model
+the rules hold for every model; a training with --dry-run adds the rules of its --model
 
 examples:
   python -m milora_data check train.json --image_folder images

@@ -53,7 +53,7 @@ def leaks(
 
 
 def _parts(record: Record, key_of: KeyOf) -> set[str]:
-    """Return the keys of what a record shows, and of its questions with all that it shows."""
+    """Return the keys of the pictures and videos of a record, and of its questions with all that it shows."""
     texts = [turn.text.replace(IMAGE, "").strip() for turn in record.turns if turn.role == "user"]
     shown = shown_keys(record.images, record.videos, key_of)
     return {f"file {key_of(name)}" for name in record.files} | {f"question {digest([text, shown])}" for text in texts}

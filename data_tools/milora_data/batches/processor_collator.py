@@ -425,7 +425,7 @@ def with_video_marks(turns: Sequence[Turn], num_images: int, num_videos: int) ->
     text = "\n".join(turn.text for turn in turns)
     require_no_boxes([text])
     if VIDEO_MARK in text:
-        message, hint = f"a text contains {VIDEO_MARK!r}, which stands for a video here", "remove these characters"
+        message, hint = f"a text contains {VIDEO_MARK!r}, the mark of a video", "remove these characters"
         raise DataError(message, code="record-image-token-in-text", hint=hint)
     for marker, what, number in ((IMAGE, "picture", num_images), (VIDEO, "video", num_videos)):
         found = text.count(marker)
