@@ -179,7 +179,7 @@ def test_parts_are_composed_whole_for_a_run_that_shares_its_weights_out(parts: d
     )
     done = subprocess.run([sys.executable, "-m", "milora_vl.train", *flags], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    (base,) = (place / "cache" / "models").iterdir()
+    (base,) = filter(Path.is_dir, (place / "cache" / "models").iterdir())
     made, given = load_file(base / "model.safetensors"), load_file(place / "vicuna" / "model.safetensors")
     name = "layers.0.mlp.up_proj.weight"
     assert torch.equal(next(made[key] for key in made if key.endswith(name)), given[f"model.{name}"])
