@@ -15,7 +15,13 @@ from milora_data.encode.templates import template_name
 from milora_vl.common.cli.console import run
 from milora_vl.common.cli.parser import OR_ADAPTER, Command, above_zero, flag, option, positive, shared
 from milora_vl.common.errors import UserError, at_flag
-from milora_vl.core.adapter.folders import holds_adapter, model_of, newest_of_unfinished, require_adapter
+from milora_vl.core.adapter.folders import (
+    holds_adapter,
+    model_of,
+    newest_of_unfinished,
+    require_adapter,
+    require_no_base,
+)
 
 COMMAND = Command(
     "milora_vl.chat",
@@ -42,6 +48,7 @@ examples:
         option("--num_frames", type=positive, help="frames to read of each file of --video, in place of --fps"),
     ),
     settings=(
+        shared("base"),
         shared("scale"),
         flag("--compare", "show the base model's answer too"),
         option(
@@ -85,7 +92,7 @@ def _check(options: argparse.Namespace) -> None:
         with at_flag("--template"):
             template_name(options.template)
     adapter = options.adapter
-    question = options.question is not None
+    question, has_update = options.question is not None, options.base or holds_adapter(adapter or Path(options.model))
     for is_wrong, code, where, message, hint in (
         (options.fps and not options.video, "flag-needs-another", "--fps", "needs --video", "add --video FILE"),
         (options.num_frames and not options.video, "flag-needs-another", "--num_frames", "needs --video", "add it"),
@@ -97,11 +104,12 @@ def _check(options: argparse.Namespace) -> None:
     ):
         if is_wrong:
             raise UserError(message, code=code, where=where, hint=hint)
+    require_no_base(options.model, adapter, options.base)
     if adapter:
         require_adapter(adapter, "--adapter", "milora_vl.chat", "--model", options.model, "--adapter")
-    if options.compare and not holds_adapter(adapter or Path(options.model)):
-        message = "needs an adapter: it shows the answers with and without it"
-        hint = newest_of_unfinished(Path(options.model), "--model") or "add:  --adapter FOLDER"
+    if options.compare and not has_update:
+        message = "needs an adapter, or a fully trained model and its base: it shows the answers of both"
+        hint = newest_of_unfinished(Path(options.model), "--model") or "add:  --adapter FOLDER   or   --base MODEL"
         raise UserError(message, code="flag-needs-another", where="--compare", hint=hint)
 
 

@@ -6,7 +6,7 @@ import re
 import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,8 @@ from milora_vl.common.cli.web import web_address
 from milora_vl.common.errors import UserError, at_flag, beside
 from milora_vl.core.adapter.folders import base_of, holds_adapter
 from milora_vl.forgetting.measure import can_recover_base
-from milora_vl.interop.load_model import load_by_flags
+from milora_vl.interop.load_model import load_by_flags, update_since
+from milora_vl.interop.scale import Update
 from milora_vl.models.base import find_base, split_processor
 from milora_vl.models.generate import Prompt, Reply, generate, require_prompts, require_shown
 from milora_vl.models.llava import uses_processor
@@ -97,7 +98,10 @@ def _about(question: str, pictures: Sequence[Image.Image], videos: Sequence[Fram
 
 @dataclass
 class Chat:
-    """A conversation with one model; the next question is about `pictures` and `videos`."""
+    """A conversation with one model; the next question is about `pictures` and `videos`.
+
+    `update` is the update of a model without an adapter, and `scale` its size.
+    """
 
     model: Any
     processor: Any
@@ -105,6 +109,8 @@ class Chat:
     max_new_tokens: int
     compare: bool = False
     image_aspect_ratio: AspectRatio = "pad"
+    update: Update | None = None
+    scale: float = 1.0
     pictures: tuple[Image.Image, ...] = ()
     videos: tuple[Frames, ...] = ()
     turns: list[Turn] = field(default_factory=list)
@@ -112,16 +118,27 @@ class Chat:
     @classmethod
     def load(cls, options: Namespace) -> Chat:
         prompts = prompts_of(options.model, options.adapter, options.template)
-        with at_flag("--model"):
-            model, processor = load_by_flags(
-                options.model, options.adapter, options.dtype, options.device, options.scale
-            )
+        size, update = 1.0 if options.base else options.scale, None
+        with at_flag("--model"):  # the update of a fully trained model gets its size below
+            model, processor = load_by_flags(options.model, options.adapter, options.dtype, options.device, size)
         prompts.limit(processor)
-        if options.compare and not can_recover_base(model):
+        if options.base:
+            with at_flag("--base"):
+                update = update_since(options.base, model)
+            update.set(options.scale)
+        elif options.compare and not can_recover_base(model):
             message = f"{options.adapter} cannot be switched off: it trained biases, or only a projector"
             raise UserError(message, where="--compare", hint="ask the base model without --adapter")
-        limit, aspect_ratio = options.max_new_tokens, prompts.image_aspect_ratio
-        return cls(model, processor, prompts.template, limit, options.compare, aspect_ratio)
+        return cls(
+            model,
+            processor,
+            prompts.template,
+            options.max_new_tokens,
+            options.compare,
+            prompts.image_aspect_ratio,
+            update,
+            options.scale,
+        )
 
     def start(self, pictures: Sequence[Image.Image], videos: Sequence[Frames | Video] = ()) -> None:
         """Clear the conversation; the next question is about `pictures` and `videos`. Files are read here, once."""
@@ -173,7 +190,7 @@ class Chat:
     def reply(self, turns: Sequence[Turn], pictures: Sequence[Image.Image], streamer: Any, *, base: bool) -> Reply:
         """Return the answer to the last turn, from the base model if `base`. `streamer` gets each new token."""
         prompt = Prompt(tuple(turns), tuple(pictures), videos=self.videos)
-        with self.model.disable_adapter() if base else nullcontext():
+        with self._base_model() if base else nullcontext():
             (answer,) = generate(
                 self.model,
                 self.processor,
@@ -184,6 +201,18 @@ class Chat:
                 streamer=streamer,
             )
         return answer
+
+    @contextmanager
+    def _base_model(self) -> Iterator[None]:
+        if self.update is None:
+            with self.model.disable_adapter():
+                yield
+            return
+        self.update.set(0)
+        try:
+            yield
+        finally:
+            self.update.set(self.scale)
 
     def _write_reply(self, label: str, *, base: bool) -> str:
         sys.stdout.write(label)

@@ -63,7 +63,7 @@ def load_model(
         name, adapter = base_of(Path(name)), name
     if adapter is None and base is None and scale != 1:
         message = "needs an update to scale: an adapter, or a fully trained model and its base"
-        hint = "add:  --adapter FOLDER   (in Python also  base=MODEL)"
+        hint = "add:  --adapter FOLDER   or   --base MODEL"
         raise UserError(message, code="flag-needs-another", where="--scale", hint=hint)
     device = torch.device(device or "cpu")
     dtype = dtype or (torch.float32 if device.type == "cpu" else None)

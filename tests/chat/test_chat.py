@@ -7,11 +7,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from milora_data.records.record import Turn
 from milora_vl import apply_milora
 from milora_vl.chat import __main__ as chat
+from milora_vl.common.errors import UserError
 from milora_vl.interop.load_model import load_model
 from milora_vl.models.generate import Prompt, generate
 from support.adapter_cases import move
@@ -134,6 +136,50 @@ def test_prompt_and_pictures_are_those_of_the_training_also_with_a_checkpoint_of
     for recipe, options in zip(said, ({}, {"template": "plain"}, {"image_aspect_ratio": "plain"}), strict=True):
         assert said[recipe].strip() == generate(model, processor, [prompt], max_new_tokens=8, **options)[0].text
     assert len(set(said.values())) == 3
+
+
+@pytest.fixture(scope="module")
+def trained_in_full(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with other weights, as a full training saves it."""
+    folder = tmp_path_factory.mktemp("full")
+    model, processor = load_model("tiny")
+    with torch.no_grad():
+        for weight in model.model.language_model.parameters():
+            weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)), alpha=0.3)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def test_a_model_trained_in_full_is_compared_with_its_base(
+    trained_in_full: Path, picture: Path, capsys: Captured
+) -> None:
+    words = ["--model", str(trained_in_full), "--base", "tiny", "--image", str(picture), "--max_new_tokens", "8"]
+    assert chat.main([*words, "--compare", "What is it?"]) == 0
+    base = answer("What is it?", picture)
+    model, processor = load_model(trained_in_full)
+    prompt = Prompt((Turn("user", "<image>\nWhat is it?"),), (picture,))
+    tuned = generate(model, processor, [prompt], max_new_tokens=8)[0].text
+    assert base != tuned
+    assert capsys.readouterr().out == f"base   {base}\ntuned  {tuned}\n"
+    chat.main([*words, "--scale", "0", "What is it?"])
+    assert capsys.readouterr().out == f"{base}\n"
+    half, _ = load_model(trained_in_full, base="tiny", scale=0.5)
+    (expected,) = generate(half, processor, [prompt], max_new_tokens=8)
+    chat.main([*words, "--scale", "0.5", "What is it?"])
+    assert capsys.readouterr().out == f"{expected}\n"
+
+
+def test_a_base_of_another_kind_or_beside_an_adapter_is_refused(trained_in_full: Path, adapter: Path) -> None:
+    with pytest.raises(UserError) as error:
+        chat.main(["--model", str(trained_in_full), "--base", "tiny-text", "--scale", "0.5", "What?"])
+    assert error.value.first.where == "--base"
+    with pytest.raises(UserError) as error:
+        ask("--adapter", adapter, "--base", "tiny", "What?")
+    assert (error.value.problems[0].code, error.value.problems[0].where) == ("flag-conflict", "--base")
+    with pytest.raises(UserError) as error:
+        load_model("tiny", adapter=adapter, base="tiny")
+    assert error.value.problems[0].code == "flag-conflict"
 
 
 def test_an_adapter_that_cannot_be_switched_off_is_not_compared(tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (train, f"{RUN} --data_path train.json --image_folder igm", "path-missing", "--image_folder", "did you mean"),
         (chat, "--model tinny What", "model-unknown", "--model", "did you mean: tiny"),
         (chat, "--model tiny --template vicuna What", "template-unknown", "--template", "vicuna_v1"),
-        (chat, "--model tiny --compare What", "flag-needs-another", "--compare", "--adapter FOLDER"),
+        (chat, "--model tiny --compare What", "flag-needs-another", "--compare", "--base MODEL"),
         (chat, "--model tiny --image img/a.png What", "", "img/a.png", "check the path"),
         (compose, "--vision img --language nope --output_dir out", "model-unknown", "--language", "known:"),
         (compose, "--vision nope --language tiny-text --output_dir out", "model-unknown", "--vision", "known:"),
