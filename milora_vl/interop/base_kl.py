@@ -105,12 +105,11 @@ def _term(model: PeftModel, forward: Callable[..., Any], base_kl: Mapping[str, A
 
 
 class BaseKLCallback(TrainerCallback):
-    """Add the gradient of the term to a step of HF's Trainer or TRL's trainers, before that of its batches.
+    """Add the gradient of the term to a step of HF's Trainer or TRL's trainers, before that of its batches:
+    `trainer.add_callback(BaseKLCallback(calibration_texts(model)))`.
 
     `texts` are the base's, as `calibration_texts` returns them; `picture` is the id of the token of pictures in them.
     Raises UserError at the start under DeepSpeed, FSDP and fp16, which own the backward.
-
-    >>> trainer.add_callback(BaseKLCallback(calibration_texts(model)))  # doctest: +SKIP
     """
 
     def __init__(self, texts: Calibration, picture: int | None = None, *, weight: float = 1.0, every: int = 4) -> None:

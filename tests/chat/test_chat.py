@@ -13,7 +13,6 @@ from PIL import Image
 from milora_data.records.record import Turn
 from milora_vl import apply_milora
 from milora_vl.chat import __main__ as chat
-from milora_vl.common.errors import UserError
 from milora_vl.interop.load_model import load_model
 from milora_vl.models.generate import Prompt, generate
 from support.adapter_cases import move
@@ -168,18 +167,6 @@ def test_a_model_trained_in_full_is_compared_with_its_base(
     (expected,) = generate(half, processor, [prompt], max_new_tokens=8)
     chat.main([*words, "--scale", "0.5", "What is it?"])
     assert capsys.readouterr().out == f"{expected}\n"
-
-
-def test_a_base_of_another_kind_or_beside_an_adapter_is_refused(trained_in_full: Path, adapter: Path) -> None:
-    with pytest.raises(UserError) as error:
-        chat.main(["--model", str(trained_in_full), "--base", "tiny-text", "--scale", "0.5", "What?"])
-    assert error.value.first.where == "--base"
-    with pytest.raises(UserError) as error:
-        ask("--adapter", adapter, "--base", "tiny", "What?")
-    assert (error.value.problems[0].code, error.value.problems[0].where) == ("flag-conflict", "--base")
-    with pytest.raises(UserError) as error:
-        load_model("tiny", adapter=adapter, base="tiny")
-    assert error.value.problems[0].code == "flag-conflict"
 
 
 def test_an_adapter_that_cannot_be_switched_off_is_not_compared(tmp_path: Path) -> None:

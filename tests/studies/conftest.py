@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from studies.tasks.smollm2 import NamedTopics
@@ -18,12 +16,3 @@ def tiny(kind: type[NamedTopics]) -> NamedTopics:
 @pytest.fixture(scope="session")
 def topics() -> NamedTopics:
     return tiny(NamedTopics)
-
-
-@pytest.fixture(scope="session")
-def minilm() -> Any:
-    from studies.tasks import load_task
-
-    task: Any = load_task("minilm")
-    task.test, task.validation = [part[:200] for part in task.test], [part[:48] for part in task.validation]
-    return task

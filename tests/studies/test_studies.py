@@ -90,15 +90,6 @@ def test_cells_are_shared_kept_if_they_fail_and_made_anew_if_their_arm_changes(t
     assert run(Folder(tmp_path / "one", changed)) == ["lora-lr0.001-seed0"]
 
 
-def test_losses_are_measured_on_the_way_and_first_rates_come_first(tmp_path: Path) -> None:
-    study = small(seeds=1, steps=2, losses_at=[1], learning_rates=[1e-3, 3e-3])
-    folder = Folder(tmp_path / "which", study)
-    assert run(folder) == [f"{arm}-lr{rate}-seed0" for rate in (0.001, 0.003) for arm in ("lora", "pissa")]
-    lora = folder.finished()[Cell("lora", 1e-3, None, 0)]
-    for key in ("train_loss", "validation_loss", "test_loss"):
-        assert lora[f"{key}_1"] != lora[key]
-
-
 def test_chains_share_the_trainings_that_they_begin_with_and_no_half_written_one(
     topics: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
