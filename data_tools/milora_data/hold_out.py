@@ -27,11 +27,12 @@ def held_out(records: Sequence[Mapping[str, Any]], count: int, by: str, key_of: 
     if count >= len(records):
         message = f"{count:,} of {len(records):,} records leave none for training"
         raise DataError(message, where="--hold_out", hint="hold out fewer records")
-    keys = [record_key(_record(value), key_of) for value in records]
+    parsed = [parse_record(dict(value)) for value in records]
+    keys = [record_key(record, key_of) for record in parsed]
     if by == RECORD:
         groups = _equal(keys)
     else:
-        groups = _by_picture(records, key_of) if by == PICTURE else _equal(repr(field_of(row, by)) for row in records)
+        groups = _by_picture(parsed, key_of) if by == PICTURE else _equal(repr(field_of(row, by)) for row in records)
     if len(groups) == 1:
         same = {PICTURE: "shared pictures or questions link all records", RECORD: "all records are equal"}
         hint = "hold out other records" if by == RECORD else f"use:  --hold_out_by {RECORD}"
@@ -59,10 +60,6 @@ def _parts(record: Record, key_of: KeyOf) -> set[str]:
     return {f"file {key_of(name)}" for name in record.files} | {f"question {digest([text, shown])}" for text in texts}
 
 
-def _record(value: Mapping[str, Any]) -> Record:
-    return parse_record(dict(value))
-
-
 def _equal(keys: Iterable[str]) -> list[list[int]]:
     groups: dict[str, list[int]] = {}
     for number, key in enumerate(keys):
@@ -70,9 +67,9 @@ def _equal(keys: Iterable[str]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _by_picture(records: Sequence[Mapping[str, Any]], key_of: KeyOf) -> list[list[int]]:
+def _by_picture(records: Iterable[Record], key_of: KeyOf) -> list[list[int]]:
     """Return the connected components of records and what they show: pictures, or else the first question."""
-    shown = [_shown(_record(value), key_of) for value in records]
+    shown = [_shown(record, key_of) for record in records]
     group_of: dict[str | None, list[int]] = {}  # the group of a picture or question
     groups: dict[int, list[int]] = {}  # by their first record
     for number, names in enumerate(shown):
