@@ -35,8 +35,9 @@ def columns(text: str) -> dict[str, tuple[str]]:
     {'image': ('Bild',), 'answer': ('Antwort',)}
     """
     pairs = [part.partition("=")[::2] for part in text.split(",")]
-    if wrong := [what for what, name in pairs if what not in COLUMNS or not name]:
-        raise argparse.ArgumentTypeError(f"expected PART=COLUMN of {', '.join(COLUMNS)}, got {wrong[0]!r}")
+    named = [what for what, _ in pairs]
+    if wrong := [what for what, name in pairs if what not in COLUMNS or not name or named.count(what) > 1]:
+        raise argparse.ArgumentTypeError(f"expected PART=COLUMN of {', '.join(COLUMNS)}, each once, got {wrong[0]!r}")
     return {what: (name,) for what, name in pairs}
 
 

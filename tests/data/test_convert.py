@@ -60,6 +60,8 @@ def test_columns_and_a_split_are_named(form: str, tmp_path: Path) -> None:
         main([*words, "--columns", columns, "--prompt", "What?"])
     with raises_code("command-line", message="'picture'"):
         main([*words, "--columns", "picture=Bild"])
+    with raises_code("command-line", message="'image'"):
+        main([*words, "--columns", f"{columns},image=Frage"])
     assert not out.exists() or not list(out.iterdir())
     assert main([*words, "--columns", f"{columns},split=Teil", "--split", "test"]) == 0
     (record,) = load_records(out / "data.json")
