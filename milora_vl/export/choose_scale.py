@@ -40,10 +40,10 @@ def measure_scales(folder: Path, base: str, options: Options) -> dict[str, Any]:
         raise UserError("auto: the run has no held-out records", code="scale-no-held-out", where="--scale", hint=hint)
     read: dict[str, Any] = {key: data[key] for key in ("image_folder", "bad_images") if key in data}
     records = read_training_records(data["eval_path"], limit=data.get("limit"), **read).train
-    place, processor, prompts = device_named(None), load_processor(base), prompts_of(base, folder)
-    model = load_weights(base, torch.float32 if place.type == "cpu" else None, device=place)
+    device, processor, prompts = device_named(None), load_processor(base), prompts_of(base, folder)
+    model = load_weights(base, torch.float32 if device.type == "cpu" else None, device=device)
     require_scalable(model, folder)
-    tuned = load_any(model, folder, allow_base_mismatch=options.allow_base_mismatch).to(place).eval()
+    tuned = load_any(model, folder, allow_base_mismatch=options.allow_base_mismatch).to(device).eval()
     prompts.limit(processor)
     read |= {"template": prompts.template, "image_aspect_ratio": prompts.image_aspect_ratio}
     collate = collator_for(tuned, processor, max_length=data.get("max_length"), **read)

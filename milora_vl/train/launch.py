@@ -121,8 +121,7 @@ def launch_of(
 ) -> Launch:
     """Return how a run starts: what it always sets, and what follows from model, rules, device and launcher.
 
-    Raises UserError for arguments that
-    Hugging Face or we do not support together.
+    Raises UserError for arguments that Hugging Face or we do not support together.
     """
     _require_installed(recipe, base, is_started=is_started)
     deepspeed, fsdp, warnings = _launcher(recipe.train)
