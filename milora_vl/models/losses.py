@@ -46,7 +46,7 @@ from milora_data.encode.tokens import IGNORE
 from milora_data.records.record import Record
 from milora_vl.common.compat.torch import extend_forward
 from milora_vl.common.progress import progress_bar
-from milora_vl.core.weights.distributed import uses_fsdp
+from milora_vl.core.weights.distributed import maximum_later, rank_and_world_size, uses_fsdp
 
 CHUNK = 2**24  # numbers in the logits of one chunk: 64 MiB in float32
 Forward = Callable[..., Any]
@@ -173,9 +173,11 @@ def _chunked_loss(
         supervised = supervised.new_zeros((2, 1))
         supervised[1] = IGNORE
     positions, tokens = supervised
-    is_fsdp = uses_fsdp(inner)
-    sizes = _sizes(len(positions), size, positions.device, shared=is_fsdp or is_deepspeed_zero3_enabled())
-    targets = tokens.split(sizes)
+    count, is_fsdp = len(positions), uses_fsdp(inner)
+    num_chunks = math.ceil(count / size)
+    read: Callable[[], int] = functools.partial(int, num_chunks)
+    if (is_fsdp or is_deepspeed_zero3_enabled()) and rank_and_world_size()[1] > 1:
+        read = maximum_later(num_chunks, positions.device)  # each chunk gathers the head, in all processes
     calls: list[tuple[Any, Tensor]] = []
     forward = inner.forward
 
@@ -195,6 +197,9 @@ def _chunked_loss(
         return _cross_entropy(logits.flatten(0, 1)[positions], tokens)
     (output, hidden), *more = calls
     assert not more, f"{type(inner).__name__} is called more than once by its model"
+    num_chunks = read()
+    sizes = [(count + number) // num_chunks for number in range(num_chunks)]
+    targets = tokens.split(sizes)
     # ZeRO-3 reduces a gradient when autograd accumulates it in the weight. `torch.autograd.grad` would bypass that.
     # FSDP2 ends the backward of a step at the first backward that passes through a sharded module.
     by_autograd = (head and is_deepspeed_zero3_enabled()) or is_fsdp
@@ -259,19 +264,6 @@ class GradientsAtOnce(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         grad_hidden, *grad_head = ctx.saved_tensors
         return None, grad_hidden * grads[0], None, *(None if g is None else g * grads[0] for g in grad_head)
-
-
-def _sizes(count: int, size: int, device: torch.device, *, shared: bool) -> list[int]:
-    """Return the sizes of the chunks, at most `size` and nearly equal.
-
-    With `shared`, all processes compute the same number of chunks: each gathers the head under ZeRO-3 and FSDP2.
-    """
-    pieces = math.ceil(count / size)
-    if shared and torch.distributed.is_initialized():
-        most = torch.tensor(pieces, device=device)
-        torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
-        pieces = int(most)
-    return [(count + number) // pieces for number in range(pieces)]
 
 
 def _with_hidden(output: Any, hidden: Tensor) -> Any:

@@ -14,9 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
-import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 from transformers import (
     PreTrainedModel,
@@ -34,6 +32,7 @@ from milora_vl.core.adapter.anchored import fixed_names
 from milora_vl.core.adapter.folders import EARLIER
 from milora_vl.core.adapter.lora import base_model_of
 from milora_vl.core.policy.towers import find_towers
+from milora_vl.core.weights.distributed import maximum_later
 from milora_vl.forgetting.measure import Probe
 from milora_vl.train.data import suites_of
 from milora_vl.train.settings import Recipe
@@ -233,7 +232,7 @@ class StopOnSignal(TrainerCallback):
 
     def __init__(self) -> None:
         self.received = self.stopped = False
-        self.before: tuple[Tensor, Any] | None = None  # how many had received it one step ago, and when that is known
+        self.before: Callable[[], int] | None = None  # whether one had received it one step ago
 
     def on_signal(self, *_: object) -> None:
         self.received = True
@@ -244,17 +243,8 @@ class StopOnSignal(TrainerCallback):
 
     def _of_any(self, args: TrainingArguments) -> bool:
         """Return whether a process had received it one step ago: an answer about this step would wait for its end."""
-        before = self.before
-        flag = torch.full((1,), float(self.received), device=args.device)
-        dist.all_reduce(flag)
-        is_cpu = args.device.type == "cpu"
-        known = None if is_cpu else torch.accelerator.current_stream().record_event
-        self.before = flag.to("cpu", non_blocking=True), known and known()
-        if before is None:
-            return False
-        if before[1] is not None:
-            before[1].synchronize()
-        return bool(before[0])
+        before, self.before = self.before, maximum_later(int(self.received), args.device)
+        return before is not None and bool(before())
 
 
 @contextmanager

@@ -66,6 +66,7 @@ def started(
         for seen in ranks:
             assert not [name for name in seen if name.endswith("on cpu")], (kind, seen)
             assert not seen["left on the CPU"], kind
+            assert not seen["waits"], kind  # of ours, in a step
             assert seen["largest object"] < 100_000, kind
             # Of the calibration, and with offload a share of the weights and of the optimizer; never a whole model.
             assert seen["bytes on the CPU"] < 200_000 + size * (1 if "offload" in kind else 0.5), kind

@@ -275,7 +275,10 @@ def _watch(patch: pytest.MonkeyPatch, seen: Counter[str]) -> None:
             seen["left on the CPU"] = sum(tensor.device.type == "cpu" and tensor.numel() > 0 for _, tensor in held)
             seen["bytes on the CPU"] = _bytes_on_the_cpu()
         seen["steps"] += 1
-        return step(self, model, *args, **kwargs)
+        with sim.counted_waits() as waits:
+            loss = step(self, model, *args, **kwargs)
+        seen["waits"] = {**seen.get("waits", {}), **waits.of("milora_")}  # type: ignore[assignment]
+        return loss
 
     patch.setattr(sim, "_run", counts)
     patch.setattr(transformers.GenerationMixin, "generate", generates)

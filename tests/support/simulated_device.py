@@ -99,9 +99,9 @@ def counted_waits() -> Iterator[Waits]:
 
 
 def _calling_line(operation: str) -> str:
-    """Return `package/file.py:line operation` of the innermost frame outside torch and this file."""
+    """Return `package/file.py:line operation` of the innermost frame outside torch and the simulation."""
     frame = sys._getframe(1)
-    while frame.f_back is not None and ("/torch/" in frame.f_code.co_filename or frame.f_code.co_filename == __file__):
+    while frame.f_back is not None and any(part in frame.f_code.co_filename for part in ("/torch/", "/simulated_")):
         frame = frame.f_back
     path = frame.f_code.co_filename
     for root in ("/site-packages/", "/data_tools/", "/eval/milora_eval/", "/milora_vl/"):
@@ -238,8 +238,8 @@ def _count(name: str, args: Any, kwargs: Any, here: list[SimTensor], device: Any
     if name == "aten.copy_.default":
         target, source = (isinstance(arg, SimTensor) for arg in args[:2])
         down, up = source and not target, target and not source and not (args[2:] and args[2])
-    elif name in _COPIES and device is not None:
-        down, up = bool(here) and not _is_here(device), not here and _is_here(device) and not kwargs.get("non_blocking")
+    elif name in _COPIES and device is not None and not kwargs.get("non_blocking"):  # to the CPU: into pinned memory
+        down, up = bool(here) and not _is_here(device), not here and _is_here(device)
     elif name.startswith(_INDEXED):  # a mask is a list of positions of unknown length, unless one number replaces them
         masks = [index for index in args[1] if isinstance(index, SimTensor) and index.dtype == torch.bool]
         down = bool(masks) and not (name.startswith(_INDEXED[1:]) and args[2].dim() == 0)

@@ -75,6 +75,24 @@ def _raise(error: Exception) -> None:
     raise error
 
 
+def maximum_later(number: int, device: torch.device) -> Callable[[], int]:
+    """Return a function that returns the largest number of all processes, which all must call.
+
+    It waits for the work that `device` got before this call, not for the work after it.
+    """
+    most = torch.full((), number, device=device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    if device.type == "cpu":
+        return lambda: int(most)
+    most, known = most.to("cpu", non_blocking=True), torch.accelerator.current_stream().record_event()
+
+    def read() -> int:
+        known.synchronize()
+        return int(most)
+
+    return read
+
+
 def free_memory(device: torch.device) -> int:
     """Return the bytes that this process can use on a device; on a CPU, its share of the machine's."""
     if device.type == "cuda":
