@@ -232,6 +232,17 @@ def test_a_mistake_is_a_few_lines_with_the_way_out(flags: str, words: list[str],
     assert not (tmp_path / "out").exists()
 
 
+def test_boxes_are_refused_before_a_question_because_their_numbers_depend_on_the_family(tmp_path: Path) -> None:
+    Image.new("RGB", (48, 32)).save(tmp_path / "a.png")
+    rows = [{"image": "a.png", "question": "Where is it?", "answer": "[1, 2, 3, 4]", "metric": "box"}]
+    (tmp_path / "val.json").write_text(json.dumps(rows))
+    flags = ["--benchmarks", str(tmp_path / "val.json"), "--output_dir", str(tmp_path / "out")]
+    answers = Answers()
+    with answering(answers) as address, raises_code("", message="asks for boxes"):
+        main(["run", "--server", address, "--served_model", "mine", *flags])
+    assert not [body for _, body in answers.asked if "Where" in json.dumps(body)]
+
+
 def test_what_is_no_answer_is_said(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with answering(Answers(wrong="<html>busy</html>")) as address, raises_code("server-format", where=address):
         run(address, data, tmp_path)

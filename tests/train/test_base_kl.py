@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 import torch
 from torch.nn.functional import kl_div
-from transformers import LlavaForConditionalGeneration, Trainer, TrainingArguments
+from transformers import LlavaForConditionalGeneration
 
 from milora_vl import apply_milora
 from milora_vl.core.adapter.lora import base_model_of
-from milora_vl.interop.base_kl import BaseKL, BaseKLCallback, add_base_kl, with_positions
+from milora_vl.interop.base_kl import BaseKL, add_base_kl, with_positions
 from milora_vl.models.tiny import tiny_llava
 from milora_vl.train.__main__ import main
 from support.calibrated import llava_batches
-from support.launched import KINDS, needs_deepspeed, train_in_two
+from support.launched import KINDS, needs_deepspeed, results_of_two, train_in_two
 from support.problems import raises_code
 from support.train_runs import losses, read_json, training
 
@@ -88,32 +88,46 @@ def test_the_term_is_the_kl_from_the_base_and_leaves_the_model_as_it_is(rules: s
     assert modes == [True, False, True], "the base has no dropout and no noise"
 
 
-def test_a_callback_adds_the_term_to_the_steps_of_another_trainer(tmp_path: Path) -> None:
-    batch = llava_batches(tiny_llava()[0])[0]
-    batch = {**batch, "labels": batch["input_ids"]}
+CALLBACK = """
+import json
+import torch
+from transformers import Trainer, TrainingArguments
+from milora_vl import apply_milora
+from milora_vl.interop.base_kl import BaseKLCallback, add_base_kl, with_positions
+from milora_vl.models.tiny import tiny_llama
 
-    def trained(steps: int, **callbacks: Any) -> tuple[Any, list[dict[str, float]]]:
-        torch.manual_seed(0)
-        model = apply_milora(tiny_llava()[0], RULES["lora"])
-        options = {"max_steps": steps, "optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant"}
-        options |= {"use_cpu": True, "report_to": "none", "logging_steps": 1, "remove_unused_columns": False}
-        arguments = TrainingArguments(str(tmp_path), max_grad_norm=0, per_device_train_batch_size=1, **options)
-        trainer = Trainer(model, arguments, train_dataset=[batch] * 2, data_collator=lambda rows: rows[0], **callbacks)
-        trainer.train()
-        return model, trainer.state.log_history
+def trained():
+    torch.manual_seed(0)
+    model = apply_milora(tiny_llama()[0], "[{modules: language, method: lora, rank: 3}]")
+    for parameter in model.parameters():
+        parameter.data += 0.1 * parameter.requires_grad * torch.randn_like(parameter)
+    return model
 
-    picture = tiny_llava()[0].config.image_token_id
-    model, log = trained(2, callbacks=[BaseKLCallback([batch], picture, weight=3, every=2)])
-    expected = trained(1)[0].train()
-    expected.zero_grad()
-    add_base_kl(expected)
-    texts = {name: part for name, part in batch.items() if name != "labels"}
-    output = expected(**batch, base_kl=with_positions(texts, picture))
-    (output["loss"] + 6 * output["base_kl"]).backward()
-    for (name, parameter), other in zip(expected.named_parameters(), model.parameters(), strict=True):
-        if parameter.requires_grad:
-            assert torch.allclose(other, parameter - 0.1 * parameter.grad, atol=1e-6), name
-    assert [entry["base_kl"] for entry in log if "base_kl" in entry] == [pytest.approx(float(output["base_kl"]))]
+ids = torch.randint(5, 40, (3, 1, 12), generator=torch.Generator().manual_seed(1))
+first, second, text = ({"input_ids": one, "attention_mask": torch.ones_like(one)} for one in ids)
+batch = {**text, "labels": text["input_ids"]}
+options = {"max_steps": 1, "optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "max_grad_norm": 0}
+options |= {"use_cpu": True, "ddp_backend": "gloo", "report_to": "none", "logging_steps": 1, "save_strategy": "no"}
+arguments = TrainingArguments("run", remove_unused_columns=False, per_device_train_batch_size=1, **options)
+model, expected, callback = trained(), trained(), BaseKLCallback([first, second], weight=3, every=1)
+trainer = Trainer(model, arguments, train_dataset=[batch] * 2, data_collator=lambda rows: rows[0], callbacks=[callback])
+trainer.train()
+add_base_kl(expected.train())
+outputs = [expected(**batch, base_kl=with_positions(one, None)) for one in (first, second)]
+(sum(output["loss"] + 3 * output["base_kl"] for output in outputs) / 2).backward()
+pairs = [(p - 0.1 * p.grad, q) for p, q in zip(expected.parameters(), model.parameters()) if p.requires_grad]
+logged = [entry["base_kl"] for entry in trainer.state.log_history if "base_kl" in entry]
+terms = [float(output["base_kl"]) for output in outputs]
+print("RESULT" + json.dumps([max(float((p - q).abs().max()) for p, q in pairs), logged, terms]))
+"""
+
+
+def test_a_callback_adds_the_term_to_the_steps_of_another_trainer_under_ddp(tmp_path: Path) -> None:
+    """Each process reads a text of its own, and the step has the mean of both terms."""
+    for rank, (difference, logged, expected) in enumerate(results_of_two(CALLBACK, tmp_path)):
+        assert difference < 1e-6
+        assert logged == [pytest.approx(expected[rank], rel=1e-4)]
+        assert abs(expected[0] - expected[1]) > 0.01 * expected[0] > 0
 
 
 def test_a_model_that_computes_all_logits_has_the_same_term(monkeypatch: pytest.MonkeyPatch) -> None:
