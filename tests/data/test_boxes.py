@@ -27,7 +27,7 @@ from support.vlm_families import processor_of
 
 HIGH, WIDE = 428, 640
 PIXELS = [146.0, 137.0, 615.0, 415.0]
-# QwenLM/Qwen3-VL, qwen-vl-finetune/tools/process_bbox.ipynb, has these numbers for this box; for the others by hand,
+# QwenLM/Qwen3-VL, qwen-vl-finetune/tools/process_bbox.ipynb, has these numbers for this box; the others are computed
 # from OpenGVLab/InternVL#285, zai-org/GLM-V, big_vision's segmentation.py (paligemma) and haotian-liu/LLaVA#606.
 WRITTEN = {
     "qwen2_vl": "<|box_start|>(228,320),(961,970)<|box_end|>",
@@ -70,7 +70,7 @@ def test_a_box_in_pixels_is_written_as_the_family_means_it(name: str, image: str
         notebook = type(processor.image_processor)(min_pixels=56 * 56, max_pixels=14 * 14 * 4 * 1280)
         marked = "<bbox 0: 146 137 615 415>"
         assert Boxes("Qwen2_5_VLProcessor", notebook).written(marked, [(HIGH, WIDE)]) == written
-        # In pixels of what this processor makes of the picture.
+        # In pixels of the picture that this processor resized.
         grid = processor.image_processor(images=[load_image(folder / image)], return_tensors="pt")["image_grid_thw"]
         high, wide = (int(count) * processor.image_processor.patch_size for count in grid[0, 1:])
         scales = [wide / WIDE, high / HIGH] * 2

@@ -229,7 +229,7 @@ def test_ids_with_pictures_are_those_of_the_processor(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"image_token_id": tokenizer.convert_tokens_to_ids("<image>"), "image_tokens": 16}
     theirs = processor.apply_chat_template(parts, tokenize=True, return_dict=True)["input_ids"][0]
     made = encode(value, tokenizer, template="chat_template", **settings)
-    assert made.input_ids == [*theirs, tokenizer.eos_token_id]  # nothing else would tell it to stop
+    assert made.input_ids == [*theirs, tokenizer.eos_token_id]  # nothing else would make it stop
     learnt = [label for label in made.labels if label != IGNORE]
     assert tokenizer.decode(learnt) == " That.  Yes. </s>"
     asked = processor.apply_chat_template(parts[:1], tokenize=True, return_dict=True, add_generation_prompt=True)

@@ -119,7 +119,7 @@ def test_fix_writes_the_usable_records(
 
 
 def test_repeats_and_contradictions_go_by_content(write: Callable[..., Path], tiny_data: Path) -> None:
-    """Names, ids and the place of `<image>` do not count; the pictures, and what was said before, do."""
+    """Names, ids and the place of `<image>` do not count; the pictures, and the earlier turns do."""
     images = tiny_data / "images"
     (images / "copy.png").write_bytes((images / "0.png").read_bytes())
     ask, why = (H, "<image>\nColour?"), (H, "Why?")

@@ -340,7 +340,7 @@ def test_a_picture_is_looked_for_beside_its_own_source(tmp_path: Path, capsys: p
             main([*words, "--output_dir", str(tmp_path / "out"), *flags])
         assert not list(tmp_path.glob("out/*"))
     assert main([*words, "--output_dir", str(tmp_path / "one"), "--image_folder", str(tmp_path / "a")]) == 0
-    write({"b": "b{}.png"}, {"b": (0, 0, 0)})  # those of a, with other names
+    write({"b": "b{}.png"}, {"b": (0, 0, 0)})  # the pictures of a, with other names
     assert main([*words, "--output_dir", str(tmp_path / "out"), "--hold_out", "10"]) == 0
     held = json.loads((tmp_path / "out" / "out-eval.json").read_text())
     of_a, of_b = ({row["image"].strip("b") for row in held if row["image"].startswith("b") == is_b} for is_b in (0, 1))

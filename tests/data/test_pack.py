@@ -69,7 +69,7 @@ def summed_losses(model: Any, batch: dict[str, Any]) -> torch.Tensor:
 
 
 def test_no_record_is_learned_from_the_one_before_it() -> None:
-    """A template may begin with an answer: its first token has no context of its own."""
+    """A template may begin with an answer: its first token has no context."""
     first, second = Row([5, 6], [-100, 6], [2]), Row([7, 8], [7, 8], [2])
     assert joined([first, second]).labels == [-100, 6, -100, 8]
 
@@ -157,7 +157,7 @@ def test_it_goes_on_in_the_middle_of_an_epoch(
     first = list(islice(begun, done))
     resumed.load_state_dict(begun.state_dict())
     assert first + list(resumed) == expected
-    assert list(resumed) == expected  # the epoch after, until it is told that another one begins
+    assert list(resumed) == expected  # the next epoch, until set_epoch names another
 
 
 def test_kinds_are_not_mixed_but_at_the_end() -> None:

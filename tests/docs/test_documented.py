@@ -45,7 +45,7 @@ PRESUMES: dict[str, tuple[str, ...]] = {
     "docs/next-task.md": ("runs/a",),
     "docs/train.md": ("runs/a",),
 }
-# Languages of blocks; a block of another one would be neither run nor checked.
+# Languages of blocks; a block in another language would not be checked.
 LANGUAGES = {"bash", "python", "py", "diff", "yaml", "json", "text", "bibtex", ""}
 of_page = pytest.mark.parametrize("page", PAGES, ids=name_of)
 

@@ -45,7 +45,7 @@ def test_the_baseline_is_the_most_frequent_answer_of_the_test_itself(data: Path)
 
 
 def test_the_baseline_knows_the_form_of_the_answer(tmp_path: Path) -> None:
-    """For a type with yes/no and open questions, the baseline answers yes to the former and red to the latter."""
+    """The baseline of a type with yes/no and open questions answers yes to the former and red to the latter."""
     words = ["Yes", "Yes", "No", "red", "red", "red", "blue"]
     records = [record("text_only", f"t{i}", "?", [word], image=None) for i, word in enumerate(words)]
     (tmp_path / "test.json").write_text(json.dumps(records))

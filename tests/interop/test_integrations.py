@@ -1,4 +1,4 @@
-"""Code of others that calls get_peft_model; LLaVA's own training as it is (slow)."""
+"""Code of others that calls get_peft_model; LLaVA's own training, unchanged (slow)."""
 
 from __future__ import annotations
 

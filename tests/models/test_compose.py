@@ -92,7 +92,7 @@ def test_both_stages_and_what_comes_out(
     learnt = load_file(tmp_path / "stage1" / "mm_projector.safetensors")["multi_modal_projector.linear_1.weight"]
     adapter = load_file(tmp_path / "stage2" / "adapter_model.safetensors")
     tuned = next(w for name, w in adapter.items() if name.endswith("multi_modal_projector.linear_1.weight"))
-    assert 0 < float((tuned - learnt).abs().max()) < 1e-2  # it went on from stage 1
+    assert 0 < float((tuned - learnt).abs().max()) < 1e-2  # it continued from stage 1
 
     model = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(base), tmp_path / "stage2")
     assert torch.isfinite(model(input_ids=torch.tensor([[5, 6, 7]])).logits).all()
@@ -112,7 +112,7 @@ def test_both_stages_and_what_comes_out(
     "name", ["test_vit", "test_convnext", "swin_tiny_patch4_window7_224", "deit_tiny_distilled_patch16_224"]
 )
 def test_timms_features_become_tokens_in_their_places(name: str) -> None:
-    """Whatever timm lays them out as: a change in one corner of the picture is not a change of channels everywhere."""
+    """In every layout of timm, a change in one corner of the picture is not a change of channels everywhere."""
     import timm
 
     from milora_vl.models.timm_tower import as_map
@@ -167,7 +167,7 @@ def test_parts_that_do_not_fit_are_named(parts: list[str], message: str, tmp_pat
 
 
 def test_new_rows_are_the_mean_of_those_of_their_own_matrix(tmp_path: Path) -> None:
-    """Of an untied head the mean of the head, not of the embeddings: else a new token may be the likeliest of all."""
+    """An untied head gets its own mean, not the mean of the embeddings: else a new token may be the likeliest of all."""
     from transformers import AutoModelForCausalLM
 
     folder = language("llama", tmp_path / "language")

@@ -98,7 +98,7 @@ def test_no_file_names(what: str) -> None:
 
 
 def has_inner_imports(path: Path) -> bool:
-    """Whether functions import modules of ours; those of `compat`, which belong there, do not count."""
+    """Whether functions import modules of ours; `compat` does not count, as its imports belong there."""
     functions = (
         node
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))

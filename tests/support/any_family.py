@@ -292,7 +292,7 @@ BASIC_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
 def _token_names(config: PreTrainedConfig) -> list[str]:
-    """Return `image`, `video`, ... for the fields `image_token_id`, `video_token_index`, ... of a config."""
+    """Return the fields `image_token_id`, `video_token_index`, ... of a config by their first words."""
     names = []
     for key, value in vars(config).items():
         if isinstance(value, PreTrainedConfig):
@@ -447,7 +447,7 @@ def _of_config(config: Any, name: str) -> Any:
 
 
 def _tiny(default: Any, row: Row, ids: Mapping[str, int], vocabulary: int, tokens: Mapping[str, int]) -> Any:
-    """Return a config with small numbers. `ids` has the values of the fields that are ids, `tokens` those of tokens."""
+    """Return a config with small numbers. `ids` and `tokens` have the values of the fields with ids and with tokens."""
     values = _shrunk(default, ids, vocabulary, is_vision=False)
     for path, value in row.config.items():
         *parents, name = path.split(".")

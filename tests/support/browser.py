@@ -12,7 +12,7 @@ from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 WIDTHS = {"desk": 1280, "phone": 390}
-NOT_OURS = ("file:", "data:", "about:")  # the page itself, what lies in it, and the blank one before it
+NOT_OURS = ("file:", "data:", "about:")  # the page itself, embedded data, and the blank page before it
 # What a reader could only see by pushing the page sideways, unless it scrolls in its own box.
 TOO_WIDE = """
 (() => {

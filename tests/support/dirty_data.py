@@ -77,7 +77,7 @@ def ask(*texts: str, image: Any = None, **more: Any) -> dict[str, Any]:
     return {"conversations": turns, **({} if image is None else {"image": image}), **more}
 
 
-# what `check` calls it -> a record; those of the first group cannot be used at all
+# what `check` calls it -> a record; the first group cannot be used at all
 BROKEN: list[tuple[str, Any]] = [
     ("turn_order", {"conversations": [{"from": "human", "value": "a"}, {"from": "human", "value": "b"}]}),
     ("no_answer", ask("Alone?")),

@@ -118,7 +118,7 @@ def _tried(action: Callable[[], None]) -> str:
 
 
 def _phrase(error: Exception) -> str:
-    """Return an error as a phrase: a message of ours, or that of another library with its kind."""
+    """Return an error as a phrase: our message, or another library's with its kind."""
     text = error.first.message if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
     line = " ".join(text.split())
     return line if len(line) <= 160 else line[:157] + "..."
@@ -128,7 +128,7 @@ def _rules(model: Any) -> list[dict[str, Any]]:
     """Return rules for a model: MiLoRA of rank 2, without protected inputs, and the projector in full."""
     rules = edited(None, PolicyEdits(method="milora", rank=2, protect=0))
     rules = [{key: value for key, value in rule.items() if key != "dropout"} for rule in rules]
-    full = {"modules": "projector", "method": "full"}  # that of some families has no linear layer
+    full = {"modules": "projector", "method": "full"}  # some families have no linear layer there
     return without_projector(rules) + ([full] if find_towers(model).projector else [])
 
 

@@ -276,7 +276,7 @@ def register() -> None:
     """
     if _libraries:
         return
-    torch.utils._device._device_constructors()  # cached: torch.device("meta") has to know those of torch itself
+    torch.utils._device._device_constructors()  # cached: torch.device("meta") has to know torch's own
     _setup_privateuseone_for_python_backend(NAME, backend_module=_module)
     torch.accelerator.empty_cache = lambda: None  # accelerate 1.16 calls it, and the device has no allocator
     every, aten = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")

@@ -9,7 +9,7 @@ import re
 
 # Regular expressions for the start of "FILE::TEST[CASE]", by what `make test` keeps of them.
 THOROUGH: dict[str, tuple[str, ...]] = {
-    "README's commands run, and those of all pages have flags that exist": (
+    "README's commands run, and all pages use flags that exist": (
         r"test_documented\.py::test_(the_commands_of_a_page_run|a_block_of_python_runs)\[docs/(?!api)",
         r"test_examples\.py::test_a_script_runs_and_saves_an_adapter\[(?!llava_own_data)",
     ),

@@ -35,7 +35,7 @@ def video_template(name: str) -> str:
 
 
 def asked(*parts: Any, answer: str = "A cat.") -> dict[str, Any]:
-    """Return a record of messages: the parts of a question (texts, or parts as they are), and its answer."""
+    """Return a record of messages: the parts of a question (texts, or finished parts), and its answer."""
     content = [part if isinstance(part, dict) else {"type": "text", "text": part} for part in parts]
     return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]}
 

@@ -77,7 +77,7 @@ def test_an_arm_is_not_read_at_losses_that_the_other_was_not_trained_to() -> Non
 
 
 def test_a_ratio_read_above_the_curve_of_the_reference_is_a_lower_bound() -> None:
-    """Its last training stands for the reference there; one at a lower rate might forget less at that loss."""
+    """Its last training is the reference there; one at a lower rate might forget less at that loss."""
     curves = curves_of(results({"a": [[(0.8, 1.0), (0.9, 0.5)]], "in": [[(0.85, 0.2)]], "above": [[(0.95, 0.2)]]}))
     inside, above = (at_common_loss(curves[label], curves["a"]) for label in ("in", "above"))
     assert inside is not None

@@ -93,7 +93,7 @@ def test_cells_share_the_gpus_and_cores_that_the_sweep_may_use(
 
 @pytest.mark.usefixtures("real_plots")
 def test_validation_chooses_and_the_test_reports(sweep: Sweep) -> None:
-    """The rate with the best test score has a worse validation loss, so it is not reported."""
+    """The rate with the best test score has a worse validation loss and is not reported."""
     cells = make_cells(sweep.recipe, ["milora", "lora"], [1e-4, 1e-3, 1e-2], None, 2)
     losses = {1e-4: 0.9, 1e-3: 0.5, 1e-2: 0.7}
     for cell in cells:

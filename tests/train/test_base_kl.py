@@ -123,7 +123,7 @@ print("RESULT" + json.dumps([max(float((p - q).abs().max()) for p, q in pairs), 
 
 
 def test_a_callback_adds_the_term_to_the_steps_of_another_trainer_under_ddp(tmp_path: Path) -> None:
-    """Each process reads a text of its own, and the step has the mean of both terms."""
+    """Each process reads another text, and the step has the mean of both terms."""
     for rank, (difference, logged, expected) in enumerate(results_of_two(CALLBACK, tmp_path)):
         assert difference < 1e-6
         assert logged == [pytest.approx(expected[rank], rel=1e-4)]

@@ -63,7 +63,7 @@ def test_the_second_training_starts_where_the_first_one_ended(name: str, data: P
     before, after = held_out_losses(one), held_out_losses(two)
     assert before[0] > before[-1] == after[0] > after[-1]
     rates = [e["learning_rate"] for e in read_json(two, "trainer_state.json")["log_history"] if "learning_rate" in e]
-    assert rates[0] == max(rates) > rates[-1]  # a schedule of its own
+    assert rates[0] == max(rates) > rates[-1]  # a new schedule
     policies = [yaml.safe_load((run / "recipe.yaml").read_text())["policy"] for run in (one, two)]
     assert policies[0] == policies[1]
 

@@ -63,7 +63,7 @@ def test_zero3_is_the_training_of_one_process_from_parts(tmp_path: Path, tiny_da
     printed = run_all(["zero3"], "milora", tiny_folder, tiny_data, tmp_path)
     held = [int(number) for number in re.findall(r"WHOLE \d+ (\d+)", printed)]  # two processes write at once
     assert len(held) == 4
-    assert set(held) == {0}, "a process held weights of its own after loading"
+    assert set(held) == {0}, "a process held a copy of the weights after loading"
     assert printed.count("trainable params: ") == 2, "each of two trainings speaks once"
     from peft import PeftModel
 

@@ -108,7 +108,7 @@ def test_what_fails_on_one_rank_before_the_first_step_ends_all_with_the_same_err
 
 
 def test_files_of_an_earlier_run_are_not_overwritten(tiny_data: Path, tmp_path: Path) -> None:
-    """Neither of one that is resumed, nor of one that was killed before its first checkpoint and begins again."""
+    """A resumed run keeps them, and so does a run that was killed before its first checkpoint and begins again."""
     run = tmp_path / "run"
     assert main(training(tiny_data, run, "--method", "lora", "--rank", "4")) == 0
     environment = json.loads((run / "environment.json").read_text())

@@ -22,7 +22,7 @@ TOKEN = "hf_not_a_real_one"
 
 @pytest.fixture
 def known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
-    """Nobody is logged in but by HF_TOKEN, which is unchanged after the test."""
+    """HF_TOKEN is the only login, and is unchanged after the test."""
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
     monkeypatch.setattr(constants, "HF_STORED_TOKENS_PATH", str(tmp_path / "no-tokens"))
@@ -100,7 +100,7 @@ def test_the_files_go_up_when_all_of_them_are_there_and_the_token_stays_here(tin
 
 
 def test_a_push_that_fails_costs_no_training(tiny_data: Path, tmp_path: Path) -> None:
-    """Neither while it trains nor at the end; the message has the command that pushes it later."""
+    """No error while it trains or at the end; the message has the command that pushes it later."""
     run = tmp_path / "run"
     with running(FakeHub(refuses={"/commit/": 403})) as hub:
         done = trained(tiny_data, run, hub, HF_TOKEN=TOKEN)

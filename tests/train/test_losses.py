@@ -1,4 +1,4 @@
-"""The loss in chunks equals the model's own, with its gradients, whatever the model does to its logits."""
+"""The loss in chunks equals the model's own, with its gradients, even if the model changes its logits."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def families() -> list[Any]:
 
 @pytest.mark.parametrize("name", families())
 def test_every_family_with_an_inner_model_and_a_head(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gemma caps its logits, Cohere, of which Aya is made, scales them."""
+    """Gemma caps its logits. Cohere, the base of Aya, scales them."""
     model = build(name)  # in eval mode: some drop out in training
     if inner_model(model) is None:
         assert not add_chunked_loss(model)

@@ -103,7 +103,7 @@ def test_a_checkpoint_that_lost_its_milora_json_is_not_resumed_as_a_plain_lora(p
 def test_every_method_trains_with_the_same_command_and_resumes_with_the_same_losses(
     method: str, tiny_data: Path, tmp_path: Path, capfd: Any
 ) -> None:
-    """With an evaluation at the end of an epoch, where random states are lost, and losses averaged over steps."""
+    """An evaluation ends an epoch, where random states are lost, and losses are averaged over steps."""
     whole, part = tmp_path / "whole", tmp_path / "part"
     weights = WEIGHTS.get(method, "adapter_model.safetensors")
     extra = ["--method", method, *METHODS[method], "--eval_data_path", str(tiny_data / "val.json")]

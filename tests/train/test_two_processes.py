@@ -40,7 +40,7 @@ def uneven(tiny_data: Path) -> Path:
 def test_losses_in_pieces_and_evaluations_are_those_of_one_process(
     uneven: Path, tiny_folder: Path, tmp_path: Path
 ) -> None:
-    """Ranks make different numbers of pieces, of which some are empty; the last batch of the evaluation is not full."""
+    """Ranks make different numbers of pieces, some empty; the last batch of the evaluation is not full."""
     extra = ["--model", str(tiny_folder), *EXTRA, "--eval_data_path", str(uneven / "val.json")]
     extra += ["--eval_strategy", "steps", "--eval_steps", "2", "--per_device_eval_batch_size", "2"]
     assert main(training(uneven, tmp_path / "one", *extra)) == 0

@@ -264,7 +264,7 @@ def test_a_run_of_llavas_trainer_resumes_with_what_trains_beside_the_lora(tiny_l
 
 
 def test_llavas_script_gathers_its_weights_where_deepspeed_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The function is in `__main__`, where nobody can replace it."""
+    """The function is in `__main__`, which cannot be replaced."""
     script: dict[str, Any] = {}
     exec(getsource(llava_train().maybe_zero_3), script)
     monkeypatch.setattr(compat, "find_spec", lambda name: None)

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:too little calibration data")  #
 
 
 def train(model: nn.Module, inputs: dict[str, Tensor] | None = None, steps: int = 4) -> list[float]:
-    """A loop by hand, which knows nothing of this package."""
+    """A plain training loop without this package."""
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
     losses = []

@@ -1,4 +1,4 @@
-"""Two processes hold the same factors and the same A, whatever their machines make of them, and train as one."""
+"""Two processes hold the same factors and the same A, even if their machines round differently, and train as one."""
 
 from __future__ import annotations
 

@@ -155,7 +155,7 @@ def test_what_cannot_be_decomposed_is_refused() -> None:
 
 
 def test_where_lapack_gives_up_in_float32_float64_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Seen on one CPU with a matrix of clustered values, and not on another: so it is made to happen here."""
+    """One CPU did this with a matrix of clustered values, another did not. The test forces it."""
     lapack, W = torch.linalg.svd, torch.randn(30, 20, generator=torch.Generator().manual_seed(0))
 
     def gives_up(matrix: torch.Tensor, **options: bool) -> object:

@@ -163,7 +163,7 @@ def test_rules_that_do_not_fit_the_model_are_told_with_their_key_before_anything
     [("language", False), ("language.*", False), ("vision", True), ("model.vision_tower.encoder.layers.2.*", True)],
 )
 def test_ddp_looks_for_unused_weights_where_the_last_layers_of_the_tower_may_train(modules: str, may_be: bool) -> None:
-    """LLaVA reads the last layer but one, so those behind it get no gradient, by whatever name a rule has for them."""
+    """LLaVA reads the last layer but one, so those behind it get no gradient under any name of a rule."""
     found = section(["--model", "tiny", "--policy", f"[{{modules: {modules}, method: full}}]"])
     assert found.train["ddp_find_unused_parameters"] is may_be
 
