@@ -167,7 +167,7 @@ def test_parts_that_do_not_fit_are_named(parts: list[str], message: str, tmp_pat
 
 
 def test_new_rows_are_the_mean_of_those_of_their_own_matrix(tmp_path: Path) -> None:
-    """An untied head gets its own mean, not the mean of the embeddings: else a new token may be the likeliest of all."""
+    """An untied head gets its own mean, not the mean of the embeddings: else a new token may be the likeliest."""
     from transformers import AutoModelForCausalLM
 
     folder = language("llama", tmp_path / "language")
