@@ -29,6 +29,7 @@ from milora_vl.core.adapter import folders
 from milora_vl.core.adapter.fixed_a import Protection, protected_directions
 from milora_vl.core.adapter.folders import (
     HELD_OUT,
+    is_of_fsdp,
     is_sharded,
     module_path,
     num_processes,
@@ -341,7 +342,7 @@ def require_same_checkpoint(run: Path, names: Sequence[str | None]) -> None:
         raise UserError(message, code="resume-other-checkpoints", where=str(run), hint=hint)
 
 
-def resume_warnings(checkpoint: Path, *, processes: int, stage: int) -> list[str]:
+def resume_warnings(checkpoint: Path, *, processes: int, stage: int, fsdp: bool = False) -> list[str]:
     stage = 2 if stage == 1 else stage
     wrote, before = num_processes(checkpoint), zero_stage(checkpoint)
     old, new = (f"with ZeRO-{one}" if one else "without DeepSpeed" for one in (before, stage))
@@ -349,6 +350,9 @@ def resume_warnings(checkpoint: Path, *, processes: int, stage: int) -> list[str
         message = f"the checkpoint was written {old}; this run is {new} and cannot restore the optimizer"
         hint = f"to resume:  {f'--deepspeed zero{before}' if before else 'remove --deepspeed'}"
         raise UserError(message, where=str(checkpoint), hint=hint)
+    if fsdp and not is_of_fsdp(checkpoint):
+        message = "the checkpoint was written without FSDP2; this run is with FSDP2 and cannot restore the optimizer"
+        raise UserError(message, where=str(checkpoint), hint="to resume:  remove --fsdp")
     if wrote == processes:
         return []
     if stage:

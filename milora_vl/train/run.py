@@ -154,8 +154,8 @@ def read_records(run: Run, screen: Screen) -> RunData:
     elif any(task["fingerprint"] == records.fingerprint for task in run.tasks):
         screen.say("note: an earlier run was trained on these records; for more steps on them use --adapter")
     if folder.checkpoint is not None:
-        stage = stage_of(run.args)
-        warnings += resume_warnings(folder.checkpoint, processes=run.args.world_size, stage=stage)
+        stage, fsdp = stage_of(run.args), bool(run.args.fsdp)
+        warnings += resume_warnings(folder.checkpoint, processes=run.args.world_size, stage=stage, fsdp=fsdp)
     for warning in warnings:
         screen.warn(warning)
     return records

@@ -25,12 +25,12 @@ from milora_data.encode.tokens import IGNORE
 from milora_vl.common.compat.trainer import CheckpointTrainer, enable_fsdp_on_cpus
 from milora_vl.common.errors import UserError
 from milora_vl.core.adapter.earlier import APART_FILE
-from milora_vl.core.adapter.folders import ANCHORS_FILE, PROJECTOR_FILES, STATE, step_of
+from milora_vl.core.adapter.folders import ANCHORS_FILE, PROJECTOR_FILES, SHARDED_OPTIMIZER, STATE, is_of_fsdp, step_of
 from milora_vl.core.adapter.lora import base_model_of
 from milora_vl.core.adapter.sidecar import FILE_NAME
 from milora_vl.core.policy import Target
 from milora_vl.core.policy.towers import image_token_of
-from milora_vl.core.weights.distributed import gathered_optimizer, gathered_state, load_optimizer
+from milora_vl.core.weights.distributed import gathered_state
 from milora_vl.interop.base_kl import BaseKL, add_base_kl, with_positions
 from milora_vl.interop.trainer import RatesOfRules
 from milora_vl.models.losses import add_chunked_loss, row_losses, summed_loss, supervised_positions
@@ -317,18 +317,27 @@ class MiloraTrainer(RatesOfRules, CheckpointTrainer):
         torch.save(self.args, folder / "training_args.bin")
 
     def save_sharded_optimizer(self, folder: Path) -> None:
-        """Write optimizer and scheduler with complete tensors, as a run without FSDP does."""
-        assert self.optimizer is not None
-        assert self.lr_scheduler is not None
-        content = gathered_optimizer(self.optimizer, keep=bool(self.args.should_save))
-        if self.args.should_save:
-            torch.save(content, folder / "optimizer.pt")
-            torch.save(self.lr_scheduler.state_dict(), folder / "scheduler.pt")
+        """Write the share of the optimizer that this process holds, and the scheduler."""
+        import torch.distributed.checkpoint as checkpoint
 
-    def load_sharded_optimizer(self, folder: Path) -> None:
-        assert self.optimizer is not None
-        assert self.lr_scheduler is not None
-        files = [folder / name for name in ("optimizer.pt", "scheduler.pt")]
-        optimizer, scheduler = (torch.load(file, map_location="cpu", weights_only=True) for file in files)
-        load_optimizer(self.optimizer, optimizer)
-        self.lr_scheduler.load_state_dict(scheduler)
+        checkpoint.save(self._optimizer_state(), checkpoint_id=folder / SHARDED_OPTIMIZER)
+        if self.args.should_save:
+            torch.save(cast("Any", self.lr_scheduler).state_dict(), folder / "scheduler.pt")
+
+    def load_sharded_optimizer(self, folder: Path) -> bool:
+        """Load what a run with FSDP2 wrote, in any number of processes, also without FSDP2; False if none did."""
+        if not is_of_fsdp(folder):
+            return False
+        import torch.distributed.checkpoint as checkpoint
+        from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
+
+        content = self._optimizer_state()
+        checkpoint.load(content, checkpoint_id=folder / SHARDED_OPTIMIZER)
+        set_optimizer_state_dict(self.trained(), cast("Any", self.optimizer), content["optimizer"])
+        cast("Any", self.lr_scheduler).load_state_dict(torch.load(folder / "scheduler.pt", weights_only=True))
+        return True
+
+    def _optimizer_state(self) -> dict[str, Any]:
+        from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+        return {"optimizer": get_optimizer_state_dict(self.trained(), cast("Any", self.optimizer))}

@@ -59,3 +59,5 @@ def test_other_processes_or_another_stage_are_refused_or_warned_about(tmp_path: 
     assert "processes, now there are 2" in resume_warnings(plain, processes=2, stage=0)[0]
     with raises_code("", hint="remove --deepspeed"):
         resume_warnings(plain, processes=1, stage=2)
+    with raises_code("", hint="remove --fsdp"):
+        resume_warnings(plain, processes=1, stage=0, fsdp=True)

@@ -1,4 +1,4 @@
-"""FSDP2: checkpoints equal one process's, and continue with any number of processes; what is refused."""
+"""FSDP2: the losses of one process, and checkpoints that it continues; what is refused."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from milora_vl.core.weights.distributed import gathered_optimizer
 from milora_vl.models.tiny import tiny_llava, tiny_tokenizer
 from milora_vl.train import launch
 from milora_vl.train.__main__ import main
@@ -19,65 +18,44 @@ from support.launched import FSDP, needs_bf16_shards, train_in_two
 from support.problems import raises_code
 from support.train_runs import losses, training
 
-RESUME = ["--resume_from_checkpoint", "true"]
-
 
 def difference(first: Path, second: Path) -> float:
     return max(abs(one - other) for (_, one), (_, other) in zip(losses(first), losses(second), strict=True))
 
 
-def shorten(run: Path) -> None:
-    """Make of a finished run a killed run, stopped after its checkpoint of step 4."""
-    for file in (run / "checkpoint-6").iterdir():
-        file.unlink()
-    (run / "checkpoint-6").rmdir()
-    for file in (*run.glob("*.safetensors"), run / "trainer_state.json"):
-        file.unlink()
-    environment = json.loads((run / "environment.json").read_text())
-    environment.pop("finished")
-    (run / "environment.json").write_text(json.dumps(environment))
-
-
 @pytest.mark.slow
-def test_checkpoints_continue_with_and_without_fsdp(
+def test_a_run_with_fsdp_continues_in_one_process_without(
     tiny_data: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run of two processes continues in one, in another folder and with an empty cache, and the other way round."""
+    """In another folder and with an empty cache."""
     extra = ["--model", str(tiny_folder), "--rank", "4", "--dropout", "0", "--gradient_checkpointing"]
     extra += ["--base_kl_weight", "0"]  # each process reads other texts
     two = [*extra, "--per_device_train_batch_size", "2"]
-    for run in ("one", "from_one"):
-        assert main(training(tiny_data, tmp_path / run, *extra)) == 0
-    shorten(tmp_path / "from_one")
+    assert main(training(tiny_data, tmp_path / "one", *extra)) == 0
     train_in_two(
         [
-            training(tiny_data, tmp_path / "from_two", *two, *FSDP),
+            training(tiny_data, tmp_path / "two", *two, *FSDP),
             training(tiny_data, tmp_path / "gradients", *two, "--fsdp", "shard_grad_op"),
-            training(tiny_data, tmp_path / "from_one", *two, *FSDP, *RESUME),
         ],
         tmp_path,
     )
     monkeypatch.setenv("MILORA_CACHE", str(tmp_path / "empty"))
-    checkpoint = str(tmp_path / "from_two" / "checkpoint-4")
+    checkpoint = str(tmp_path / "two" / "checkpoint-4")
     assert main(training(tiny_data, tmp_path / "elsewhere", *extra, "--resume_from_checkpoint", checkpoint)) == 0
     last, expected = (dict(losses(tmp_path / run)[-2:]) for run in ("elsewhere", "one"))
     assert last == pytest.approx(expected, abs=1e-5)
-    for run in ("from_one", "from_two", "gradients"):
+    for run in ("two", "gradients"):
         assert difference(tmp_path / "one", tmp_path / run) <= 1e-5, run
     ids = torch.arange(5, 25).reshape(2, 10)
     with torch.no_grad():
         outputs = [
             PeftModel.from_pretrained(tiny_llava()[0], tmp_path / run)(input_ids=ids).logits
-            for run in ("one", "from_one", "elsewhere", "gradients")
+            for run in ("one", "two", "elsewhere", "gradients")
         ]
         base = tiny_llava()[0](input_ids=ids).logits
     for output in outputs[1:]:
         torch.testing.assert_close(output, outputs[0], rtol=0, atol=1e-5)
     assert (outputs[0] - base).abs().max() > 1e-3, "the training changed nothing"
-    kept, stock = (torch.load(tmp_path / run / "checkpoint-2" / "optimizer.pt") for run in ("gradients", "one"))
-    assert kept["state"].keys() == stock["state"].keys()
-    for number, state in stock["state"].items():
-        torch.testing.assert_close(kept["state"][number], state, rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -139,16 +117,6 @@ def test_arguments_that_fsdp_does_not_support_are_refused(more: list[str], tiny_
     with raises_code("launch-fsdp", where="--fsdp", message="does not work together with"):
         main(training(tiny_data, tmp_path / "run", "--rank", "4", *FSDP, *more))
     assert not (tmp_path / "run").exists()
-
-
-def test_only_the_process_that_writes_a_checkpoint_keeps_the_optimizer() -> None:
-    layer = torch.nn.Linear(2, 2)
-    optimizer = torch.optim.AdamW(layer.parameters())
-    layer(torch.ones(1, 2)).sum().backward()
-    optimizer.step()
-    kept, empty = (gathered_optimizer(optimizer, keep=keep) for keep in (True, False))
-    assert torch.equal(kept["state"][0]["exp_avg"], optimizer.state[layer.weight]["exp_avg"])
-    assert (empty["state"], empty["param_groups"]) == ({}, kept["param_groups"])
 
 
 def test_a_version_that_would_double_the_frozen_base_is_refused(

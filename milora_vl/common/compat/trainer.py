@@ -31,7 +31,7 @@ class CheckpointTrainer(Trainer):
     def save_sharded_optimizer(self, folder: Path) -> None:
         raise NotImplementedError
 
-    def load_sharded_optimizer(self, folder: Path) -> None:
+    def load_sharded_optimizer(self, folder: Path) -> bool:
         raise NotImplementedError
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -42,9 +42,7 @@ class CheckpointTrainer(Trainer):
             super()._save_optimizer_and_scheduler(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None and self.is_fsdp_enabled:
-            self.load_sharded_optimizer(Path(checkpoint))
-        else:
+        if checkpoint is None or not self.load_sharded_optimizer(Path(checkpoint)):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

@@ -45,6 +45,7 @@ NO_RESULT = (
     "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth", "stream_state_*.pth", "latest", "zero_to_*.py",
     STATE,
 )  # fmt: skip
+SHARDED_OPTIMIZER = "optimizer"  # folder of torch.distributed.checkpoint, by FSDP2; its .metadata is written last
 SHARDS = "global_step*/*_optim_states.pt"
 SHARDED_WEIGHTS = "global_step*/zero_pp_rank_*_model_states.pt"  # only with ZeRO-3
 
@@ -240,7 +241,8 @@ def why_incomplete(folder: Path) -> str | None:
         return f"{STATE} is of another step"
     if not holds_weights(folder) and not is_sharded(folder):
         return "has no weights"
-    if not list(folder.glob("rng_state*.pth")) or not (is_sharded(folder) or (folder / "optimizer.pt").is_file()):
+    has_optimizer = is_sharded(folder) or is_of_fsdp(folder) or (folder / "optimizer.pt").is_file()
+    if not has_optimizer or not list(folder.glob("rng_state*.pth")):
         return "has no optimizer and random state (--save_only_model): evaluation works, resuming does not"
     if is_sharded(folder) and len(list(folder.glob(SHARDS))) != num_processes(folder):
         return f"has the optimizer of {len(list(folder.glob(SHARDS)))} of {num_processes(folder)} processes"
@@ -267,6 +269,10 @@ def resume_hint(run: Path) -> str:
 
 def is_sharded(folder: Path) -> bool:
     return any(folder.glob("global_step*"))
+
+
+def is_of_fsdp(folder: Path) -> bool:
+    return (folder / SHARDED_OPTIMIZER / ".metadata").is_file()
 
 
 def zero_stage(folder: Path) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any, TypeVar
@@ -205,39 +205,6 @@ def gathered_state(model: nn.Module, *, only_trained: bool, keep: bool) -> dict[
             if keep:
                 state[name] = whole.cpu()
     return state
-
-
-def gathered_optimizer(optimizer: torch.optim.Optimizer, *, keep: bool) -> dict[str, Any]:
-    """Return the state dict of an optimizer with complete tensors on the CPU.
-
-    All processes must call it. The result has no state on processes that do not `keep` it.
-    """
-    content: dict[str, Any] = optimizer.state_dict()
-    states: dict[Any, dict[str, Any]] = {}
-    for number, state in content["state"].items():
-        for key, value in state.items():
-            whole = _whole(value) if isinstance(value, Tensor) else value
-            if keep:
-                states.setdefault(number, {})[key] = whole.cpu() if isinstance(whole, Tensor) else whole
-    return {**content, "state": states}
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, content: Mapping[str, Any]) -> None:
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-    def shard(number: int, value: Any) -> Any:
-        parameter = parameters[number]
-        if not (isinstance(parameter, DTensor) and isinstance(value, Tensor) and value.shape == parameter.shape):
-            return value  # such as the number of steps
-        return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
-
-    states = {
-        number: {key: shard(int(number), value) for key, value in state.items()}
-        for number, state in content["state"].items()
-    }
-    optimizer.load_state_dict({**content, "state": states})
 
 
 def reshard(model: nn.Module) -> None:
