@@ -485,16 +485,23 @@ def set_attention(model: Any, recipe: Recipe) -> None:
 
 
 class RequireShards(TrainerCallback):
-    """Raise RuntimeError if the training starts with whole weights: it would be DDP under another name."""
+    """Raise RuntimeError if the training starts with whole weights: it would be DDP under another name.
+
+    Gemma 4 gets its embeddings whole until the backward pass.
+    """
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
+        from torch.distributed.fsdp import FSDPModule
         from torch.distributed.tensor import DTensor
 
         whole = [name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)]
         if whole:
             raise RuntimeError(f"FSDP2 has not sharded {len(whole)} parameters, such as {whole[0]}")
+        config, embeddings = base_model_of(model).config.get_text_config(), model.get_input_embeddings()
+        if getattr(config, "hidden_size_per_layer_input", None) and isinstance(embeddings, FSDPModule):
+            embeddings.set_reshard_after_forward(False)  # Gemma 4 reads a row of them after their forward
 
 
 def prepare_fsdp(accelerator: Accelerator, model: nn.Module) -> None:

