@@ -16,7 +16,7 @@ from transformers.trainer_pt_utils import get_model_param_count
 
 from milora_vl.common.cli.console import amount
 from milora_vl.core.calibration.activations import ROOM
-from milora_vl.core.calibration.texts import COUNT, HELD_OUT_TEXTS, LENGTH
+from milora_vl.core.calibration.texts import COUNT, HELD_OUT_TEXTS, LENGTH, ROWS
 from milora_vl.core.policy import Target
 from milora_vl.models.base import Base
 from milora_vl.models.devices import quantized_layers
@@ -112,6 +112,7 @@ A100_FLOPS, A100_MEMORY = 312e12 * 0.4, 79 * GIB  # bf16 peak times the utilizat
 # Of float32 products, and of memory in bytes a second: an A100 without TF32, times the share that matrix-vector
 # products reach; one thread of a CPU.
 FLOAT32_FLOPS, BANDWIDTH, CPU_BANDWIDTH = 15e12, 1.55e12 * 0.6, 1e10
+LINKS = 2e11  # bytes a second that a device gathers from the others, over NVLink
 SMALL_MODEL = 1e9  # parameters of a model that trains on a CPU
 SMOKE_STEPS = 10  # a run with fewer steps is a smoke test, and calibrates with a tenth
 SMOKE_NOTE = f"a run of fewer than {SMOKE_STEPS} steps is a smoke test: it calibrates with a tenth"
@@ -203,6 +204,7 @@ def start_seconds(
     num_tasks: int,
     steps: int,
     devices: int,
+    stage: int,
     flops: float | None,
     row: float,
 ) -> float:
@@ -218,11 +220,15 @@ def start_seconds(
     and sums C of the inputs that fit beside it, and as much on what is held out; a pass ends at its last layer, so
     it runs half of the model on average. The eigenvalue solver makes C tridiagonal, which reads the rest of C once
     for each column: 4/3 n^3 bytes, limited by memory; the other steps are products with about 6 n^3 operations.
+    With `stage` 3 of ZeRO, each forward of a model that does not fit twice on a device gathers its weights.
     """
     size = num_parameters(base.meta)
     layers = LAYER * base.config.get_text_config().num_hidden_layers
+    gathers = stage == 3 and flops is None and 4 * size > A100_MEMORY
     if flops is None:
         token, written, products, bandwidth = 2 * size / A100_FLOPS, size / BANDWIDTH / 8, FLOAT32_FLOPS, BANDWIDTH
+        if gathers:
+            token, written = token + 2 * size / LINKS / ROWS / LENGTH, written + size / LINKS / 8
     else:
         token, written = 2 * size / flops + layers / TOKENS, 4 * size / flops + layers / COUNT
         products, bandwidth = flops, CPU_BANDWIDTH
@@ -236,7 +242,11 @@ def start_seconds(
     inputs = [float(target.shape[1]) for target in distinct_inputs(targets)]
     if inputs:
         tokens = texts * LENGTH + captions * caption + part_of(NUM_RECORDS, steps) * num_tasks * (row or LENGTH)
-        free = psutil.virtual_memory().available if flops else max(A100_MEMORY - 2 * size, GIB)
+        free = (
+            psutil.virtual_memory().available
+            if flops
+            else max(A100_MEMORY - 2 * size / (devices if gathers else 1), GIB)
+        )
         passes = math.ceil(share * 8 * sum(n**2 for n in inputs) / (ROOM * free))
         seconds += token * tokens * (passes + 1) / 2
         seconds += share * sum((n**2 * tokens + 6 * n**3) / products + 4 / 3 * n**3 / bandwidth for n in inputs)

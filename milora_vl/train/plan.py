@@ -125,6 +125,7 @@ class Run:
             num_tasks=len(self.tasks),
             steps=steps,
             devices=num_devices(self.request),
+            stage=self.launch.zero_stage,
             flops=flops,
             row=row,
         )

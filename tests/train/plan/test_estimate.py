@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
@@ -25,6 +26,8 @@ from milora_vl.models.memory_plan import (
     verdict,
 )
 from milora_vl.models.tiny import tiny_llama
+from milora_vl.train.counts import start_seconds
+from milora_vl.train.settings import CalibrationConfig
 
 PLAN = Workload(
     total=7_063_427_072, adapters=319_815_680, anchors=319_815_680, full=20_979_712, stage=0, devices=8,
@@ -134,3 +137,17 @@ def test_few_layers_tell_the_peak_of_all_beside_a_large_tower() -> None:
 
 def test_durations_are_for_people() -> None:
     assert [duration_text(seconds) for seconds in (3, 100, 200, 3600 * 30)] == ["3 s", "1.7 min", "3.3 min", "30.0 h"]
+
+
+def test_the_start_counts_devices_and_a_zero3_that_gathers_in_each_forward() -> None:
+    sizes = {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64}
+    for layers, gathers in ((8, False), (24, True)):
+        base = Base.of("text", LlamaConfig(**sizes, num_hidden_layers=layers))
+        targets = Policy.parse("[{modules: language, method: milora, rank: 16}]").resolve(base.meta)
+        more: Any = {"num_tasks": 0, "steps": 100, "flops": None, "row": 0}
+        one, eight, zero3 = (
+            start_seconds(base, targets, CalibrationConfig(), devices=devices, stage=stage, **more)
+            for devices, stage in ((1, 2), (8, 2), (8, 3))
+        )
+        assert eight < one / 4
+        assert (zero3 > eight) is gathers
