@@ -238,13 +238,12 @@ class StopOnSignal(TrainerCallback):
         self.received = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self._of_any(args) if args.world_size > 1 else self.received:
+        received = self.received
+        if args.world_size > 1:  # of one step ago: an answer about this step would wait for its end
+            before, self.before = self.before, maximum_later(int(received), args.device)
+            received = before is not None and bool(before())
+        if received:
             self.stopped = control.should_save = control.should_log = control.should_training_stop = True
-
-    def _of_any(self, args: TrainingArguments) -> bool:
-        """Return whether a process had received it one step ago: an answer about this step would wait for its end."""
-        before, self.before = self.before, maximum_later(int(self.received), args.device)
-        return before is not None and bool(before())
 
 
 @contextmanager

@@ -499,8 +499,9 @@ class RequireShards(TrainerCallback):
         whole = [name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)]
         if whole:
             raise RuntimeError(f"FSDP2 has not sharded {len(whole)} parameters, such as {whole[0]}")
-        config, embeddings = base_model_of(model).config.get_text_config(), model.get_input_embeddings()
-        if getattr(config, "hidden_size_per_layer_input", None) and isinstance(embeddings, FSDPModule):
+        base: Any = base_model_of(model)
+        reads_rows = getattr(base.config.get_text_config(), "hidden_size_per_layer_input", None)
+        if reads_rows and isinstance(embeddings := base.get_input_embeddings(), FSDPModule):
             embeddings.set_reshard_after_forward(False)  # Gemma 4 reads a row of them after their forward
 
 
