@@ -1,7 +1,8 @@
 """Processes with a simulated accelerator each: DDP, DeepSpeed and FSDP2 run on `sim` (`simulated_device.py`).
 
 `trained_on_cluster` trains in two of them and returns what each saw: where and how often the parts of a start ran, the
-bytes on the CPU at the first step, the largest object that a collective sent, the operations before each collective.
+bytes on the CPU at the first step, the waits of our lines in steps; of the start the largest object and tensor that a
+collective sent, and the operations before each.
 Collectives go to gloo and refuse tensors of the CPU, as NCCL does. They cannot show streams, speed, or what NCCL does
 when a rank is missing.
 """
@@ -217,7 +218,7 @@ def cluster(seen: Counter[str], before: list[int]) -> Iterator[None]:
 
         def counted(*arguments: Any) -> Any:  # torch 2.15 has a fourth
             tensor, size = to_tensor(*arguments)
-            seen["largest object"] = max(seen["largest object"], int(size))
+            seen["largest object"] = max(seen["largest object"], 0 if seen["steps"] else int(size))
             return tensor, size
 
         patch.setattr(c10d, "_object_to_tensor", counted)
@@ -240,9 +241,11 @@ def cluster(seen: Counter[str], before: list[int]) -> Iterator[None]:
 
 
 def _refuses_the_cpu(seen: Counter[str], before: list[int], stock: Any, *args: Any, **kwargs: Any) -> Any:
+    leaves = sim.tree_leaves((args, kwargs))
     if not seen["steps"]:
         before.append(seen.pop("operations", 0))
-    for leaf in sim.tree_leaves((args, kwargs)):
+        seen["largest tensor"] = max(seen["largest tensor"], *(x.nbytes for x in leaves if isinstance(x, Tensor)))
+    for leaf in leaves:
         if isinstance(leaf, Tensor) and not isinstance(leaf, SimTensor) and leaf.device.type == "cpu":
             raise RuntimeError("No backend type associated with device type cpu")
     return stock(*args, **kwargs)

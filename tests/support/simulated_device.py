@@ -17,6 +17,7 @@ file of torch.save loads on the CPU.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -99,9 +100,9 @@ def counted_waits() -> Iterator[Waits]:
 
 
 def _calling_line(operation: str) -> str:
-    """Return `package/file.py:line operation` of the innermost frame outside torch and the simulation."""
+    """Return `package/file.py:line operation` of the innermost frame outside torch, but for DDP, and the simulation."""
     frame = sys._getframe(1)
-    while frame.f_back is not None and any(part in frame.f_code.co_filename for part in ("/torch/", "/simulated_")):
+    while frame.f_back is not None and re.search("/torch/(?!nn/parallel)|/simulated_", frame.f_code.co_filename):
         frame = frame.f_back
     path = frame.f_code.co_filename
     for root in ("/site-packages/", "/data_tools/", "/eval/milora_eval/", "/milora_vl/"):
