@@ -159,7 +159,10 @@ class MiloraTrainer(RatesOfRules, CheckpointTrainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         texts = None if self.base_kl is None else self.base_kl.next_batch(self.state.global_step, self.args)
         if texts is not None:
-            inputs = {**inputs, "base_kl": with_positions(texts, self.image_token)}
+            batch, device = with_positions(texts, self.image_token), self.args.device
+            if device.type not in ("cpu", "mps"):  # HF would wait for the copies
+                batch = {name: part.pin_memory().to(device, non_blocking=True) for name, part in batch.items()}
+            inputs = {**inputs, "base_kl": batch}
         return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(
