@@ -131,7 +131,9 @@ def flops_per_step(work: Workload) -> float:
 
 
 def needed(work: Workload) -> float:
-    return sum(memory(work).values()) / GIB + OVERHEAD
+    """Return the GiB of a device: of a step or, with FSDP2, of the start, which shards the whole model at its end."""
+    whole = (frozen_weights(work) + 4 * work.trained) * (work.fsdp is not None)
+    return max(sum(memory(work).values()), whole) / GIB + OVERHEAD
 
 
 def verdict(work: Workload, lean: Workload, flags: str, limit: float) -> tuple[list[str], bool]:
@@ -139,10 +141,11 @@ def verdict(work: Workload, lean: Workload, flags: str, limit: float) -> tuple[l
 
     `lean` is the workload with `flags`: half precision and checkpointing, if `work` lacks them.
     """
-    held = sum(memory(work).values())
+    held = GIB * (needed(work) - OVERHEAD)
+    when = "for the start " if held > sum(memory(work).values()) + GIB / 2 else ""
     if held >= 0.1 * GIB:  # rounded up: a number that would fit must not stand beside "does not fit"
         held = math.ceil(10 * held / GIB) / 10 * GIB
-    summary = f"{limit:g} GiB: needs {size_text(held)} beside {OVERHEAD:g} GiB for CUDA"
+    summary = f"{limit:g} GiB: needs {size_text(held)} {when}beside {OVERHEAD:g} GiB for CUDA"
     if needed(work) <= limit:
         return [f"fits   {summary}"], True
     fitting = [(what, needed(other)) for what, other in memory_savings(work, lean, flags) if needed(other) <= limit]
@@ -167,15 +170,16 @@ def memory_savings(work: Workload, lean: Workload, flags: str) -> Iterator[tuple
         yield least, smallest
     if work.packed_bytes is not None:
         return
-    if work.devices > 1 and work.stage < 3:
-        yield f"--deepspeed zero3 {flags}".rstrip(), replace(lean, stage=3)
-        yield f"--deepspeed zero3 {least}".rstrip(), replace(smallest, stage=3)
+    zero3 = '--fsdp "" --deepspeed zero3' if work.fsdp else "--deepspeed zero3"
+    if work.devices > 1 and (work.stage < 3 or work.fsdp):
+        yield f"{zero3} {flags}".rstrip(), replace(lean, stage=3, fsdp=None)
+        yield f"{zero3} {least}".rstrip(), replace(smallest, stage=3, fsdp=None)
     if work.packable and work.stage < 3:
         packed = replace(smallest, packed_bytes=bytes_per_number("4bit"))
         yield f"--quantization 4bit {least}".rstrip(), packed
     if not work.offload_weights:
-        offloaded = replace(smallest, stage=3, offload_weights=True, offload_optimizer=True)
-        yield f"--deepspeed zero3_offload {least}".rstrip(), offloaded
+        offloaded = replace(smallest, stage=3, fsdp=None, offload_weights=True, offload_optimizer=True)
+        yield f"{zero3}_offload {least}".rstrip(), offloaded
 
 
 def size_text(size: float) -> str:

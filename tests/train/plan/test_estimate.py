@@ -95,6 +95,9 @@ def test_a_plan_that_does_not_fit_says_what_would() -> None:
     assert lines[0] == "does not fit 1 GiB: needs 21 MiB beside 1 GiB for CUDA"
     lines, _ = verdict(PLAN, PLAN, "", 3)
     assert lines[1].startswith("no single change is enough")
+    sharded = replace(PLAN, stage=3, fsdp="full_shard", activations=0)  # the start of FSDP2 holds the whole model
+    lines, _ = verdict(sharded, sharded, "", 14)
+    assert (lines[0][:19], lines[2][:31]) == ("does not fit 14 GiB", '  --fsdp "" --deepspeed zero3: ')
     limit = needed(PLAN) - 0.002
     (first, *_), _ = verdict(PLAN, PLAN, "", limit)
     assert float(first.partition("needs ")[2].partition(" GiB")[0]) + OVERHEAD > limit
