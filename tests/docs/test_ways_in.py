@@ -1,11 +1,13 @@
-"""The table of docs/trainers.md: how much of the inputs each way protects by default, and whether it has base_kl."""
+"""The table of docs/trainers.md: how much of the inputs each way protects by default. README's planned numbers."""
 
 from __future__ import annotations
 
 import inspect
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -15,6 +17,7 @@ from milora_vl import calibration_texts, reinit_peft
 from milora_vl.core.policy import Policy, Target
 from milora_vl.interop import llava, replace
 from milora_vl.models.tiny import tiny_llama
+from milora_vl.train.__main__ import main
 from milora_vl.train.settings import PICTURES, SAMPLES
 from support.plans import fitted
 
@@ -112,3 +115,24 @@ def test_the_page_names_what_the_recipe_of_the_default_sets_otherwise() -> None:
         text.split()
     )
     assert f"({SAMPLES}, {PICTURES})" in text
+
+
+def test_readme_has_the_numbers_of_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+
+    def planned(*more: str) -> dict[str, list[Any]]:
+        flags = "--model llava-1.5-7b --bf16 --gradient_checkpointing --dry-run --format json"
+        assert main([*flags.split(), *more]) == 0
+        return dict(json.loads(capsys.readouterr().out))
+
+    (policy,) = re.findall(r"^```yaml\npolicy:\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
+    rows = re.findall(r"^\| (.+?) \| (\d+) \| (.+?) \| (\d+) \| ([\d,]+) \| (\S+) \|$", readme, re.MULTILINE)
+    columns = ("modules", "number", "method", "rank", "parameters")
+    plan = planned("--policy", policy)["policy"]
+    assert [(*(row[name] for name in columns), float(row["rate"])) for row in plan] == [
+        (*row[:-1], float(row[-1])) for row in rows
+    ]
+    for size, flags in ("21.6", ""), ("19.6", "--per_device_train_batch_size 4 --gradient_accumulation_steps 2"):
+        assert flags in readme
+        assert f"{size} GiB" in readme
+        assert f"about {size} GiB" in planned(*flags.split())["cost"][0]

@@ -176,7 +176,7 @@ def test_a_plain_peft_folder_becomes_ours(run) -> None:
     assert [(t.path, t.method, t.rank) for t in ours.milora_targets] == [(Q, "lora", 3)]
 
 
-def test_an_adapter_of_a_residual_base_is_refused_on_another_and_merges_into_its_own(run) -> None:
+def test_an_adapter_of_a_residual_base_is_refused_on_another_and_loads_and_merges_on_its_own(run) -> None:
     tuned = pissa_trained(fresh(run.root), run.root)
     tuned.peft_config["default"].base_model_name_or_path = str(run.root / "residual")
     tuned.save_pretrained(run.root / "trained")
@@ -187,6 +187,11 @@ def test_an_adapter_of_a_residual_base_is_refused_on_another_and_merges_into_its
             export(run.root / "trained", target, run.root / "out", Options(base=run.root / "base", vision_tower="clip"))
     export(run.root / "trained", "merged", run.root / "of-residual")  # the residual base is the base that it names
     assert same(run, load_model(run.root / "of-residual")[0])
+    assert same(run, load_model(run.root / "residual", adapter=run.root / "trained")[0])
+    with raises_code("", hint="--to merged --base RESIDUAL"):
+        load_model(run.root / "base", adapter=run.root / "trained")
+    with raises_code("", where="--scale", message="is a residual base"):
+        load_model(run.root / "residual", adapter=run.root / "trained", scale=0.5)
 
 
 def test_unconverted_starts_of_peft_are_refused_where_they_would_be_wrong(run) -> None:

@@ -118,6 +118,9 @@ def test_there_and_back(both) -> None:
     )
     stock = PeftModel.from_pretrained(load_model(both.root / "hf")[0], both.root / "back")
     assert torch.allclose(hf_logits(stock, both.hf), expected, atol=1e-5)
+    (both.root / "llava-lora").rename(both.root / "any-name")  # chat and eval read LLaVA's folder itself
+    loaded, _ = load_model(both.root / "hf", adapter=both.root / "any-name")
+    assert torch.allclose(hf_logits(loaded, both.hf), expected, atol=1e-5)
 
 
 def test_a_lora_run_of_llava_gives_the_same_logits_here(both) -> None:
