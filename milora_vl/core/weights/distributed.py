@@ -196,27 +196,18 @@ def gathered_state(model: nn.Module, *, only_trained: bool, keep: bool) -> dict[
 
     All processes must call it. The result is empty on processes that do not `keep` it.
     """
-    reshard(model)
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # a forward without backward leaves gathered weights
     named = model.named_parameters() if only_trained else model.state_dict(keep_vars=True).items()
     state = {}
     for name, tensor in named:
         if tensor.requires_grad or not only_trained:
-            whole = _whole(tensor.detach())
+            found = tensor.detach()
+            found = found.full_tensor() if isinstance(found, DTensor) else found
             if keep:
-                state[name] = whole.cpu()
+                state[name] = found.cpu()
     return state
-
-
-def reshard(model: nn.Module) -> None:
-    """Free the gathered weights that a forward without backward leaves, so that all parameters are shards again."""
-    from torch.distributed.fsdp import FSDPModule
-
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    from torch.distributed.tensor import DTensor
-
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
