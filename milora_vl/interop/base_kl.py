@@ -23,7 +23,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from milora_vl.common.compat.torch import extend_forward
 from milora_vl.common.errors import UserError
-from milora_vl.core.calibration.bases import Calibration, kinds_of
+from milora_vl.core.calibration.bases import Batches, Calibration, kinds_of
 from milora_vl.core.evaluation_mode import evaluated
 
 
@@ -108,12 +108,14 @@ class BaseKLCallback(TrainerCallback):
     """Add the gradient of the term to a step of HF's Trainer or TRL's trainers, before that of its batches:
     `trainer.add_callback(BaseKLCallback(calibration_texts(model)))`.
 
-    `texts` are the base's, as `calibration_texts` returns them; `picture` is the id of the token of pictures in them.
-    Raises UserError at the start under DeepSpeed, FSDP and fp16, which own the backward.
+    `texts` are the base's, as `calibration_texts` returns them, read by twos; `picture` is the id of the token of
+    pictures in them. Raises UserError at the start under DeepSpeed, FSDP and fp16, which own the backward.
     """
 
-    def __init__(self, texts: Calibration, picture: int | None = None, *, weight: float = 1.0, every: int = 4) -> None:
-        self.base_kl, self.picture = BaseKL(texts, weight, every), picture
+    def __init__(self, texts: Batches, picture: int | None = None, *, weight: float = 1.0, every: int = 4) -> None:
+        starts = ((batch, at) for batch in texts for at in range(0, len(batch["input_ids"]), 2))
+        pairs = [{key: part[at : at + 2] for key, part in batch.items() if key != "labels"} for batch, at in starts]
+        self.base_kl, self.picture = BaseKL(pairs, weight, every), picture
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         found = AcceleratorState()
@@ -125,7 +127,6 @@ class BaseKLCallback(TrainerCallback):
         texts, model = self.base_kl.next_batch(state.global_step, args), kwargs["model"]
         if texts is not None:
             batch = {name: part.to(model.device) for name, part in with_positions(texts, self.picture).items()}
-            batch.pop("labels", None)
             term = _term(model, model.train(), batch)
             (self.base_kl.factor * term).backward()
             self.base_kl.terms.append(term.detach())

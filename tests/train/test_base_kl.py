@@ -103,13 +103,13 @@ def trained():
         parameter.data += 0.1 * parameter.requires_grad * torch.randn_like(parameter)
     return model
 
-ids = torch.randint(5, 40, (3, 1, 12), generator=torch.Generator().manual_seed(1))
-first, second, text = ({"input_ids": one, "attention_mask": torch.ones_like(one)} for one in ids)
+ids = torch.randint(5, 40, (5, 12), generator=torch.Generator().manual_seed(1))
+first, second, text, texts = ({"input_ids": i, "attention_mask": torch.ones_like(i)} for i in (*ids.split(2), ids[:4]))
 batch = {**text, "labels": text["input_ids"]}
 options = {"max_steps": 1, "optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "max_grad_norm": 0}
 options |= {"use_cpu": True, "ddp_backend": "gloo", "report_to": "none", "logging_steps": 1, "save_strategy": "no"}
 arguments = TrainingArguments("run", remove_unused_columns=False, per_device_train_batch_size=1, **options)
-model, expected, callback = trained(), trained(), BaseKLCallback([first, second], weight=3, every=1)
+model, expected, callback = trained(), trained(), BaseKLCallback([texts], weight=3, every=1)
 trainer = Trainer(model, arguments, train_dataset=[batch] * 2, data_collator=lambda rows: rows[0], callbacks=[callback])
 trainer.train()
 add_base_kl(expected.train())
@@ -123,7 +123,7 @@ print("RESULT" + json.dumps([max(float((p - q).abs().max()) for p, q in pairs), 
 
 
 def test_a_callback_adds_the_term_to_the_steps_of_another_trainer_under_ddp(tmp_path: Path) -> None:
-    """Each process reads another text, and the step has the mean of both terms."""
+    """Each process reads two other texts, and the step has the mean of both terms."""
     for rank, (difference, logged, expected) in enumerate(results_of_two(CALLBACK, tmp_path)):
         assert difference < 1e-6
         assert logged == [pytest.approx(expected[rank], rel=1e-4)]
