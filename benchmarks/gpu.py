@@ -40,7 +40,9 @@ RANK, RECORDS, TEXT, SUPERVISED, WARM, STEPS = 16, 4, 124, 60, 3, 10
 RULE = {"modules": "language", "method": "milora", "rank": RANK, "alpha": RANK}
 OURS = {"milora": [RULE | {"protect": 0}], "protected": [RULE | {"protect": 0.95}]}
 PEERS = ("hf", "trl")
-LAUNCHERS = {"ddp": [], "fsdp": ["--fsdp"]} | {kind: ["--deepspeed", kind] for kind in ("zero2", "zero3")}
+LAUNCHERS = {"ddp": [], "fsdp": ["--fsdp"]} | {
+    f"zero{how}": ["--deepspeed", f"zero{how}"] for how in ("2", "3", "3_offload")
+}
 NO_CARD = "none, tried on a CPU"
 # Dense bf16 operations a second, from the data sheets.
 PEAKS = {
