@@ -10,15 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from torch.nn.functional import kl_div
 from transformers import LlavaForConditionalGeneration
 
 from milora_vl import apply_milora
 from milora_vl.core.adapter.lora import base_model_of
-from milora_vl.interop.base_kl import BaseKL, add_base_kl, with_positions
+from milora_vl.interop.base_kl import BaseKL, BaseKLCallback, add_base_kl, with_positions
 from milora_vl.models.tiny import tiny_llava
 from milora_vl.train.__main__ import main
-from support.calibrated import llava_batches
+from support.calibrated import llava_batches, text_batches
 from support.launched import KINDS, needs_deepspeed, results_of_two, train_in_two
 from support.problems import raises_code
 from support.train_runs import losses, read_json, training
@@ -128,6 +129,15 @@ def test_a_callback_adds_the_term_to_the_steps_of_another_trainer_under_ddp(tmp_
         assert difference < 1e-6
         assert logged == [pytest.approx(expected[rank], rel=1e-4)]
         assert abs(expected[0] - expected[1]) > 0.01 * expected[0] > 0
+
+
+@pytest.mark.parametrize(("distributed", "precision"), [("DEEPSPEED", "no"), ("FSDP", "bf16"), ("NO", "fp16")])
+def test_a_callback_refuses_trainers_that_own_the_backward(distributed: str, precision: str, monkeypatch: Any) -> None:
+    found = SimpleNamespace(distributed_type=DistributedType[distributed], mixed_precision=precision)
+    monkeypatch.setattr("milora_vl.interop.base_kl.AcceleratorState", lambda: found)
+    nothing: Any = None
+    with raises_code("", where="BaseKLCallback", hint="python -m milora_vl.train"):
+        BaseKLCallback(text_batches()).on_train_begin(nothing, nothing, nothing)
 
 
 def test_a_model_that_computes_all_logits_has_the_same_term(monkeypatch: pytest.MonkeyPatch) -> None:
