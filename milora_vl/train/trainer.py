@@ -334,9 +334,13 @@ class MiloraTrainer(RatesOfRules, CheckpointTrainer):
         import torch.distributed.checkpoint as checkpoint
         from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
 
-        content = self._optimizer_state()
-        checkpoint.load(content, checkpoint_id=folder / SHARDED_OPTIMIZER)
+        content, reader = self._optimizer_state(), checkpoint.FileSystemReader(folder / SHARDED_OPTIMIZER)
+        stored = {key.rpartition(".")[0] for key in reader.read_metadata().state_dict_metadata}
+        checkpoint.load(content, storage_reader=reader, planner=checkpoint.DefaultLoadPlanner(allow_partial_load=True))
         set_optimizer_state_dict(self.trained(), cast("Any", self.optimizer), content["optimizer"])
+        for name, parameter in self.trained().named_parameters():
+            if f"optimizer.state.{name}" not in stored:  # no step has used it: torch has made a state to load
+                cast("Any", self.optimizer).state.pop(parameter, None)
         cast("Any", self.lr_scheduler).load_state_dict(torch.load(folder / "scheduler.pt", weights_only=True))
         return True
 
