@@ -83,8 +83,8 @@ def _name_tower_as_published(config: Any, folder: Path) -> None:
         return
     for shard in sorted(folder.glob("*.safetensors")):
         tensors = load_file(shard)
-        if any(map(_lacks_prefix, tensors)):
-            renamed = {_published(name): tensor for name, tensor in tensors.items()}
+        renamed = {_published(name): tensor for name, tensor in tensors.items()}
+        if renamed.keys() != tensors.keys():
             with atomic_file(shard) as part:  # the tensors are mapped from the shard
                 save_file(renamed, part, metadata={"format": "pt"})
     index = folder / "model.safetensors.index.json"
@@ -94,12 +94,8 @@ def _name_tower_as_published(config: Any, folder: Path) -> None:
         index.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _lacks_prefix(name: str) -> bool:
-    return name.startswith(CURRENT) and not name.startswith(PUBLISHED)
-
-
 def _published(name: str) -> str:
-    return name.replace(CURRENT, PUBLISHED, 1) if _lacks_prefix(name) else name
+    return name if name.startswith(PUBLISHED) or not name.startswith(CURRENT) else name.replace(CURRENT, PUBLISHED, 1)
 
 
 # Files that tokenizers, image processors and processors of transformers write.
