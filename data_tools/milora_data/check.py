@@ -503,7 +503,7 @@ def _inspect_stream(
     if errors and bad_images == "raise":
         raise errors[0]
     # A stream of few records repeats them.
-    records = list({record.source: record for record in items if isinstance(record, Record)}.values())
+    records = list({(x.turns, x.images, x.videos): x for x in items if isinstance(x, Record)}.values())
     report = Report(source_text(path), str(image_folder))
     if bad_images != "raise":
         records = list(_usable(records, report))

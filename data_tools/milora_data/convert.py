@@ -14,6 +14,7 @@ from itertools import count as count_from
 from pathlib import Path
 from typing import Any
 
+from milora_data.check import find_missing
 from milora_data.formats.jsonfile import read_rows, write_objects
 from milora_data.formats.stored import is_stored, stored_items
 from milora_data.formats.tables import COLUMNS, DEFAULT_PROMPT, EMPTY_CELL, Records, TableOptions, is_record, row_record
@@ -78,9 +79,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     more |= {"left_out": len(options.left_out)} if options.left_out else {}
     as_json = json.dumps({"file": str(out), "records": count, **more})
     sys.stdout.write(as_json + "\n" if chosen.format == "json" else f"{out}: {amount(count, 'record')}\n")
-    pictures = images.path if images.is_mine else chosen.image_folder or "FOLDER"
-    has_pictures = any(record.images for record in load_records(out))
-    next_step("milora_data", "check", out, *(["--image_folder", pictures] if has_pictures else []))
+    beside = [folder for source in chosen.sources for folder in (Path(source).parent, Path(source).parent / "images")]
+    shown = next((record.files[0] for record in load_records(out) if record.files), None)
+    known = shown and next((place for place in (images.path, *beside) if not find_missing([shown], place)), "FOLDER")
+    pictures = ["--image_folder", chosen.image_folder or known] if known else []
+    next_step("milora_data", "check", out, *pictures, *(["--against", held] if chosen.hold_out else []))
     return 0
 
 
@@ -190,10 +193,12 @@ def _stored(source: str, options: TableOptions) -> Records:
             options.leave_out(item)
             continue
         extra = {key: value for key, value in item.extra.items() if _fits_json(value)}
-        dropped |= item.extra.keys() - extra.keys()
+        dropped |= {*(item.extra.keys() - extra.keys()), *item.unread}
         yield options.with_kept({**_as_llava(item, str(number)), **extra}, item.extra)
     if dropped:
-        sys.stderr.write(f"left out: columns that JSON cannot hold: {', '.join(sorted(dropped))}\n")
+        sys.stderr.write(
+            f"left out: columns that JSON cannot hold, keys of turns that are not read: {', '.join(sorted(dropped))}\n"
+        )
 
 
 def _fits_json(value: object) -> bool:

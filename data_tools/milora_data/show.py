@@ -25,6 +25,7 @@ from milora_vl.common.cli.console import amount, command_line, next_step
 from milora_vl.common.cli.parser import DATA, Command, count, option, positive, shared
 from milora_vl.common.errors import DataError, UserError, with_context
 from milora_vl.common.yaml_text import read_file
+from milora_vl.core.adapter.folders import holds_adapter
 
 STYLES = {"learnt": "bold green", "given": "", "picture": "magenta"}  # keys of the JSON output
 LOSSES = ("loss", "base_loss", "reply")  # keys of a line of held_out.jsonl
@@ -104,7 +105,8 @@ def _worst(data: Path, folder: Path, losses: Path) -> list[Record]:
     """Return the records of `data` with a loss in a file or run, highest first; it becomes a key of theirs."""
     file, key_of = losses / "held_out.jsonl" if losses.is_dir() else losses, FileKeys(folder)
     if not file.is_file():
-        of = ["--image_folder", folder, "--adapter", losses if losses.is_dir() else "RUN"]
+        flag = "--model" if losses.is_dir() and not holds_adapter(losses) else "--adapter"
+        of = ["--image_folder", folder, flag, losses if losses.is_dir() else "RUN"]
         call = command_line("milora_eval", "losses", data, *of, "--output", "LOSSES.jsonl")
         raise UserError("no losses of records", where=str(file), hint=f"write them:  {call}")
     records, lines = {record_key(record, key_of): record for record in load_records(data)}, list(json_lines(file))
@@ -118,6 +120,8 @@ def _worst(data: Path, folder: Path, losses: Path) -> list[Record]:
         raise UserError(f"{data} has no record with a loss", where=str(file), hint=hint)
     if len(found) < len(lines):
         sys.stderr.write(f"note: {data} lacks {amount(len(lines) - len(found), 'record')} with a loss\n")
+    if unknown := len(records.keys() - {line["key"] for line in lines}):
+        sys.stderr.write(f"note: {amount(unknown, 'record')} of {data} without a loss, not shown\n")
     return found
 
 

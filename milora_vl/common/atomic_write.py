@@ -66,7 +66,7 @@ def json_lines(file: Path) -> Iterator[dict[str, Any]]:
         for line in lines:  # bytes end at a newline alone; texts may hold other line ends
             try:
                 value = json.loads(line.decode("utf-8", "replace"))
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             if isinstance(value, dict):
                 yield value

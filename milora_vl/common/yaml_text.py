@@ -52,7 +52,7 @@ def parse_yaml(text: str) -> Any:
         mark = error.problem_mark or error.context_mark
         line = f" (line {mark.line + 1})" if mark else ""
         raise YamlTextError(f"{error.problem or error.context}{line}") from None
-    except (yaml.YAMLError, ValueError) as error:  # an invalid character; a value that does not fit its tag
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # an invalid character; a value unlike its tag
         raise YamlTextError(str(error).splitlines()[0]) from None
 
 

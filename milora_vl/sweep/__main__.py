@@ -12,7 +12,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from milora_data.keys import FileKeys, data_key, digest, record_key
+from milora_data.keys import FileKeys, data_key, digest, file_key, record_key
 from milora_eval.answers.questions import questions_key, require_questions
 from milora_vl.common.atomic_write import locked, read_json, write_json, write_text
 from milora_vl.common.cli.console import amount, next_step, run
@@ -100,6 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = options.output_dir or Path("runs") / f"sweep-{Path(options.recipe).stem}"
     sweep = Sweep(folder, recipe, QuestionSet(suite, data, options.limit or recipe.sweep.limit))
     cells = _checked_cells(options, sweep)
+    known = _require_same_sweep(sweep)
     jobs = options.jobs or _jobs(len(cells))
     done = [cell for cell in cells if sweep.result(cell)]
     failed = [cell for cell in cells if sweep.failure(cell)]
@@ -109,7 +110,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not todo:
         sys.stderr.write("nothing is left to run\n")
     _require_runnable(sweep, todo)
-    known = _require_same_sweep(sweep)
     if options.plan:
         return 0
     command = f"python -m milora_vl.sweep {shlex.join(words)}"
@@ -188,21 +188,24 @@ def _jobs(cells: int) -> int:
 def _require_same_sweep(sweep: Sweep) -> dict[str, Any]:
     """Return the content of sweep.json. More methods, rates, seeds or variants are allowed.
 
-    Raises UserError if the folder holds cells of another recipe, of other records or questions (under any names of
-    their files), or of a variant that has changed.
+    Raises UserError if the folder holds cells of another recipe, of other weights, records or questions (under any
+    names of their files), or of a variant that has changed.
     """
     known, recipe = read_json(sweep.folder / "sweep.json") or {}, sweep.recipe
     shared = recipe.model_dump() | {"sweep": {"train": recipe.sweep.train}}
     for name in ("path", "eval_path", "image_folder"):
         shared["data"].pop(name)
+    weights = [shared.pop(name) for name in ("model", "adapter", "after", "projector_weights")]
+    weights += [shared["parts"].pop(name) for name in ("vision_tower", "vision_weights")]
     data = read_records(recipe.data)
     if data.streamed:
         words = "are known by content; the sweep does not notice changes after them"
         sys.stderr.write(f"note: data.streaming: the first {amount(len(data.train), 'record')} {words}\n")
-    weights = [source.weight for source in recipe.data.path or () if not isinstance(source, str)]
+    shares = [source.weight for source in recipe.data.path or () if not isinstance(source, str)]
     key_of = FileKeys(recipe.data.image_folder or "")
     keys = {
-        "recipe": digest([shared, weights]),
+        "recipe": digest([shared, shares]),
+        "weights": digest(list(map(_content, weights))),
         "records": [
             data_key(sorted(record_key(record, key_of) for record in part))
             for part in (data.train, data.evaluation or ())
@@ -217,6 +220,14 @@ def _require_same_sweep(sweep: Sweep) -> dict[str, Any]:
         raise UserError(message, where="--output_dir", hint="choose another folder:  --output_dir ANOTHER")
     fields = {"model": sweep.recipe.model, "suite": sweep.questions.suite, "variants": before | now}
     return keys | fields
+
+
+def _content(model: str | None) -> object:
+    """Return the keys of the files of a model, an adapter or a part of one; a name of the hub stays a name."""
+    path = Path(model or "")
+    patterns = ("*.safetensors", "*.bin", "*config.json", "tokenizer.*")  # not what a report writes again
+    files = [path] if path.is_file() else [file for pattern in patterns if model for file in path.glob(pattern)]
+    return sorted(str(file_key(file)) for file in files) or model
 
 
 if __name__ == "__main__":

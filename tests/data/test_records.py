@@ -75,6 +75,7 @@ def test_messages_under_conversations_and_ms_swifts_form_are_read() -> None:
         ({"weight": True}, "record-weight"),
         ({"loss": 0}, "record-weight"),
         ({"reasoning_content": "Hm."}, "record-reasoning"),
+        ({"reasoning": "Hm."}, "record-reasoning"),
     ],
 )
 def test_what_a_message_says_about_its_training_is_never_dropped(keys: dict[str, Any], code: str) -> None:
@@ -83,6 +84,9 @@ def test_what_a_message_says_about_its_training_is_never_dropped(keys: dict[str,
         parse_record({"messages": [said[0], said[1] | keys]})
     with raises_code(code, kind=DataError):
         parse_record({"conversations": [{"from": "human", "value": "Hi?"}, {"from": "gpt", "value": "Yes."} | keys]})
+    for key, value in (("loss", False), ("weight", 0)):  # of a whole record, as of ms-swift
+        with raises_code("record-weight", kind=DataError):
+            parse_record({"messages": said, key: value})
     others: dict[str, Any] = {"name": "Ann", "weight": None, "loss": None, "reasoning_content": "", "tool_calls": []}
     assert parse_record({"messages": [said[0] | others, said[1]]}).unread == ("name",)
     part = {"type": "text", "text": "Yes.", "citation": "a book", "note": None}

@@ -97,15 +97,6 @@ def test_boxes_of_answers_are_scored_in_pixels_of_the_file(tmp_path: Path, monke
         OwnData(str(tmp_path / "val.json")).load(tmp_path)
 
 
-@pytest.mark.parametrize("form", ["lines in .json", "lines with a mark", "list with a mark"])
-def test_a_file_is_read_as_a_training_reads_it(form: str, tmp_path: Path) -> None:
-    path = llava_json(tmp_path)
-    rows = json.loads(path.read_text())
-    lines = "\n".join(map(json.dumps, rows))
-    path.write_text(lines if "lines" in form else json.dumps(rows), encoding="utf-8-sig" if "mark" in form else "utf-8")
-    assert [item.answers for item in OwnData(str(path)).load(tmp_path)] == [("Red.",), ("Red.",)]
-
-
 def two_files(folder: Path) -> tuple[Path, Path]:
     """Return two files of one name with other questions under the same ids, as two conversions make them."""
     for name, color in (("de", "rot"), ("ll", "red")):
@@ -182,6 +173,10 @@ def test_questions_without_a_type_have_the_most_frequent_answer_as_baseline(tmp_
     (tmp_path / "own.json").write_text(json.dumps(rows))
     items = OwnData(str(tmp_path / "own.json")).load(tmp_path)
     assert [item.baseline for item in items] == [0.0, 0.0, 1.0, 1.0, 1.0, 1.0]
+    said = ("No", "No", "Yes.", "yes", "YES")
+    yes_no = [row | {"answer": answer, "metric": "yes_no"} for row, answer in zip(rows, said, strict=False)]
+    (tmp_path / "yes.json").write_text(json.dumps(yes_no))
+    assert [item.baseline for item in OwnData(str(tmp_path / "yes.json")).load(tmp_path)] == [0.0, 0.0, 1.0, 1.0, 1.0]
     answers = [Answer(item, f"It is {item.answers[0]}.", 0.0) for item in items]
     for metric, name in (("anls", "ANLS"), ("yes_no", "accuracy")):
         other = [Answer(replace(item, meta={"metric": metric}), "x", 0.5) for item in items]

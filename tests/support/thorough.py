@@ -57,7 +57,6 @@ THOROUGH: dict[str, tuple[str, ...]] = {
         r"test_llava_scripts\.py::test_(both_stages|a_whole_model)",
         r"test_dry_run\.py::test_(fsdp_is|the_term_in|a_plan_is_made_for_devices|a_packaged_recipe)",
         r"test_estimate\.py::test_few_layers",
-        r"test_sweep\.py::test_mistakes.*sweep-cell-cannot-run",
         r"test_command_lines\.py::test_plans_and_lists",
     ),
     "one family, task or data set where several say as much": (

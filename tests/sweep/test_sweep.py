@@ -215,15 +215,20 @@ def test_a_sweep_holds_cells_of_one_content_whatever_its_files_are_called(
 ) -> None:
     rows = [{"image": n, "question": "Color?", "answer": name} for n, name in enumerate(NAMES)]
 
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "model.safetensors").write_bytes(b"weights")
+
     def known(folder: Path, **more: Any) -> dict[str, Any]:
         data = {"path": str(folder / "train.json"), "eval_path": str(folder / "val.json"), "image_folder": str(folder)}
         data |= more
-        recipe = Recipe.parse({**RECIPE, "data": data})
+        recipe = Recipe.parse({**RECIPE, "model": str(model), "data": data})
         return _require_same_sweep(Sweep(tmp_path, recipe, QuestionSet(benchmarks=str(folder / "mine.json"))))
 
     first = known(data_of(tmp_path / "a", rows, "picture"))
     (tmp_path / "sweep.json").write_text(json.dumps(first))
-    assert known(data_of(tmp_path / "renamed", rows[::-1], "other")) == first
+    model = model.rename(tmp_path / "renamed model")
+    assert known(data_of(tmp_path / "renamed", rows[::-1], "other")) == first | {"model": str(model)}
     assert "known by content" not in capsys.readouterr().err
     with pytest.raises(UserError, match="another recipe|other recipe"):
         known(tmp_path / "renamed", streaming=True)
@@ -233,7 +238,8 @@ def test_a_sweep_holds_cells_of_one_content_whatever_its_files_are_called(
         known(tmp_path / "a")
     data_of(tmp_path / "edited", rows, "picture")
     (tmp_path / "edited" / "train.json").write_text((tmp_path / "edited" / "train.json").read_text().replace("?", "!"))
-    with pytest.raises(UserError, match="holds a sweep of other records; nothing is overwritten"):
+    (model / "model.safetensors").write_bytes(b"trained")
+    with pytest.raises(UserError, match="holds a sweep of other weights and other records; nothing is overwritten"):
         known(tmp_path / "edited")
 
 
@@ -312,7 +318,7 @@ def test_a_failed_cell_is_recorded_and_retried_on_request(sweep: Sweep, capsys: 
         ({}, ["--lrs", "fast"], "command-line", "--lrs: "),
         ({"data": {"path": "train.json"}, "sweep": {}}, [], "", "data.eval_path"),
         ({"sweep": {"suite": "emoji", "train": {"max_step": 3}}}, [], "recipe-unknown-key", "max_step"),
-        ({}, ["--plan"], "sweep-cell-cannot-run", "val.json"),
+        ({}, ["--plan"], "data-missing-file", "val.json"),
         ({}, ["--suite", "emojis"], "eval-unknown-suite", "emoji"),
         ({}, ["--data", "nowhere"], "eval-missing-files", "not in nowhere"),
     ],

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from milora_vl.common.errors import UserError
 from milora_vl.sweep import __main__ as sweep
 from support.eval_questions import write_questions
 
@@ -55,6 +56,10 @@ def test_the_plan_shows_what_a_training_would_warn_of(tmp_path: Path, capsys: py
     given = ["--recipe", str(recipe), "--methods", "milora-paper", "--lrs", "1e-3", "--seeds", "1", "--plan"]
     assert sweep.main([*given, "--output_dir", str(tmp_path / "out")]) == 0
     assert "warning: the calibration has no effect" in capsys.readouterr().err
+    recipe.write_text(recipe.read_text().replace("modules: language", "modules: nothing"))
+    with pytest.raises(UserError) as error:
+        sweep.main(given)
+    assert error.value.first.code == "sweep-cell-cannot-run"
 
 
 @pytest.mark.slow

@@ -254,14 +254,17 @@ def test_records_are_shown_in_the_template_of_the_run(tiny_data: Path, capsys: p
     record = next(load_records(tiny_data / "val.json"))
     line = {"key": record_key(record, FileKeys(tiny_data / "images")), "loss": 2.0}
     words = ["show", str(tiny_data / "val.json"), "--worst", str(tiny_data)]
-    with raises_code("", hint=f"--image_folder {tiny_data / 'images'} --adapter {tiny_data} --output"):
-        milora_data(words)
+    for flag in ("--model", "--adapter"):
+        with raises_code("", hint=f"--image_folder {tiny_data / 'images'} {flag} {tiny_data} --output"):
+            milora_data(words)
+        (tiny_data / "adapter_config.json").touch()
     (tiny_data / "held_out.jsonl").write_text(json.dumps(line))
     for template, text in {"llama_3": "<|start_header_id|>", "chat_template": "ASSISTANT:"}.items():
         (tiny_data / "recipe.yaml").write_text(f"template: {template}")
         assert milora_data(words) == 0
         said = capsys.readouterr()
         assert text in said.out
+        assert f"of {words[1]} without a loss, not shown" in said.err
         assert ("the model's own prompt format" in said.err) == (template == "chat_template")
 
 

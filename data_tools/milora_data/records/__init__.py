@@ -151,6 +151,9 @@ def _turns(value: Mapping[str, Any]) -> tuple[Turn, ...]:
         keys = ", ".join(map(str, value)) or "none"
         hint = "records of other formats (tables, Alpaca, ...): python -m milora_data convert --help"
         raise DataError(f'"conversations" must be a list of turns; the keys of this record: {keys}', hint=hint)
+    if value.get("loss") is False or value.get("weight") == 0:
+        hint = "remove the record, or write it beside each answer that is not trained"
+        raise DataError('"loss" or "weight" of a whole record is not read', code="record-weight", hint=hint)
     turns: list[Turn] = []
     if value.get("tools") not in (*EMPTY, "[]"):
         turns.append(Turn("tools", json.dumps(_definitions(value["tools"]), ensure_ascii=False)))
@@ -209,9 +212,9 @@ def _from_json(value: Any) -> Any:
 
 def _weight(turn: Mapping[str, Any], role: Role, number: int) -> Literal[0, 1]:
     """Return the weight of a turn: `weight` of OpenAI's messages, or `loss` of ms-swift's. An answer has 1 without."""
-    if turn.get("reasoning_content"):
+    if key := next((key for key in ("reasoning_content", "reasoning") if turn.get(key)), None):
         hint = "write it into the text of the answer, as the model does, for example  <think>...</think>"
-        raise DataError(f"turn {number}: reasoning_content is not read", code="record-reasoning", hint=hint)
+        raise DataError(f"turn {number}: {key} is not read", code="record-reasoning", hint=hint)
     for key, allowed in (("weight", (0, 1)), ("loss", (False, True))):
         if (value := turn.get(key)) is None:
             continue

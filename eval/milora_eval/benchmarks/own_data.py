@@ -32,6 +32,7 @@ from milora_eval.benchmark import (
     means,
 )
 from milora_eval.benchmarks.short_answers import FIRST_LINE, anls, chartqa_correct, exact_match, in_first_line
+from milora_eval.benchmarks.short_answers import normalise as light_form
 from milora_eval.benchmarks.vqa import clean, leave_one_out, m4c_normalise, normalise
 from milora_eval.data_files import json_values
 from milora_vl.common.cli.web import url_problem
@@ -146,10 +147,12 @@ class OwnData(Benchmark):
 
     def load(self, data_dir: Path) -> list[Item]:
         items = read_questions(self.file(data_dir), data_dir)
-        answers: dict[str, Counter[str]] = defaultdict(Counter)
+        said: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)  # an answer to a type: how it is spelt
         for item in items:
-            answers[item.kind][item.answers[0]] += 1
-        frequent = {kind: min(counts, key=lambda text: (-counts[text], text)) for kind, counts in answers.items()}
+            form = yes_or_no if item.meta["metric"] == "yes_no" else light_form
+            said[item.kind, form(item.answers[0])][item.answers[0]] += 1
+        rising = sorted(said, key=lambda answer: (said[answer].total(), answer))
+        frequent = {answer[0]: min(said[answer], key=lambda text: (-said[answer][text], text)) for answer in rising}
         return [replace(item, baseline=self.score(item, frequent[item.kind])) for item in items]
 
     def score(self, item: Item, text: str) -> float:

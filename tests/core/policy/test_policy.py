@@ -69,6 +69,7 @@ def test_all_problems_come_together_with_their_dotted_place() -> None:
     [
         ("modules: language", "policy-value", "expected a list of rules, got dict"),
         ("[", "yaml-syntax", "not valid YAML"),
+        ("[" * 3000, "yaml-syntax", "not valid YAML"),
         ("language", "policy-value", "expected a list of rules, got str"),
         ([], "policy-value", "expected a list of rules, got an empty list"),
         (
