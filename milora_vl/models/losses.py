@@ -174,10 +174,9 @@ def _chunked_loss(
         supervised[1] = IGNORE
     positions, tokens = supervised
     count, is_fsdp = len(positions), uses_fsdp(inner)
-    num_chunks = math.ceil(count / size)
-    read: Callable[[], int] = functools.partial(int, num_chunks)
+    read: Callable[[], int] = functools.partial(math.ceil, count / size)
     if (is_fsdp or is_deepspeed_zero3_enabled()) and rank_and_world_size()[1] > 1:
-        read = maximum_later(num_chunks, positions.device)  # each chunk gathers the head, in all processes
+        read = maximum_later(read(), positions.device)  # each chunk gathers the head, in all processes
     calls: list[tuple[Any, Tensor]] = []
     forward = inner.forward
 

@@ -485,10 +485,7 @@ def set_attention(model: Any, recipe: Recipe) -> None:
 
 
 class RequireShards(TrainerCallback):
-    """Raise RuntimeError if the training starts with whole weights: it would be DDP under another name.
-
-    Gemma 4 gets its embeddings whole until the backward pass.
-    """
+    """Raise RuntimeError if the training starts with whole weights: it would be DDP under another name."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any

@@ -7,16 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from milora_vl.models.tiny import tiny_llava, tiny_tokenizer
+from milora_vl.models.tiny import tiny_tokenizer
 from milora_vl.train import launch
 from milora_vl.train.__main__ import main
 from support.launched import FSDP, needs_bf16_shards, train_in_two
 from support.problems import raises_code
 from support.train_runs import losses, training
+
+NAME = "adapter_model.safetensors"
 
 
 def difference(first: Path, second: Path) -> float:
@@ -28,9 +29,8 @@ def test_a_run_with_fsdp_continues_with_the_same_bits_and_in_one_process_without
     tiny_data: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In another folder and with an empty cache. LLaVA reads no last layer of the vision tower: it has no gradients."""
-    rules = [{"modules": tower, "method": "milora", "rank": 4} for tower in ("language", "projector")]
-    rules.append({"modules": "vision", "method": "lora", "rank": 4})
-    extra = ["--model", str(tiny_folder), "--policy", json.dumps(rules), "--dropout", "0", "--gradient_checkpointing"]
+    rules = "[{modules: language, method: milora, rank: 4}, {modules: vision, method: lora, rank: 4}]"
+    extra = ["--model", str(tiny_folder), "--policy", rules, "--dropout", "0", "--gradient_checkpointing"]
     extra += ["--base_kl_weight", "0"]  # each process reads other texts
     two = [*extra, "--per_device_train_batch_size", "2"]
     resume = ["--resume_from_checkpoint", str(tmp_path / "two" / "checkpoint-4")]
@@ -46,22 +46,15 @@ def test_a_run_with_fsdp_continues_with_the_same_bits_and_in_one_process_without
     monkeypatch.setenv("MILORA_CACHE", str(tmp_path / "empty"))
     assert main(training(tiny_data, tmp_path / "elsewhere", *extra, *resume)) == 0
     assert losses(tmp_path / "again")[-2:] == losses(tmp_path / "two")[-2:]
-    files = [(tmp_path / run / "adapter_model.safetensors").read_bytes() for run in ("again", "two")]
-    assert files[0] == files[1]
+    assert (tmp_path / "again" / NAME).read_bytes() == (tmp_path / "two" / NAME).read_bytes()
     last, expected = (dict(losses(tmp_path / run)[-2:]) for run in ("elsewhere", "one"))
     assert last == pytest.approx(expected, abs=1e-5)
     for run in ("two", "gradients"):
         assert difference(tmp_path / "one", tmp_path / run) <= 1e-5, run
-    ids = torch.arange(5, 25).reshape(2, 10)
-    with torch.no_grad():
-        outputs = [
-            PeftModel.from_pretrained(tiny_llava()[0], tmp_path / run)(input_ids=ids).logits
-            for run in ("one", "two", "elsewhere", "gradients")
-        ]
-        base = tiny_llava()[0](input_ids=ids).logits
-    for output in outputs[1:]:
-        torch.testing.assert_close(output, outputs[0], rtol=0, atol=1e-5)
-    assert (outputs[0] - base).abs().max() > 1e-3, "the training changed nothing"
+    one, *others = (load_file(tmp_path / run / NAME) for run in ("one", "two", "elsewhere", "gradients"))
+    for other in others:
+        torch.testing.assert_close(other, one, rtol=0, atol=2e-4)  # what a step of Adam makes of rounding
+    assert max(float(tensor.abs().max()) for name, tensor in one.items() if "lora_B" in name) > 1e-3
 
 
 @pytest.mark.slow
@@ -106,7 +99,7 @@ def test_float32_adapters_train_on_a_bfloat16_base_under_autocast(
     assert main(training(tiny_data, tmp_path / "one", *words)) == 0
     train_in_two([training(tiny_data, tmp_path / "two", *words, "--per_device_train_batch_size", "2", *FSDP)], tmp_path)
     assert difference(tmp_path / "one", tmp_path / "two") < 1e-3
-    adapters = [load_file(tmp_path / run / "adapter_model.safetensors") for run in ("one", "two")]
+    adapters = [load_file(tmp_path / run / NAME) for run in ("one", "two")]
     assert adapters[0].keys() == adapters[1].keys()
     assert {tensor.dtype for tensor in adapters[1].values()} == {torch.float32}
 
