@@ -20,7 +20,7 @@ from milora_vl.interop.imported import import_adapter, kind_of, names_residual_b
 from milora_vl.interop.lora_folder import write_ours
 from milora_vl.interop.scale import Update, require_linear, require_scale
 from milora_vl.models.base import load_processor
-from milora_vl.models.devices import Quantization, device_named, dtype_named
+from milora_vl.models.devices import Quantization, device_named, fastest_dtype
 from milora_vl.models.loading import load_weights
 from milora_vl.models.projector import load_projector, projector_of
 
@@ -85,7 +85,8 @@ def load_by_flags(
     Without a device, the model goes to the first GPU, or to the CPU without one.
     """
     chosen = device_named(device)
-    return load_model(name, adapter=adapter, scale=scale, dtype=dtype_named(dtype, chosen), device=chosen)
+    named = fastest_dtype(chosen) if dtype == "fastest" else getattr(torch, dtype) if dtype else None
+    return load_model(name, adapter=adapter, scale=scale, dtype=named, device=chosen)
 
 
 def update_since(base: str, model: nn.Module) -> Update:

@@ -27,17 +27,6 @@ def device_named(name: str | None) -> torch.device:
     return torch.device(name) if name else gpu if gpu is not None and gpu.type != "mps" else torch.device("cpu")
 
 
-def dtype_named(name: str | None, device: torch.device) -> torch.dtype | None:
-    """Return the dtype of that name (`fastest`: see `fastest_dtype`); None without a name.
-
-    >>> dtype_named("float32", torch.device("cpu"))
-    torch.float32
-    """
-    if name is None:
-        return None
-    return fastest_dtype(device) if name == "fastest" else getattr(torch, name)
-
-
 def fastest_dtype(device: torch.device) -> torch.dtype:
     """Return bfloat16 if the device supports it natively, else float32, because emulation on a CPU is slow.
 

@@ -1,7 +1,7 @@
 """What the user asked for: an adapter or earlier run, the recipe, LLaVA's flags and flags, joined and validated once.
 
-Later layers win. The layers are plain mappings. This is the only file that edits the rules of a policy. No model, data
-or device is looked at, but for the default rules, which must fit the base.
+Later layers win. The layers are plain mappings. Only this file and `default_policy.py` edit the rules of a policy. No
+model, data or device is looked at.
 """
 
 from __future__ import annotations
@@ -28,11 +28,9 @@ from milora_vl.core.adapter.folders import (
     require_adapter,
 )
 from milora_vl.core.adapter.sidecar import FILE_NAME, read_sidecar, require_trainable
-from milora_vl.core.policy import Policy, PolicyError, Rule, Target
-from milora_vl.core.policy.resolve import RankTooLarge
-from milora_vl.core.policy.rules import DEFAULT_RULES, FULL_PROJECTOR, UNALIGNED_PROJECTOR, RuleDict, without_projector
+from milora_vl.core.policy import Rule, Target
+from milora_vl.core.policy.rules import DEFAULT_RULES, RuleDict
 from milora_vl.core.policy.rules import METHODS as RULE_METHODS
-from milora_vl.models.base import Base
 from milora_vl.train.settings import (
     ADAPTERS,
     PROG,
@@ -387,53 +385,6 @@ def contradictions(adapter: str, settings: Mapping[str, Any], recipe: Recipe) ->
 def to_merge(adapter: Path) -> str:
     command = command_line("milora_vl.export", adapter, "--to", "merged", "--output_dir", "MERGED")
     return f"{command}\nthen  --model MERGED"
-
-
-def default_rules(settings: Settings, base: Base) -> tuple[list[RuleDict], list[str]]:
-    """Return the default rules as they fit a base, after the flags, and notes about what is not as usual."""
-    recipe, edits, notes = settings.recipe, settings.request.edits, list[str]()
-    rules = list(recipe.policy or [])
-    projector = base.towers.projector
-    rate = {} if edits.mm_projector_lr is None else {"learning_rate": edits.mm_projector_lr}
-    if projector is None:
-        if rate:
-            hint = "remove the flag"
-            raise UserError(
-                f"{base.name} has no projector", code="flag-no-effect", where="--mm_projector_lr", hint=hint
-            )
-        rules = without_projector(rules)
-    elif recipe.projector_weights:
-        rules = [*without_projector(rules), FULL_PROJECTOR | rate]
-        notes.append(
-            "the base does not hold the projector of  --projector_weights, so it trains in full and unprotected, and "
-            "the adapter holds it"
-        )
-    elif base.parts is not None:
-        rules = [*without_projector(rules), UNALIGNED_PROJECTOR | rate]
-        notes.append(
-            "the projector has never been aligned, so it trains in full and unprotected; align it first with  "
-            "--recipe pretrain-projector-llava, then pass  --projector_weights"
-        )
-    elif not _takes_adapter("projector", base):
-        rules = [*without_projector(rules), FULL_PROJECTOR | rate]
-        notes.append("the projector has no linear layers, so it trains in full and unprotected")
-    if edits.rank is None:
-        try:
-            Policy.parse(rules).resolve(base.meta)
-        except PolicyError as error:
-            largest = [problem.largest for problem in error.problems if isinstance(problem, RankTooLarge)]
-            if largest:
-                rank = max(1, min(largest) // 2)
-                rules = [{**rule, "rank": rank, "alpha": rank} if "rank" in rule else rule for rule in rules]
-                notes.append(f"the smallest matrix of this model has rank {min(largest)}: the ranks are {rank}")
-    return rules, notes
-
-
-def _takes_adapter(modules: str, base: Base) -> bool:
-    try:
-        return bool(Policy.parse([{"modules": modules, "method": "lora", "rank": 1}]).resolve(base.meta))
-    except PolicyError:
-        return False
 
 
 # The values that are accepted, and why no other is.

@@ -33,7 +33,7 @@ from milora_vl.core.adapter import folders
 from milora_vl.core.adapter.lora import base_model_of
 from milora_vl.core.policy import Target
 from milora_vl.models.base import Base, is_to_build
-from milora_vl.models.devices import dtype_named, fastest_dtype, quantization_config, train_device, unquantized
+from milora_vl.models.devices import fastest_dtype, quantization_config, train_device, unquantized
 from milora_vl.models.loading import load_weights
 from milora_vl.models.projector import load_projector
 from milora_vl.train.settings import AUTOCAST, RENAMED, Recipe, Request, value_of
@@ -274,9 +274,10 @@ def _base_dtype(recipe: Recipe, device: torch.device, request: Request) -> torch
     name = recipe.dtype
     if name == "fastest" and (run := folders.resumed_run(request.output_dir, request.resume)):
         name = folders.recipe_of_run(run).get("dtype", name)  # what was the fastest there
-    named = dtype_named(None if name == "auto" else name, device)
-    if named is not None:
-        return named
+    if name == "fastest":
+        return fastest_dtype(device)
+    if name != "auto":
+        return getattr(torch, name)
     if device.type in ("cpu", "mps"):
         return torch.float32
     if recipe.train.get("bf16"):

@@ -56,7 +56,8 @@ from milora_vl.train.counts import (
     workload_of,
 )
 from milora_vl.train.data import processor_settings, require_evaluation, require_usable
-from milora_vl.train.join_settings import Settings, default_rules
+from milora_vl.train.default_policy import default_rules
+from milora_vl.train.join_settings import Settings
 from milora_vl.train.launch import Launch, hf_arguments, launch_of, missing_packages
 from milora_vl.train.resume import (
     ResumedRun,
@@ -76,6 +77,7 @@ from milora_vl.train.settings import (
     Request,
     value_of,
     with_rates,
+    without_unseen_projector,
 )
 
 
@@ -129,18 +131,6 @@ class Run:
             flops=flops,
             row=row,
         )
-
-    def on_records(self, *, has_pictures: bool) -> tuple[Run, str]:
-        """Return the run on records with or without pictures, and a note.
-
-        Where no picture calibrates a protected projector, it stays frozen.
-        """
-        has_pictures = has_pictures and self.recipe.calibration.num_pictures > 0
-        kept = tuple(target for target in self.targets if target.tower != "projector" or not target.protect)
-        is_needed = self.recipe.adapter is None and self.recipe.calibration.data is None
-        if has_pictures or not is_needed or len(kept) in (0, len(self.targets)):
-            return self, ""
-        return replace(self, targets=kept), "note: no picture calibrates the projector, so it stays frozen"
 
     def composed(self) -> tuple[Run, str]:
         """Return the run on a base that exists, composed of its parts at first use, and a log line.
@@ -469,7 +459,9 @@ def show(settings: Settings) -> int:
         absent = [problem for problem in problems if problem.where in files and not Path(problem.where).exists()]
         needs += [f"{problem.where}, which is not here (or {files[str(problem.where)]} FILE)" for problem in absent]
         problems = [problem for problem in problems if problem not in absent]
-    run, note = run.on_records(has_pictures=recipe.data.streaming or counts.has_pictures)
+    has_pictures = recipe.data.streaming or counts.has_pictures
+    targets, note = without_unseen_projector(run.targets, recipe, has_pictures=has_pictures)
+    run = replace(run, targets=targets)
     if note:
         screen.say(note)
     with collected(problems):

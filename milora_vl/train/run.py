@@ -71,6 +71,7 @@ from milora_vl.train.resume import (
     shown_value,
     task_entry,
 )
+from milora_vl.train.settings import without_unseen_projector
 from milora_vl.train.start import Built, build_model, compile_blocks, make_texts, show_start
 from milora_vl.train.trainer import MiloraTrainer
 
@@ -92,9 +93,7 @@ def train(settings: Settings) -> int:
                 screen.warn(warning)
             if run.args.should_save:
                 stack.enter_context(created(run.folder.path))
-            records = read_records(run, screen)
-            run = freeze_unseen_projector(run, records, screen)
-            earlier = read_earlier_records(run.tasks, run.recipe, screen, are_used=run.reads_calibration)
+            run, records, earlier = read_records(run, screen)
             run = compose_base(run, screen)
             questions = training_questions(run.recipe)
             loaded, processor = load_base(run, records, screen)
@@ -131,12 +130,21 @@ def close_processes() -> None:
         dist.destroy_process_group()
 
 
-def read_records(run: Run, screen: Screen) -> RunData:
-    """Read and check the records. Raises UserError for others than another process or the resumed run has."""
+def read_records(run: Run, screen: Screen) -> tuple[Run, RunData, EarlierRecords]:
+    """Read and check the records and those of earlier tasks. Returns the run on them: an unseen projector is frozen.
+
+    Raises UserError for other records than another process or the resumed run has.
+    """
     recipe, folder = run.recipe, run.folder
     with screen.step(f"reading {source_text(recipe.data.path)}"):
         records = data.read_records(recipe.data)
     warnings = records.warnings()
+    # The first records of a stream say nothing about all.
+    has_pictures = recipe.data.streaming or any(record.images for record in records.train)
+    targets, note = without_unseen_projector(run.targets, recipe, has_pictures=has_pictures)
+    run = replace(run, targets=targets)
+    if note:
+        screen.say(note)
     checkpoint = None if folder.checkpoint is None else folder.checkpoint.name
     told = gather_objects((checkpoint, records.fingerprint, records.pictures))
     require_same_checkpoint(folder.path, [name for name, *_ in told])
@@ -146,27 +154,21 @@ def read_records(run: Run, screen: Screen) -> RunData:
         raise UserError(message, where=str(recipe.data.path), hint="all machines must see the same data")
     if run.earlier is not None:
         warnings += require_same_records(run.earlier.folder, records, recipe)
-    elif recipe.adapter and has_other_records(Path(recipe.adapter), records.fingerprint):
-        screen.say(
-            f"note: {recipe.adapter} was trained on other records, and this run overwrites what it has learned; "
-            f"--after {recipe.adapter} keeps it"
-        )
-    elif any(task["fingerprint"] == records.fingerprint for task in run.tasks):
-        screen.say("note: an earlier run was trained on these records; for more steps on them use --adapter")
     if folder.checkpoint is not None:
         stage, fsdp = stage_of(run.args), bool(run.args.fsdp)
         warnings += resume_warnings(folder.checkpoint, processes=run.args.world_size, stage=stage, fsdp=fsdp)
     for warning in warnings:
         screen.warn(warning)
-    return records
-
-
-def freeze_unseen_projector(run: Run, records: RunData, screen: Screen) -> Run:
-    is_stream = run.recipe.data.streaming  # its first records say nothing about all
-    run, note = run.on_records(has_pictures=is_stream or any(record.images for record in records.train))
-    if note:
-        screen.say(note)
-    return run
+    earlier = read_earlier_records(run.tasks, recipe, screen, are_used=run.reads_calibration)
+    is_new = run.earlier is None
+    if is_new and recipe.adapter and has_other_records(Path(recipe.adapter), records.fingerprint):
+        screen.say(
+            f"note: {recipe.adapter} was trained on other records, and this run overwrites what it has learned; "
+            f"--after {recipe.adapter} keeps it"
+        )
+    elif is_new and any(task["fingerprint"] == records.fingerprint for task in run.tasks):
+        screen.say("note: an earlier run was trained on these records; for more steps on them use --adapter")
+    return run, records, earlier
 
 
 def compose_base(run: Run, screen: Screen) -> Run:

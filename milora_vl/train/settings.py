@@ -543,6 +543,21 @@ def with_rates(targets: Sequence[Target], train: Mapping[str, Any]) -> list[Targ
     ]
 
 
+def without_unseen_projector(
+    targets: Sequence[Target], recipe: Recipe, *, has_pictures: bool
+) -> tuple[tuple[Target, ...], str]:
+    """Return the targets on records with or without pictures, and a note.
+
+    Where no picture calibrates a protected projector, it stays frozen.
+    """
+    has_pictures = has_pictures and recipe.calibration.num_pictures > 0
+    kept = tuple(target for target in targets if target.tower != "projector" or not target.protect)
+    is_needed = recipe.adapter is None and recipe.calibration.data is None
+    if has_pictures or not is_needed or len(kept) in (0, len(targets)):
+        return tuple(targets), ""
+    return kept, "note: no picture calibrates the projector, so it stays frozen"
+
+
 # Flag of LLaVA's scripts -> (type, help). Other names of our flags (--lora_r, --version, ...) are with these flags.
 LLAVA_FLAGS: dict[str, tuple[type, str]] = {
     "lora_enable": (bool, "an adapter on the language tower (milora, or --method), the projector in full"),
