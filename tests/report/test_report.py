@@ -390,6 +390,11 @@ def test_the_front_matter_has_the_schema_of_the_hub(tmp_path: Path) -> None:
     (found,) = ModelCard.load(card).data.eval_results or []
     assert (found.dataset_name, found.metric_type, found.metric_value) == ("emoji", "mean F1", 53.7)
     assert card.read_text().count("model-index") == 1
+    pair = {"a": score, "b": score | {"value": 0.25, "detail": False}}  # over the questions that its base has too
+    paired = {"benchmark": "emoji", "headline": "mean F1", "pairs": [pair]}
+    results.write_text(json.dumps(json.loads(results.read_text()) | {"comparison": {"benchmarks": [paired]}}))
+    model_card.update_scores(tmp_path)
+    assert [each.metric_value for each in ModelCard.load(card).data.eval_results or []] == [25.0]
 
 
 def test_the_card_names_layers_that_protect_less_than_their_rule(tmp_path: Path) -> None:
