@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from PIL import Image
 
 from milora_data.__main__ import main
-from milora_data.check import MissingImages, TrainingCheck, scan
+from milora_data.check import MissingImages, TrainingCheck, read_training_records, scan
 from milora_data.stream import load_records
 from milora_vl.common.errors import DataError
 from support.problems import raises_code
@@ -179,6 +180,13 @@ def test_a_run_knows_its_pictures_by_their_content(
         keys.append(check_for_training(path, images)[0].picture_keys(images))
     assert keys[0] == keys[1] != keys[2]
     assert (keys[0] == keys[3]) == (compared == 0)
+
+
+def test_the_first_records_of_a_stream_are_told_by_their_content(write: Callable[..., Path], tiny_data: Path) -> None:
+    (record,) = load_records(write(turns((H, "<image>\na"), (G, "b")) | {"image": "0.png"}))
+    for other, count in ((replace(record, source="elsewhere:7"), 1), (record.within(tiny_data / "images"), 2)):
+        data = read_training_records("x", image_folder=str(tiny_data / "images"), stream=[record, other])
+        assert len(data.train) == count
 
 
 def test_a_file_url_is_a_path_like_any_other(write: Callable[..., Path], tiny_data: Path, capsys: Any) -> None:

@@ -258,7 +258,7 @@ def test_records_are_shown_in_the_template_of_the_run(tiny_data: Path, capsys: p
         with raises_code("", hint=f"--image_folder {tiny_data / 'images'} {flag} {tiny_data} --output"):
             milora_data(words)
         (tiny_data / "adapter_config.json").touch()
-    (tiny_data / "held_out.jsonl").write_text(json.dumps(line))
+    (tiny_data / "held_out.jsonl").write_text(json.dumps(line) + "\n" + "[" * 20_000)  # not JSON, and deep
     for template, text in {"llama_3": "<|start_header_id|>", "chat_template": "ASSISTANT:"}.items():
         (tiny_data / "recipe.yaml").write_text(f"template: {template}")
         assert milora_data(words) == 0
