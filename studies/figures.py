@@ -117,7 +117,7 @@ TASKS = (
     ),
     TaskFiles(
         "SmolLM2: topics", 300, 16, ("equal.smollm2-300",),
-        {"protected": OURS, "lora": "LoRA"}, held_out=(96, 240),
+        {"protected": OURS, "lora": "LoRA", "lora-kl": WITH_KL}, held_out=(96, 240),
     ),
     TaskFiles(
         f"SmolLM2: topics{EARLIER}", 40, 16, ("default.smollm2", "curves.smollm2"),
@@ -136,7 +136,7 @@ TASKS = (
     ),
     TaskFiles(
         f"smol-llava: emoji{EARLIER}", 30, 8, ("default.smol-llava", "fixed-a.smol-llava"),
-        {"plain": OURS, "lora-both": "LoRA", "lora-both-kl": WITH_KL, "random-rows": RANDOM}, "lora-both",
+        {"plain": OURS, "lora-both": "LoRA", "random-rows": RANDOM}, "lora-both",
         held_out=(64, 111),
     ),
     TaskFiles(

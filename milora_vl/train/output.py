@@ -235,14 +235,22 @@ def write_held_out(
 ) -> None:
     """Write the losses of the held-out records, highest first: wrong labels come first. All processes take part.
 
-    Beside the losses of the last evaluation are the losses with the adapter off.
+    Beside the losses of the last evaluation are the losses with the adapter off. The model in memory is that of the
+    last step: where an earlier checkpoint was the best, which the folder holds, the command for its losses is printed.
     """
     is_over = trainer.is_deepspeed_enabled and trainer.deepspeed is None  # resumed without a step left: no engine
     if records is None or is_over or trainer.args.eval_strategy == "no":
         return
+    path, last = run.folder.path, trainer.state.global_step
+    if trainer.args.load_best_model_at_end and trainer.state.best_global_step not in (None, last):
+        flag = ("--adapter" if has_config(path) else "--model", path)
+        where = ("--image_folder", run.recipe.data.image_folder) if run.recipe.data.image_folder else ()
+        words = ("losses", run.recipe.data.eval_path, *where, *flag, "--output", "losses.jsonl")
+        command = command_line("milora_eval", *words)
+        screen.say(f"the best checkpoint is not the last; losses of its held-out records:  {command}")
+        return
     with screen.step("losses of the held-out records"), run_failures(trainer.args):
-        is_last = trainer.evaluated_step == trainer.state.global_step and not trainer.args.load_best_model_at_end
-        after, before = _losses(trainer, measure=not is_last), dict[str, float]()
+        after, before = _losses(trainer, measure=trainer.evaluated_step != last), dict[str, float]()
         if trainer.checkpoint_kind == "adapter":
             with cast("Any", trainer.trained()).disable_adapter():
                 before = _losses(trainer)

@@ -125,6 +125,15 @@ def renamed_and_shuffled(data: Path, folder: Path) -> Path:
     return folder
 
 
+def test_losses_are_never_those_of_another_model_than_the_saved_one(data: Path, tmp_path: Path, capsys: Any) -> None:
+    flags = ["--eval_data_path", str(data / "val.json"), "--eval_strategy", "steps", "--eval_steps", "1"]
+    flags += ["--save_steps", "1", "--load_best_model_at_end", "--greater_is_better", "True", "--max_steps", "2"]
+    assert main(training(data, tmp_path / "run", *EXTRA, *flags, "--learning_rate", "0.1")) == 0
+    assert read_json(tmp_path / "run", "trainer_state.json")["best_global_step"] == 1, "the loss falls"
+    assert not (tmp_path / "run" / "held_out.jsonl").exists()
+    assert "milora_eval losses" in capsys.readouterr().err
+
+
 @needs_places
 def test_renamed_pictures_and_shuffled_files_change_no_output(data: Path, tmp_path: Path, capsys: Any) -> None:
     """Findings, leaks, held-out division, lengths, start, losses, weights, answers and scores follow content.
