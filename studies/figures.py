@@ -117,7 +117,8 @@ TASKS = (
     ),
     TaskFiles(
         "SmolLM2: topics", 300, 16, ("equal.smollm2-300",),
-        {"protected": OURS, "lora": "LoRA", "lora-kl": WITH_KL}, held_out=(96, 240),
+        {"protected": OURS, "protected-kl": f"{OURS}, `base_kl`", "lora": "LoRA", "lora-kl": WITH_KL},
+        held_out=(96, 240),
     ),
     TaskFiles(
         f"SmolLM2: topics{EARLIER}", 40, 16, ("default.smollm2", "curves.smollm2"),
