@@ -243,6 +243,8 @@ def write_held_out(
         return
     path, last = run.folder.path, trainer.state.global_step
     if trainer.args.load_best_model_at_end and trainer.state.best_global_step not in (None, last):
+        if trainer.args.should_save:
+            (path / HELD_OUT).unlink(missing_ok=True)  # of the run before it was resumed
         flag = ("--adapter" if has_config(path) else "--model", path)
         where = ("--image_folder", run.recipe.data.image_folder) if run.recipe.data.image_folder else ()
         words = ("losses", run.recipe.data.eval_path, *where, *flag, "--output", "losses.jsonl")

@@ -49,6 +49,8 @@ def test_columns_and_a_split_are_named(form: str, tmp_path: Path) -> None:
         main([*words, "--columns", f"{columns},input=Farbe"])
     with raises_code("flag-no-effect", where="--prompt"):
         main([*words, "--columns", columns, "--prompt", "What?"])
+    with raises_code("data-missing-file", where="none.json", kind=DataError):
+        main(["convert", "none.json", "--output_dir", str(out)])
     with raises_code("command-line", message="'picture'"):
         main([*words, "--columns", "picture=Bild"])
     with raises_code("command-line", message="'image'"):
