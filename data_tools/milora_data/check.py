@@ -12,8 +12,8 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
-from itertools import islice
+from functools import cached_property, lru_cache, partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -74,8 +74,6 @@ _BROKEN_TEXT = re.compile("[\ud800-\udfff]")
 _SENTENCES = ("broken_json", "not_a_record", "turn_order", "placeholders")
 _STORED_AT_ONCE = 256  # pictures of shards and tables that are kept until they are decoded together
 KEY_BYTES = 4  # of the key of each record and picture, by which a resumed run names the first that differs
-COMPARED = 2**30  # bytes of picture files that a resumed run compares whole; of more, each by its size and a part
-PART = 2**14  # bytes in the middle of a file; compressed pictures that differ do not share them
 _Records: TypeAlias = dict[Picture, list[tuple[str, str]]]  # picture or video -> place and id of each record with it
 
 
@@ -350,7 +348,6 @@ class TrainingCheck:
         self.keys = bytearray()  # KEY_BYTES of each record: of its texts and its stored pictures
         self._errors: list[Finding] = []
         self._used: dict[Picture, str] = {}  # picture or video in a file -> the first record with it
-        self._sizes: dict[Picture, int | None] = {}
         self._reads_video_files = False
 
     def passing(self, records: Iterable[Record]) -> Iterator[Record]:
@@ -373,20 +370,11 @@ class TrainingCheck:
             self._used.setdefault(file, record.source)
 
     def without(self, kept: Iterable[Record]) -> TrainingCheck:
-        """Return the check of some of the records, after `finish`."""
+        """Return the check of some of the records."""
         check = TrainingCheck()
         for record in kept:
             check.add(record)
-        check._sizes = self._sizes
         return check
-
-    def picture_keys(self, image_folder: str | Path | None) -> bytes:
-        """Return KEY_BYTES of each picture file, after `finish`: of its size and its content."""
-        keys, part = bytearray(), PART if sum(self._sizes[file] or 0 for file in self._used) > COMPARED else None
-        for file in self._used:
-            content = file_key(file.within(Path(image_folder or "")), part)
-            keys += bytes.fromhex(digest([self._sizes[file], content]))[:KEY_BYTES]
-        return bytes(keys)
 
     def finish(self, image_folder: str | Path | None, bad_images: ImagePolicy) -> set[Picture]:
         """Return the pictures that are missing or empty.
@@ -404,14 +392,24 @@ class TrainingCheck:
             raise DataError(problems=[no_records("the data")])
         if self._errors:
             raise _broken(self._errors)
-        self._sizes = {file: _num_bytes(file, folder) for file in self._used}
-        missing = [file for file, size in self._sizes.items() if not size]
+        missing = find_missing(self._used, folder)
         if missing and bad_images == "raise":
             raise MissingImages(missing, self._used, folder)
         return set(missing)
 
 
-@dataclass(frozen=True, slots=True)
+def picture_files(records: Iterable[Record]) -> list[Picture]:
+    """Return the pictures and videos of the records that are files, each once, in the order of first use."""
+    return list(dict.fromkeys(chain.from_iterable(map(files_of, records))))
+
+
+def _picture_keys(records: Iterable[Record], folder: Path) -> bytes:
+    """Return KEY_BYTES of each of the `picture_files`, of its whole content."""
+    keys = (digest(file_key(file.within(folder))) for file in picture_files(records))
+    return b"".join(bytes.fromhex(key)[:KEY_BYTES] for key in keys)
+
+
+@dataclass(frozen=True)
 class RunData:
     train: Sequence[Record]
     evaluation: Sequence[Record] | None
@@ -420,11 +418,21 @@ class RunData:
     broken: tuple[Finding, ...] = ()  # invalid records, if --bad_images is not raise
     streamed: bool = False  # `train` holds the first records of a stream
     keys: bytes = b""  # of each record of `train`: of its texts and its stored pictures (`TrainingCheck.keys`)
-    picture_keys: bytes = b""  # of each picture file of `train` (`TrainingCheck.picture_keys`)
-    held_out_keys: bytes = b""  # of each record of `evaluation`, then of each of its picture files
+    evaluation_keys: bytes = b""  # of each record of `evaluation`
+    folder: Path = Path()  # of the picture files
     with_images: bytes = b""  # 1 for each record of `train` with an image, 0 for each other
     num_with_videos: int = 0  # of `train`
     unread: Mapping[str, int] = field(default_factory=dict)  # keys of turns that are not read
+
+    @cached_property
+    def picture_keys(self) -> bytes:
+        """The keys of the picture files of `train`, which are read whole when this is first used."""
+        return _picture_keys(self.train, self.folder)
+
+    @cached_property
+    def held_out_keys(self) -> bytes:
+        """The keys of the records of `evaluation`, then of its picture files."""
+        return self.evaluation_keys + _picture_keys(self.evaluation or (), self.folder)
 
     @property
     def fingerprint(self) -> str:
@@ -483,7 +491,7 @@ def read_training_records(
     return replace(
         train,
         evaluation=held_out.train,
-        held_out_keys=held_out.keys + held_out.picture_keys,
+        evaluation_keys=held_out.keys,
         skipped=train.skipped + held_out.skipped,
         unlearnable=train.unlearnable + held_out.unlearnable,
         broken=train.broken + held_out.broken,
@@ -556,7 +564,7 @@ def _described(data: RunData, check: TrainingCheck, image_folder: str | None) ->
     return replace(
         data,
         keys=bytes(check.keys),
-        picture_keys=check.picture_keys(image_folder),
+        folder=Path(image_folder or ""),
         with_images=bytes(check.with_images),
         num_with_videos=check.num_with_videos,
         unread=check.unread,

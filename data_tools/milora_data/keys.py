@@ -31,19 +31,13 @@ def digest(value: object) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(value, sort_keys=True, default=str).encode())
 
 
-def file_key(place: PictureFile, part: int | None = None) -> str | None:
-    """Return the key of a picture or video: a hash of its bytes, or of `part` of them in its middle.
-
-    None for a file that is missing or may not be read.
-    """
+def file_key(place: PictureFile) -> str | None:
+    """Return the key of a picture or video: a hash of its bytes; None for a file that is missing or may not be read."""
     total = xxhash.xxh3_128()
     try:
         source = opened(place)
         with source if isinstance(source, BytesIO) else Path(source).open("rb") as file:
-            if part is not None:
-                file.seek(max(0, file.seek(0, os.SEEK_END) - part) // 2)
-                total.update(file.read(part))
-            while part is None and (chunk := file.read(1 << 22)):
+            while chunk := file.read(1 << 22):
                 total.update(chunk)
     except (OSError, ValueError):  # ValueError: a NUL in a name
         return None

@@ -8,10 +8,9 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from milora_data.check import KEY_BYTES, RunData, files_of, source_text
+from milora_data.check import KEY_BYTES, RunData, picture_files, source_text
 from milora_data.records.record import Record
 from milora_vl.common import atomic_write
 from milora_vl.common.cli.console import amount, command_line
@@ -283,9 +282,9 @@ def require_same_records(folder: Path, data: RunData, recipe: Recipe) -> list[st
     """
     before = read_start(folder, RECORDS)
     require_same("records", before["records"], data.keys, lambda number: data.train[number].source)
-    require_same("pictures", before["pictures"], data.picture_keys, lambda number: _files(data.train)[number])
+    require_same("pictures", before["pictures"], data.picture_keys, lambda number: picture_files(data.train)[number])
     held_out, warnings = data.evaluation or (), list[str]()
-    names = lambda: [*(record.source for record in held_out), *_files(held_out)]  # noqa: E731
+    names = lambda: [*(record.source for record in held_out), *picture_files(held_out)]  # noqa: E731
     try:
         if before["held_out"] and data.held_out_keys:
             require_same("held-out data", before["held_out"], data.held_out_keys, lambda number: names()[number])
@@ -297,11 +296,7 @@ def require_same_records(folder: Path, data: RunData, recipe: Recipe) -> list[st
     return [*warnings, *([unread] if data.streamed else [])]
 
 
-def _files(records: Iterable[Record]) -> list[str]:
-    return list(map(str, dict.fromkeys(chain.from_iterable(map(files_of, records)))))
-
-
-def require_same(what: str, before: str, now: bytes, name: Callable[[int], str]) -> None:
+def require_same(what: str, before: str, now: bytes, name: Callable[[int], object]) -> None:
     """Raise UserError if keys differ from those of the run, in hex; `name` returns the name of a key's owner."""
     old = bytes.fromhex(before)
     had, have = len(old) // KEY_BYTES, len(now) // KEY_BYTES
@@ -310,7 +305,8 @@ def require_same(what: str, before: str, now: bytes, name: Callable[[int], str])
         if old[of_key] != now[of_key]:
             message = f"this is the first of the {what} that differ from those of the run"
             message += f"; it had {had:,}, now there are {have:,}" if had != have else ""
-            where, hint = name(number) if number < have else "the end", f"to resume:           restore it\n{NEW_RUN}"
+            where = str(name(number) if number < have else "the end")
+            hint = f"to resume:           restore it\n{NEW_RUN}"
             raise UserError(message, code="resume-other-data", where=where, hint=hint)
 
 

@@ -136,8 +136,9 @@ def read_records(run: Run, screen: Screen) -> tuple[Run, RunData, EarlierRecords
     Raises UserError for other records than another process or the resumed run has.
     """
     recipe, folder = run.recipe, run.folder
-    with screen.step(f"reading {source_text(recipe.data.path)}"):
+    with screen.step(f"reading {source_text(recipe.data.path)} and its pictures"):
         records = data.read_records(recipe.data)
+        keys = records.fingerprint, records.pictures
     warnings = records.warnings()
     # The first records of a stream say nothing about all.
     has_pictures = recipe.data.streaming or any(record.images for record in records.train)
@@ -146,7 +147,7 @@ def read_records(run: Run, screen: Screen) -> tuple[Run, RunData, EarlierRecords
     if note:
         screen.say(note)
     checkpoint = None if folder.checkpoint is None else folder.checkpoint.name
-    told = gather_objects((checkpoint, records.fingerprint, records.pictures))
+    told = gather_objects((checkpoint, *keys))
     require_same_checkpoint(folder.path, [name for name, *_ in told])
     other = next((rank for rank, (_, *found) in enumerate(told) if found != list(told[0][1:])), None)
     if other is not None:
