@@ -105,12 +105,14 @@ def train(settings: Settings) -> int:
             files = collect_first_files(run, records, built, start_files, screen, start)
             trainer = make_trainer(run, records, rows, built, base_kl, processor, files)
             add_measurements(trainer, run, probe, questions, processor)
-        train_and_save(run, trainer, rows.batching, files, start)
+        train_and_save(run, trainer, rows.batching, files)
         write_held_out(run, trainer, records.evaluation, processor, screen)
+        close_processes()
+        if run.args.should_save:
+            complete_folder(run, trainer, rows.batching, files, start)
     is_writer = run.args.should_save
     recipe, folder, args, repository = run.recipe, run.folder, run.args, trainer.hub_model_id or ""
     del run, loaded, probe, built, base_kl, trainer  # the evaluation needs the model's memory
-    close_processes()
     failed = evaluate_run(recipe, folder, screen) if is_writer else []
     if not is_writer:
         return 0
@@ -120,7 +122,7 @@ def train(settings: Settings) -> int:
 
 
 def close_processes() -> None:
-    """Close the process group of a run that succeeded: no process waits for the first one's evaluation.
+    """Close the process group of a run that succeeded: no process waits for the first one's copies and evaluation.
 
     After an error the others may wait elsewhere, and closing would wait for them. The pause is for a thread of gloo
     that still releases the tensors of the last collective: at the end of the interpreter it would abort the process.
@@ -413,11 +415,13 @@ def add_measurements(
         trainer.add_callback(trainer.suites)
 
 
-def train_and_save(run: Run, trainer: MiloraTrainer, batching: Batching, files: FirstFiles, start: float) -> None:
+def train_and_save(run: Run, trainer: MiloraTrainer, batching: Batching, files: FirstFiles) -> None:
     """Train and save; a run that stops before its end still gets its losses, model card and report."""
     with described_if_unfinished(trainer, files):
         run_loop(run, trainer, batching, files)
-        save_weights(run, trainer, batching, files, start)
+        if saved_before(run, trainer, batching) is None:
+            with run_failures(trainer.args):
+                trainer.save_model(_internal_call=True)  # pushed when the pages are there too
 
 
 def run_loop(run: Run, trainer: MiloraTrainer, batching: Batching, files: FirstFiles) -> None:
@@ -471,18 +475,21 @@ def write_state(trainer: MiloraTrainer, files: FirstFiles) -> None:
     files.folder.write_json("trainer_state.json", asdict(trainer.state))
 
 
-def save_weights(run: Run, trainer: MiloraTrainer, batching: Batching, files: FirstFiles, start: float) -> None:
-    folder, args = run.folder, trainer.args
-    with run_failures(args):
-        best = trainer.state.best_model_checkpoint if args.load_best_model_at_end else None
-        if best is None and not has_all_steps(folder.checkpoint, batching):
-            trainer.save_model(_internal_call=True)  # pushed when the pages are there too
-        elif args.should_save:
-            folders.copy_results(Path(best or str(folder.checkpoint)), folder.path)
-        if args.should_save:
-            write_state(trainer, files)
-    if args.should_save:
-        files.environment["finished"] = datetime.now().astimezone().isoformat(timespec="seconds")
-        earlier = files.environment.get("seconds_of_earlier", 0.0)
-        files.environment["seconds"] = round(earlier + time.monotonic() - start, 1)
-        folder.write_json(ENVIRONMENT, files.environment)
+def saved_before(run: Run, trainer: MiloraTrainer, batching: Batching) -> Path | None:
+    """Return the checkpoint that is the result of the run; None if the model in memory is."""
+    best = trainer.state.best_model_checkpoint if run.args.load_best_model_at_end else None
+    if best is not None:
+        return Path(best)
+    return run.folder.checkpoint if has_all_steps(run.folder.checkpoint, batching) else None
+
+
+def complete_folder(run: Run, trainer: MiloraTrainer, batching: Batching, files: FirstFiles, start: float) -> None:
+    """Write what the first process alone writes: its minutes for large files keep no other one waiting."""
+    with run_failures(run.args):
+        if (checkpoint := saved_before(run, trainer, batching)) is not None:
+            folders.copy_results(checkpoint, run.folder.path)
+        write_state(trainer, files)
+    files.environment["finished"] = datetime.now().astimezone().isoformat(timespec="seconds")
+    earlier = files.environment.get("seconds_of_earlier", 0.0)
+    files.environment["seconds"] = round(earlier + time.monotonic() - start, 1)
+    run.folder.write_json(ENVIRONMENT, files.environment)

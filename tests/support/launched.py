@@ -36,7 +36,10 @@ from milora_vl.train.__main__ import main
 from milora_vl.models import losses
 from milora_vl.train import run
 
-close_processes, run.close_processes = run.close_processes, lambda: None  # the next line trains in the same processes
+closed = []
+close_processes, run.close_processes = run.close_processes, lambda: closed.append(1)  # the next line trains here too
+copy = run.folders.copy_results
+run.folders.copy_results = lambda *folders: copy(*folders) if closed else sys.exit("all wait for a copy of the first")
 load_base = run.load_base
 def load(*arguments):
     base, processor = load_base(*arguments)
@@ -55,6 +58,7 @@ for line in json.loads(Path(sys.argv[1]).read_text()):
     if line[0] == "cut":
         dist.barrier()
     else:
+        closed.clear()
         assert main(line) == 0
         unset_hf_deepspeed_config()  # it lives as long as the arguments, which something keeps
 dist.barrier()
