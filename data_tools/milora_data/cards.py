@@ -65,10 +65,10 @@ def data_uri(content: bytes, mime: str) -> str:
     return f"data:{mime};base64,{base64.b64encode(content).decode('ascii')}"
 
 
-def thumbnail(place: PictureFile | None, side: int = SIDE) -> bytes | None:
+def thumbnail(path: PictureFile | None, side: int = SIDE) -> bytes | None:
     """Return a picture, loaded like a model's input, as a small JPEG; None if it is missing or cannot be read."""
     try:
-        return None if place is None else small(load_image(place), side)
+        return None if path is None else small(load_image(path), side)
     except ImageError:
         return None
 

@@ -17,7 +17,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias
 
-from milora_data.encode.templates import place_images, split_turns
+from milora_data.encode.templates import images_first, split_turns
 from milora_data.formats.jsonfile import require_json
 from milora_data.formats.stored import is_stored
 from milora_data.keys import FileKeys, answered, digest, file_key, record_key
@@ -139,7 +139,7 @@ def examine(record: Record) -> Iterator[Finding]:
         yield finding("turn_order", error.first.message)
         return
     try:
-        place_images(record.turns, len(record.images))
+        images_first(record.turns, len(record.images))
     except DataError as error:
         yield finding("placeholders", error.first.message)
     if record.unread:
@@ -228,11 +228,11 @@ def _scan_pictures(used: _Records, folder: Path, videos: Collection[Picture], re
     report.picture_files += len(used)
     missing = find_missing(used, folder)
     for file in missing:
-        place = file.within(folder).place
+        path = file.within(folder).path
         if _num_bytes(file, folder) == 0:
             add("corrupt_video" if file in videos else "corrupt_picture", file, f"{file}: the file is empty")
             continue
-        shown, why = str(file), OUTSIDE if place is None else _cause(place)
+        shown, why = str(file), OUTSIDE if path is None else _cause(path)
         if web_address(file.name) is not None:
             shown, why = described(file.name), WEB
         report.num_missing += 1
@@ -250,9 +250,9 @@ def _num_bytes(file: Picture, folder: Path) -> int | None:
     """Return the size of a picture or video in bytes; None if there is no file."""
     if file.content is not None:
         return len(file.content)
-    place = file.within(folder).place
+    path = file.within(folder).path
     try:
-        status = None if place is None else place.stat()
+        status = None if path is None else path.stat()
     except (OSError, ValueError):  # for example, a name that is too long for the file system
         return None
     return status.st_size if status is not None and stat.S_ISREG(status.st_mode) else None
@@ -307,7 +307,7 @@ class MissingImages(DataError):
         empty = sum(_num_bytes(file, folder) == 0 for file in missing)
         state = "missing or empty" if empty else "missing"
         more = ", ..." if len(missing) > 5 else ""
-        place = "in the current folder" if is_here else f"in {folder}"
+        searched = "in the current folder" if is_here else f"in {folder}"
         hints = ["name their folder:  --image_folder FOLDER"] if is_here else []
         if empty:
             hints.append(f"{amount(empty, 'empty file')} (0 bytes): copy or download again")
@@ -315,11 +315,11 @@ class MissingImages(DataError):
             hints.append(f"files with these names exist in another folder: --image_folder {other}")
         if addresses := sum(web_address(file.name) is not None for file in missing):
             hints.append(f"{addresses:,} at a web address: download the pictures, and name the files")
-        if outside := sum(file.within(folder).place is None for file in missing):
+        if outside := sum(file.within(folder).path is None for file in missing):
             hints.append(f"{outside:,} lead out of that folder and are never read; absolute paths: --image_folder /")
         hints.append("skip their records: --bad_images skip")
         super().__init__(
-            f"{len(missing):,} of {len(used):,} pictures are {state} {place}: {', '.join(shown)}{more}",
+            f"{len(missing):,} of {len(used):,} pictures are {state} {searched}: {', '.join(shown)}{more}",
             code="data-missing-pictures",
             where=used[missing[0]],
             hint="\n".join(hints),
@@ -344,7 +344,7 @@ class TrainingCheck:
         self.with_images = bytearray()  # 1 for each record with an image, 0 for each other
         self.num_with_videos = 0
         self.unread = Counter[str]()  # keys of turns that are not read
-        self.unlearnable: list[int] = []  # the places of records without an answer; the collator skips them
+        self.unlearnable: list[int] = []  # the indices of records without an answer; the collator skips them
         self.keys = bytearray()  # KEY_BYTES of each record: of its texts and its stored pictures
         self._errors: list[Finding] = []
         self._used: dict[Picture, str] = {}  # picture or video in a file -> the first record with it
@@ -549,10 +549,10 @@ def _load_checked(
     missing = missing if bad_images == "skip" else set()
     kept, skipped = records, 0
     if missing or check.unlearnable:
-        complete = [place for place, record in enumerate(records) if missing.isdisjoint(record.files)]
+        complete = [index for index, record in enumerate(records) if missing.isdisjoint(record.files)]
         skipped = len(records) - len(complete)
         unlearnable = set(check.unlearnable)
-        kept = records.only(place for place in complete if place not in unlearnable)
+        kept = records.only(index for index in complete if index not in unlearnable)
         check = check.without(kept)
     if not kept:
         raise UserError(problems=[_none_left(name, report, missing_picture=skipped, no_answer=len(records) - skipped)])
@@ -605,8 +605,8 @@ def image_folder(data: Path, option: Path | None) -> Path:
         first = next((record.files[0] for record in load_records(data) if record.files), None)
     except DataError:
         return data.parent  # the command itself reports the error
-    places = (data.parent, data.parent / "images")
-    return next((place for place in places if first and _num_bytes(first, place) is not None), data.parent)
+    folders = (data.parent, data.parent / "images")
+    return next((folder for folder in folders if first and _num_bytes(first, folder) is not None), data.parent)
 
 
 def no_image_folder(folder: Path) -> Problem:

@@ -161,8 +161,8 @@ def _usable(data: Path, lost: dict[str, str], done: Counter[str]) -> Iterator[di
         done[f"left out: {KINDS['broken_json'].title}"] += 1
 
     try:
-        for number, (place, value) in enumerate(read_objects(data, on_error=broken), start=1):
-            kind = lost.get(f"{data}:{place}")
+        for number, (line, value) in enumerate(read_objects(data, on_error=broken), start=1):
+            kind = lost.get(f"{data}:{line}")
             if kind is None:
                 assert isinstance(value, dict)
                 repaired = _with_pictures_shown(as_llava(value, number), done)
@@ -181,7 +181,7 @@ def _usable(data: Path, lost: dict[str, str], done: Counter[str]) -> Iterator[di
 def _with_pictures_shown(value: dict[str, Any], done: Counter[str]) -> dict[str, Any]:
     """Return a LLaVA dict whose first question shows the pictures, if no turn has an `<image>`."""
     record = parse_record(value)
-    first = next((place for place, turn in enumerate(record.turns) if turn.role == "user"), None)
+    first = next((index for index, turn in enumerate(record.turns) if turn.role == "user"), None)
     if first is None or not record.images or any(IMAGE in turn.text for turn in record.turns):
         return value
     turns = list(value["conversations"])

@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.stdout.write(as_json + "\n" if chosen.format == "json" else f"{out}: {amount(count, 'record')}\n")
     beside = [folder for source in chosen.sources for folder in (Path(source).parent, Path(source).parent / "images")]
     shown = next((record.files[0] for record in load_records(out) if record.files), None)
-    known = shown and next((place for place in (images.path, *beside) if not find_missing([shown], place)), "FOLDER")
+    known = shown and next((folder for folder in (images.path, *beside) if not find_missing([shown], folder)), "FOLDER")
     pictures = ["--image_folder", chosen.image_folder or known] if known else []
     next_step("milora_data", "check", out, *pictures, *(["--against", held] if chosen.hold_out else []))
     return 0
@@ -153,8 +153,8 @@ def _objects(source: Path, options: TableOptions) -> Records:
     """Records or rows of a table; broken ones are left out. Raises the first error if all are broken."""
     errors: list[DataError] = []
     num_usable = num_pictured = num_blank = 0
-    for number, (place, value) in enumerate(read_rows(source, on_error=errors.append), start=1):
-        where = f"{source}:{place}"
+    for number, (line, value) in enumerate(read_rows(source, on_error=errors.append), start=1):
+        where = f"{source}:{line}"
         if isinstance(value, dict) and not options.wants(value):
             continue
         try:

@@ -38,7 +38,7 @@ def held_out(records: Sequence[Mapping[str, Any]], count: int, by: str, key_of: 
         hint = "hold out other records" if by == RECORD else f"use:  --hold_out_by {RECORD}"
         raise DataError(same.get(by, f"all records have the same {by}"), where="--hold_out_by", hint=hint)
     groups.sort(key=lambda group: digest(sorted(keys[number] for number in group)))  # a random order, by content
-    return frozenset(index for place in _about(list(map(len, groups)), count) for index in groups[place])
+    return frozenset(index for number in _about(list(map(len, groups)), count) for index in groups[number])
 
 
 def leaks(
@@ -94,14 +94,14 @@ def _shown(record: Record, key_of: KeyOf) -> list[str | None]:
 
 
 def _about(sizes: Sequence[int], count: int) -> Iterator[int]:
-    """Yield places of sizes whose sum is about `count`, or at most that; at least one is taken, and one is left."""
+    """Yield indices of sizes whose sum is about `count`, or at most that; at least one is taken, and one is left."""
     total, left = 0, []
-    for place, size in enumerate(sizes):
+    for index, size in enumerate(sizes):
         if total + size <= count:
             total += size
-            yield place
+            yield index
         else:
-            left.append(place)
+            left.append(index)
     smallest = min(left, key=sizes.__getitem__)
     if not total or (len(left) > 1 and total + sizes[smallest] - count < count - total):
         yield smallest

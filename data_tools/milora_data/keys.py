@@ -31,11 +31,11 @@ def digest(value: object) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(value, sort_keys=True, default=str).encode())
 
 
-def file_key(place: PictureFile) -> str | None:
+def file_key(path: PictureFile) -> str | None:
     """Return the key of a picture or video: a hash of its bytes; None for a file that is missing or may not be read."""
     total = xxhash.xxh3_128()
     try:
-        source = opened(place)
+        source = opened(path)
         with source if isinstance(source, BytesIO) else Path(source).open("rb") as file:
             while chunk := file.read(1 << 22):
                 total.update(chunk)

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 from milora_data.cards import Card, small, write_cards
 from milora_data.check import image_folder
-from milora_data.encode.templates import OWN, Segment, get_template, place_images, render
+from milora_data.encode.templates import OWN, Segment, get_template, images_first, render
 from milora_data.keys import FileKeys, record_key
 from milora_data.pictures.load import ImageError, load_image
 from milora_data.records.boxes import boxes_in, with_pixels
@@ -141,7 +141,7 @@ def pieces_of(record: Record, template: str = DEFAULT_TEMPLATE) -> list[Piece]:
     """Return the pieces of a record in a prompt format. Raises `DataError` with file and line, like `encode`."""
     try:
         turns = [replace(turn, text=with_pixels(turn.text)) for turn in record.turns]
-        turns = place_images(turns, len(record.images))
+        turns = images_first(turns, len(record.images))
         has_tools = any(turn.role == "tools" or turn.keys for turn in turns)
         segments = _with_tools(turns) if has_tools else render(turns, get_template(template), "</s>")
     except DataError as error:

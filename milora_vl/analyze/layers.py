@@ -142,12 +142,12 @@ class Layer:
     def row(self, device: torch.device, rank: int) -> Row:
         towers, W = self.towers, read_matrix(self.before).to(device).float()
         block, tower = towers.block_of(self.path), towers.tower_of(self.path) or "other"
-        place = {
+        names = {
             "path": self.path, "tower": tower, "block": block, "family": towers.family_of(self.path) or tower,
             "module": towers.inside_block(self.path) if block is not None else self.path.rpartition(".")[2],
         }  # fmt: skip
         numbers = self._of_update(W, min(self.rank or rank, *W.shape))
-        return place | {name: _rounded(value) for name, value in numbers.items()}
+        return names | {name: _rounded(value) for name, value in numbers.items()}
 
     def _of_update(self, W: Tensor, r: int) -> Row:
         update, norm, tuned = self._change(W, r)

@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from milora_vl.chat import session
 
     pictures = [session.open_picture(path) for path in options.image or ()]
-    videos = [session.open_video(place, options.fps, options.num_frames) for place in options.video or ()]
+    videos = [session.open_video(path, options.fps, options.num_frames) for path in options.video or ()]
     session.require_askable(options, pictures, videos)
     chat = session.Chat.load(options)
     if options.question is None:

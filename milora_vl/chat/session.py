@@ -50,27 +50,27 @@ def open_picture(path: Path) -> Image.Image:
     return load_image(path)
 
 
-def open_video(place: Path, fps: float | None = None, num_frames: int | None = None) -> Frames | Video:
+def open_video(path: Path, fps: float | None = None, num_frames: int | None = None) -> Frames | Video:
     """Return a video file, or the pictures of a folder, in the order of their names, as the frames of a video.
 
     Numbers in names count as numbers: 2.jpg is before 10.jpg. `fps` and `num_frames` choose the frames of a file, which
     the processor of the model reads; `fps` says how many frames of a folder are one second.
     """
-    if place.is_file():
+    if path.is_file():
         require_pyav()
-        return Video((), fps, Picture(str(place), place), num_frames)
-    if not place.is_dir():
-        raise UserError("no such file or folder", where=str(place), hint=beside(place))
+        return Video((), fps, Picture(str(path), path), num_frames)
+    if not path.is_dir():
+        raise UserError("no such file or folder", where=str(path), hint=beside(path))
     if num_frames is not None:
         message, hint = "is for a video file; all frames of a folder are shown", "remove the flag, or name a file"
         raise UserError(message, code="flag-conflict", where="--num_frames", hint=hint)
-    files = sorted(path for path in place.iterdir() if path.suffix.lower() in FRAMES)
-    files.sort(key=lambda path: [(int(n or 0), text) for text, n in re.findall("([^0-9]*)([0-9]*)", path.name)])
+    files = sorted(file for file in path.iterdir() if file.suffix.lower() in FRAMES)
+    files.sort(key=lambda file: [(int(n or 0), text) for text, n in re.findall("([^0-9]*)([0-9]*)", file.name)])
     if not files:
         message = "this folder has no pictures; expected the frames of a video"
-        hint = f"write them to the folder:  ffmpeg -i VIDEO -vf fps=2 {place}/%04d.jpg"
-        raise UserError(message, where=str(place), hint=hint)
-    return Frames(require_one_size([load_image(path) for path in files], str(place)), fps)
+        hint = f"write them to the folder:  ffmpeg -i VIDEO -vf fps=2 {path}/%04d.jpg"
+        raise UserError(message, where=str(path), hint=hint)
+    return Frames(require_one_size([load_image(file) for file in files], str(path)), fps)
 
 
 def require_askable(options: Namespace, pictures: Sequence[Image.Image], videos: Sequence[Frames | Video]) -> None:
@@ -253,7 +253,7 @@ def converse(
     _show_commands()
     for line in _lines():
         word, _, argument = line.partition(" ")
-        place = Path(argument.strip())
+        path = Path(argument.strip())
         try:
             if word == "/quit":
                 break
@@ -262,11 +262,11 @@ def converse(
             elif word == "/reset":
                 chat.start(chat.pictures, chat.videos)
             elif word == "/image":
-                _show_instead(chat, line, [open_picture(place)], ())
+                _show_instead(chat, line, [open_picture(path)], ())
             elif word == "/video":
-                _show_instead(chat, line, (), [open_video(place, *sampling)])
+                _show_instead(chat, line, (), [open_video(path, *sampling)])
             elif word == "/add":
-                pictures = (*chat.pictures, open_picture(place))
+                pictures = (*chat.pictures, open_picture(path))
                 chat.require_shown(line, pictures, chat.videos)
                 chat.pictures = pictures
             elif line.startswith("/"):

@@ -14,7 +14,7 @@ def evaluated(model: nn.Module) -> Iterator[None]:
     """Put a model into evaluation mode; afterwards each module is in its own mode, such as a frozen batch norm.
 
     Quantised weights, which a forward in this mode can repack, stay readable, after an error too, and Qwen-VL forgets
-    the places of pictures in the last batch.
+    the positions of pictures in the last batch.
     """
     training = [module for module in model.modules() if module.training]
     deltas = {module: module.rope_deltas for module in model.modules() if hasattr(module, "rope_deltas")}

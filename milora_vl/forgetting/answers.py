@@ -100,7 +100,7 @@ def answer_batches(
             model, processor,
             [Prompt(record.turns, record.images, videos=record.videos) for record in asked],
             template=template, max_new_tokens=max_new_tokens, batch_size=batch_size,
-            image_aspect_ratio=image_aspect_ratio, on_batch=lambda numbers, _: bar.update(len(numbers)),
+            image_aspect_ratio=image_aspect_ratio, on_batch=lambda indices, _: bar.update(len(indices)),
         )  # fmt: skip
     own = uses_processor(model.config)
     options: dict[str, Any] = {} if own else {"template": template, "image_aspect_ratio": image_aspect_ratio}

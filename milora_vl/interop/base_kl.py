@@ -73,13 +73,13 @@ def add_base_kl(model: PeftModel) -> None:
 def with_positions(texts: Mapping[str, Tensor], picture: int | None) -> dict[str, Tensor]:
     """Return a batch for the argument `base_kl`, with the positions whose next token counts: no padding and no picture.
 
-    The head computes `columns` of all rows alone, and `places` of these flattened count. They are found on the CPU: on
+    The head computes `columns` of all rows alone, and `indices` of these flattened count. They are found on the CPU: on
     a GPU, their number would be waited for.
     """
     ids, mask = texts["input_ids"][:, 1:], texts["attention_mask"][:, 1:].bool()
     counted = mask if picture is None else mask & (ids != picture)
     columns = counted.any(0).nonzero().squeeze(1)
-    return {**texts, "columns": columns, "places": counted[:, columns].flatten().nonzero().squeeze(1)}
+    return {**texts, "columns": columns, "indices": counted[:, columns].flatten().nonzero().squeeze(1)}
 
 
 def _forward(
@@ -91,13 +91,13 @@ def _forward(
 
 def _term(model: PeftModel, forward: Callable[..., Any], base_kl: Mapping[str, Any]) -> Tensor:
     batch = {**base_kl}
-    columns, places = batch.pop("columns"), batch.pop("places")
+    columns, indices = batch.pop("columns"), batch.pop("indices")
 
     def logits() -> Tensor:
         found: Tensor = forward(**batch, use_cache=False, logits_to_keep=columns)["logits"]
         if found.shape[1] != len(columns):  # VideoLLaMA3, MiniCPM-V and Qwen's omni models compute all
             found = found[:, columns]
-        return found.flatten(0, 1)[places].float().log_softmax(-1)
+        return found.flatten(0, 1)[indices].float().log_softmax(-1)
 
     with torch.no_grad(), model.disable_adapter(), evaluated(model):  # the base has no dropout and no noise
         before = logits()

@@ -309,16 +309,16 @@ class ProcessorReader:
             rendered = rendered._replace(suffix=answer)
         images = [_opened(image) for image in prompt.images]
         inputs = labelled_inputs(self.call, rendered, images, self._frames(prompt))
-        return {name: self._placed(value) for name, value in inputs.items()}
+        return {name: self._on_device(value) for name, value in inputs.items()}
 
     def inputs(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
-        inputs = {name: self._placed(value) for name, value in self.processed(prompts).items()}
+        inputs = {name: self._on_device(value) for name, value in self.processed(prompts).items()}
         base = self.model.get_base_model() if is_wrapped_by_peft(self.model) else self.model
         if "mm_token_type_ids" not in inspect.signature(base.forward).parameters:
             inputs.pop("mm_token_type_ids", None)  # `generate` refuses what a model does not take
         return inputs
 
-    def _placed(self, value: Any) -> Any:
+    def _on_device(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
         return value.to(self.model.device, self.model.dtype if value.is_floating_point() else None)

@@ -303,11 +303,11 @@ def _shown(
     data, lines, prompts = run.recipe.data, list[dict[str, Any]](), list[Prompt]()
     folder = Path(data.image_folder).absolute() if data.image_folder else Path()
     for record in records.values():
-        placed = record.within(folder)
+        found = record.within(folder)
         last = max(number for number, turn in enumerate(record.turns) if turn.role == "assistant")
-        prompts.append(Prompt(record.turns[:last], placed.images, videos=placed.videos))
+        prompts.append(Prompt(record.turns[:last], found.images, videos=found.videos))
         question, answer = (turn.text + turn.keys for turn in record.turns[last - 1 : last + 1])
-        pictures = {"image_file": next(map(str, placed.images), None), "content": [*map(file_key, placed.images)]}
+        pictures = {"image_file": next(map(str, found.images), None), "content": [*map(file_key, found.images)]}
         lines.append({"id": record.id, **pictures, "question": question, "answer": answer})
     size = min(trainer.args.per_device_train_batch_size, 8)  # a step held them
     for start in range(0, len(prompts), size):

@@ -420,16 +420,16 @@ class EarlierRecords:
 
 
 def read_earlier_records(tasks: Sequence[Task], recipe: Recipe, screen: Screen, *, are_used: bool) -> EarlierRecords:
-    """Read the records of earlier tasks if the run uses them, those in one place once.
+    """Read the records of earlier tasks if the run uses them, each data set once.
 
     Raises UserError where they are missing, unreadable or changed.
     """
-    places: dict[str, tuple[Task, DataConfig, Sequence[Record]]] = {}
+    read_of: dict[str, tuple[Task, DataConfig, Sequence[Record]]] = {}
     for task in tasks if are_used else ():
         data, read = _records_of(task, recipe, screen)
-        places[str(data)] = task, data, read.train
+        read_of[str(data)] = task, data, read.train
     found = []
-    for task, data, records in places.values():
+    for task, data, records in read_of.values():
         order = torch.randperm(len(records), generator=torch.Generator().manual_seed(SEED)).tolist()
         found.append((recipe.model_copy(update={"template": task["template"], "data": data}), records, order))
     return EarlierRecords(tuple(found))

@@ -156,7 +156,7 @@ def make_texts(
     of_tasks: list[tuple[RecordCollator[Any], Sequence[Record]]] = []
     for of_task, of_run, order in earlier.found if earlier else ():
         collate = collator(of_task, base, processor)
-        drawn = (of_run[place] for place in order)
+        drawn = (of_run[index] for index in order)
         usable = (record for record in drawn if _is_usable(collate, record) and not _is_of_probe(record))
         of_tasks.append((collate, list(islice(usable, part_of(NUM_RECORDS, steps)))))
     if not rows and not any(records for _, records in [*found, *of_tasks]):
@@ -212,10 +212,10 @@ def with_pictures(records: Sequence[Record], count: int, folder: Path) -> list[R
     Of a record with several pictures the first one counts, of records with equal pictures one.
     """
     found, key_of = dict[str, Record](), FileKeys(folder)
-    places = [place for place, record in enumerate(records) if record.images]
-    step = max(1, len(places) // count)
-    for place in chain.from_iterable(places[begin::step] for begin in range(step)):
-        record = replace(records[place], images=records[place].images[:1])
+    indices = [index for index, record in enumerate(records) if record.images]
+    step = max(1, len(indices) // count)
+    for index in chain.from_iterable(indices[begin::step] for begin in range(step)):
+        record = replace(records[index], images=records[index].images[:1])
         found.setdefault(key_of(record.images[0]), record)
         if len(found) == count:
             break
@@ -258,7 +258,7 @@ def _captions(sources: _Sources, records: Sequence[Record], folder: Path) -> lis
             max_new_tokens=CAPTION_TOKENS,
             image_aspect_ratio=recipe.data.image_aspect_ratio,
             batch_size=at_once,
-            on_batch=lambda places, _: on_work(len(places)),
+            on_batch=lambda indices, _: on_work(len(indices)),
         )
         return list(map(str, answers))
 

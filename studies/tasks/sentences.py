@@ -43,7 +43,7 @@ class SentenceTopics:
         texts, labels = [text for text, _ in named], torch.tensor([topics.index(topic) for _, topic in named])
         validation = slice(NUM_TEST, NUM_TEST + NUM_VALIDATION)
         self.test, self.validation, self.train = (
-            (texts[place], labels[place]) for place in (slice(NUM_TEST), validation, slice(validation.stop, None))
+            (texts[part], labels[part]) for part in (slice(NUM_TEST), validation, slice(validation.stop, None))
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # for the weights of the head
@@ -60,8 +60,8 @@ class SentenceTopics:
     def batches(self, batch_size: int, seed: int) -> Iterator[tuple[Tokens, Tensor]]:
         """Yield names with their topics, with a new shuffle for every epoch."""
         texts, labels = self.train
-        for places in shuffled(len(texts), batch_size, seed):
-            yield self.tokens([texts[place] for place in places]), labels[places]
+        for indices in shuffled(len(texts), batch_size, seed):
+            yield self.tokens([texts[index] for index in indices]), labels[indices]
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """Return the mean cross-entropy of a batch."""

@@ -99,9 +99,9 @@ def _photos(folder: Path) -> list[Record]:
 
     records = []
     for number, photograph in enumerate(load_sample_images().images):
-        for place in range(12):
-            top, left = place // 4 * 133, place % 4 * 142
-            name = f"photo_{number}_{place}.png"
+        for crop in range(12):
+            top, left = crop // 4 * 133, crop % 4 * 142
+            name = f"photo_{number}_{crop}.png"
             Image.fromarray(photograph[top : top + 160, left : left + 213]).save(folder / name)
             turn = Turn("user", f"{IMAGE}\nDescribe this picture in one sentence.")
             records.append(Record(name, (Picture(name),), (turn,), source=name))
@@ -119,4 +119,4 @@ class EasyVqa(PictureQuestions):
     """easy-VQA with its official split, a task that no one here made."""
 
     folder = EASY_VQA
-    validation_every, test_every = 31, 37  # a picture has about ten questions: these steps take all places among them
+    validation_every, test_every = 31, 37  # a picture has about ten questions: these steps reach each of them

@@ -26,12 +26,12 @@ from milora_vl.models.generate import Prompt, generate
 from milora_vl.models.losses import summed_loss
 from milora_vl.models.prompts import Prompts
 from support.problems import raises_code
-from support.versions import needs_places
+from support.versions import needs_spans
 from support.videos import video_template, write_video
 from support.vlm_families import VLM_FAMILIES, model_of, processor_of
 from support.vlm_runs import record, write_model
 
-pytestmark = [pytest.mark.filterwarnings("ignore"), needs_places]
+pytestmark = [pytest.mark.filterwarnings("ignore"), needs_spans]
 FAST = ("qwen2_5_vl", "gemma3", "mllama")
 OTHERS = [name for name in VLM_FAMILIES if name not in (*FAST, "paligemma")]
 Captured = pytest.CaptureFixture[str]

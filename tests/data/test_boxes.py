@@ -22,7 +22,7 @@ from milora_vl.common.errors import DataError
 from milora_vl.models.generate import LlavaReader, ProcessorReader, Prompt
 from milora_vl.models.tiny import tiny_llava
 from support.problems import raises_code
-from support.versions import needs_places
+from support.versions import needs_spans
 from support.vlm_families import processor_of
 
 HIGH, WIDE = 428, 640
@@ -59,7 +59,7 @@ def answer(collator: Any, record: dict[str, Any]) -> str:
     return "".join(part.text for part in collator.segments(parse_record(record)) if part.supervised)
 
 
-@needs_places
+@needs_spans
 @pytest.mark.parametrize("name", WRITTEN)
 @pytest.mark.parametrize("image", ["a.png", "turned.jpg"])
 def test_a_box_in_pixels_is_written_as_the_family_means_it(name: str, image: str, folder: Path) -> None:
@@ -101,7 +101,7 @@ def test_a_box_of_llava_is_a_part_of_the_padded_square(folder: Path) -> None:
         cropped([value()])
 
 
-@needs_places
+@needs_spans
 def test_a_point_and_a_family_without_a_source(folder: Path) -> None:
     click = value([320, 214])
     assert answer(ProcessorCollator(processor_of("qwen3_vl"), image_folder=folder), click).startswith("[500, 500].")

@@ -19,7 +19,7 @@ from milora_vl.models.collator_for import collator_for
 from milora_vl.models.tiny import tiny_llama, tiny_llava
 from support.drawn import encoded
 from support.tiny_next import tiny_next
-from support.versions import needs_places
+from support.versions import needs_spans
 from support.vlm_families import model_of, processor_of
 from support.vlm_runs import write_pictures
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 SEEN = {"conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A dog."}]}
 TEXT = {"conversations": [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "It is a long answer."}]}
 SIZES = ((48, 32), (640, 224))
-KINDS = ["llava", "next", "text", pytest.param("qwen2_5_vl", marks=needs_places)]
+KINDS = ["llava", "next", "text", pytest.param("qwen2_5_vl", marks=needs_spans)]
 Make = Callable[..., tuple[RecordCollator[Any], Any, list[Any]]]
 
 
@@ -83,7 +83,7 @@ def test_lengths_are_counted_once_and_again_for_other_settings(
         lengths_of(records, collate, beside=data)
 
 
-@pytest.mark.parametrize("kind", ["next", pytest.param("qwen2_5_vl", marks=needs_places)])
+@pytest.mark.parametrize("kind", ["next", pytest.param("qwen2_5_vl", marks=needs_spans)])
 def test_lengths_follow_an_image_of_another_size_and_no_name(
     kind: str, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

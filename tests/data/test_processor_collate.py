@@ -25,11 +25,11 @@ from milora_vl.common.errors import DataError
 from milora_vl.core.policy.towers import find_towers
 from milora_vl.models.losses import add_chunked_loss, record_losses, summed_loss
 from support.problems import raises_code
-from support.versions import needs_places
+from support.versions import needs_spans
 from support.vlm_families import VLM_FAMILIES, model_of, processor_of
 from support.vlm_runs import mixed_records, record
 
-pytestmark = [pytest.mark.filterwarnings("ignore"), needs_places]
+pytestmark = [pytest.mark.filterwarnings("ignore"), needs_spans]
 LACKS = {"smolvlm": find_spec("num2words") is None}
 ALL = [name for name in VLM_FAMILIES if not LACKS.get(name)]
 CHATS = [name for name in ALL if name != "paligemma"]

@@ -21,11 +21,11 @@ from milora_vl import collator_for
 from milora_vl.models.losses import summed_loss
 from support import any_family
 from support.problems import raises_code
-from support.versions import needs_places
+from support.versions import needs_spans
 from support.vlm_families import VLM_FAMILIES, model_of, processor_of
 from support.vlm_runs import mixed_records, record
 
-pytestmark = [pytest.mark.filterwarnings("ignore"), needs_places]
+pytestmark = [pytest.mark.filterwarnings("ignore"), needs_spans]
 # Without scores' scale, the tiny Gemma 4 shows how float32 rounds the angles of later places.
 ROUNDED = {"gemma4": 1e-3}
 LACKS = {"smolvlm": find_spec("num2words") is None}

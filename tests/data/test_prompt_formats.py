@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import AddedToken, AutoProcessor, LlavaProcessor
 
 from milora_data.encode.labels import IGNORE, Encoded, encode, encode_prompt
-from milora_data.encode.templates import TEMPLATES, place_images, render, render_chat_template
+from milora_data.encode.templates import TEMPLATES, images_first, render, render_chat_template
 from milora_data.encode.tokens import remember_legacy
 from milora_data.records import ROLES
 from milora_data.records.record import Turn
@@ -357,9 +357,9 @@ def test_apply_chat_template_makes_our_ids_and_mask(processor: Any) -> None:
     ],
 )
 def test_one_picture_goes_in_front_of_its_turn(text: str, placed: str) -> None:
-    assert place_images([Turn("user", text)], text.count("<image>")) == [Turn("user", placed)]
+    assert images_first([Turn("user", text)], text.count("<image>")) == [Turn("user", placed)]
 
 
 def test_several_pictures_stay_where_they_are_if_each_has_a_file() -> None:
     turn = Turn("user", "Left: <image>\nRight: <image>\nSame?")
-    assert place_images([turn], 2) == [turn]
+    assert images_first([turn], 2) == [turn]

@@ -21,12 +21,12 @@ from milora_data.stream import load_records
 from milora_vl.common.errors import DataError
 from milora_vl.models.losses import summed_loss
 from support.problems import raises_code
-from support.versions import needs_places
+from support.versions import needs_spans
 from support.videos import VIDEO_PARTS, asked, video_template, write_video
 from support.vlm_families import model_of, processor_of
 from support.vlm_runs import write_pictures
 
-pytestmark = [pytest.mark.filterwarnings("ignore"), needs_places]
+pytestmark = [pytest.mark.filterwarnings("ignore"), needs_spans]
 
 
 FRAMES = [f"f{number}.png" for number in range(4)]

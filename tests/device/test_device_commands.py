@@ -22,12 +22,12 @@ from milora_vl.models.generate import Prompt, generate
 from support.adapter_cases import move
 from support.eval_questions import write_questions
 from support.simulated_device import counted_waits, simulated_device
-from support.versions import needs_places
+from support.versions import needs_spans
 from support.vlm_runs import write_model, write_pictures
 
 SLOW = [
     pytest.param("tiny-text", marks=pytest.mark.slow),
-    *(pytest.param(name, marks=[pytest.mark.slow, needs_places]) for name in ("qwen2_5_vl", "gemma3")),
+    *(pytest.param(name, marks=[pytest.mark.slow, needs_spans]) for name in ("qwen2_5_vl", "gemma3")),
 ]
 
 

@@ -14,7 +14,7 @@ import torch
 from milora_vl.train.__main__ import main
 from support.simulated_device import NAME, counted_waits, simulated_device
 from support.train_runs import METHODS, lengthen_data, losses, read_json, training
-from support.versions import needs_places
+from support.versions import needs_spans
 from support.vlm_runs import write_model, write_pictures, write_records
 
 OURS = ("milora_vl", "milora_data")
@@ -31,11 +31,11 @@ pytestmark = pytest.mark.filterwarnings(  # tiny layers have few directions, and
 
 SLOW = [
     pytest.param("tiny-text", marks=pytest.mark.slow),
-    pytest.param("gemma3", marks=[pytest.mark.slow, needs_places]),
+    pytest.param("gemma3", marks=[pytest.mark.slow, needs_spans]),
 ]
 
 
-@pytest.fixture(params=["tiny", pytest.param("qwen2_5_vl", marks=needs_places), *SLOW])
+@pytest.fixture(params=["tiny", pytest.param("qwen2_5_vl", marks=needs_spans), *SLOW])
 def words(request: pytest.FixtureRequest, tmp_path: Path, tiny_data: Path) -> Callable[..., list[str]]:
     """The command line of a run of a family; the last `--model` wins."""
     name = request.param

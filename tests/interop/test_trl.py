@@ -25,7 +25,7 @@ from milora_vl.interop.base_kl import BaseKLCallback
 from support.adapter_cases import anchors, move, one_rule
 from support.calibrated import directions, leaks
 from support.documented import ROOT
-from support.versions import needs_places
+from support.versions import needs_spans
 from support.vlm_families import model_of, processor_of
 from support.vlm_runs import record, write_pictures
 
@@ -51,7 +51,7 @@ def settings(folder: Path, **more: Any) -> dict[str, Any]:
     }
 
 
-FAMILIES = ["llava", pytest.param("qwen2_vl", marks=needs_places)]
+FAMILIES = ["llava", pytest.param("qwen2_vl", marks=needs_spans)]
 
 
 LETTERS = "the quick brown fox jumps over the lazy dog"  # random answers share some of them

@@ -13,7 +13,7 @@ from milora_vl import collator_for
 from milora_vl.models.tiny import tiny_llama, tiny_llava
 from support.problems import raises_code
 from support.tiny_next import tiny_next
-from support.versions import needs_places
+from support.versions import needs_spans
 from support.vlm_families import model_of, processor_of
 from support.vlm_runs import record
 
@@ -35,7 +35,7 @@ def test_a_text_model_gets_no_pictures(tiny_records: list[dict[str, Any]]) -> No
         collator_for(model, tokenizer)(tiny_records[:1])
 
 
-@needs_places
+@needs_spans
 @pytest.mark.parametrize("option", [{"template": "vicuna_v1"}, {"image_aspect_ratio": "anyres"}])
 def test_what_the_models_own_processor_decides_is_no_option(option: dict[str, Any]) -> None:
     processor = processor_of("qwen2_5_vl")

@@ -22,11 +22,11 @@ from support import family_table
 from support.any_family import tiny_family, tiny_model
 from support.family_table import COLUMNS, FAMILIES, PAGE, RESULTS, check, rows_of
 from support.problems import raises_code
-from support.versions import needs_places
+from support.versions import needs_spans
 
 RECORDED = json.loads(RESULTS.read_text())
 SLOW = ("lighton_ocr", "kimi_k25", "ernie4_5_vl_moe", "qwen3_5_moe", "cosmos3_edge", "qianfan_ocr")
-pytestmark = [pytest.mark.filterwarnings("ignore"), needs_places]
+pytestmark = [pytest.mark.filterwarnings("ignore"), needs_spans]
 same_version = pytest.mark.skipif(
     RECORDED["transformers"] != family_table.transformers.__version__, reason="the page is of another transformers"
 )

@@ -33,7 +33,7 @@ from milora_vl.train.settings import Recipe
 from support.launched import KINDS, needs_deepspeed, train_in_two
 from support.problems import raises_code
 from support.train_runs import losses, read_json, training
-from support.versions import needs_places
+from support.versions import needs_spans
 from support.vlm_families import processor_of
 
 EXTRA = ["--rank", "4", "--per_device_eval_batch_size", "3"]
@@ -137,7 +137,7 @@ def test_losses_are_never_those_of_another_model_than_the_saved_one(data: Path, 
     assert milora_eval([*shlex.split(command), "--output", str(tmp_path / "losses.jsonl")]) == 0
 
 
-@needs_places
+@needs_spans
 def test_renamed_pictures_and_shuffled_files_change_no_output(data: Path, tmp_path: Path, capsys: Any) -> None:
     """Findings, leaks, held-out division, lengths, start, losses, weights, answers and scores follow content.
 

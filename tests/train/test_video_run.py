@@ -22,11 +22,11 @@ from milora_vl.train.__main__ import main
 from support.launched import KINDS, needs_deepspeed, train_in_two
 from support.problems import raises_code
 from support.train_runs import losses
-from support.versions import needs_places
+from support.versions import needs_spans
 from support.videos import video_template, write_video
 from support.vlm_families import model_of, processor_of
 
-pytestmark = [pytest.mark.filterwarnings("ignore"), needs_places]
+pytestmark = [pytest.mark.filterwarnings("ignore"), needs_spans]
 Captured = pytest.CaptureFixture[str]
 
 

@@ -17,11 +17,11 @@ from milora_vl.chat.__main__ import main as chat
 from milora_vl.common.errors import UserError
 from milora_vl.train.__main__ import main as train
 from support.problems import raises_code
-from support.versions import needs_places
+from support.versions import needs_spans
 from support.vlm_families import model_of, processor_of
 from support.vlm_runs import record, write_pictures
 
-pytestmark = [pytest.mark.filterwarnings("ignore"), needs_places]
+pytestmark = [pytest.mark.filterwarnings("ignore"), needs_spans]
 NAMES = ("qwen2_5_vl", "gemma3", "idefics3", "mllama")
 PICTURE_TOKENS = {
     "qwen2_5_vl": "<|image_pad|>",

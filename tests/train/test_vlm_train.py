@@ -25,11 +25,11 @@ from milora_vl.train.__main__ import main
 from support import official_data
 from support.launched import KINDS, needs_zero3, train_in_two
 from support.train_runs import losses
-from support.versions import needs_places
+from support.versions import needs_spans
 from support.vlm_families import VLM_FAMILIES
 from support.vlm_runs import mixed_records, record, write_model, write_pictures, write_records
 
-pytestmark = [pytest.mark.filterwarnings("ignore"), needs_places]
+pytestmark = [pytest.mark.filterwarnings("ignore"), needs_spans]
 ONE_KIND = ("paligemma",)
 OTHERS = [name for name in VLM_FAMILIES if name != "qwen2_5_vl"]
 

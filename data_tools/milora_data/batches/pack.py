@@ -6,7 +6,7 @@ it finds the records of a row in the positions. Where they do not grow by one, a
 mask of sdpa, eager and flex attention from that, and the sequence borders of flash attention.
 
 `Row` and its functions make the tensors of `ImageTextCollator`; `RowPacker` packs what a model's own processor returns.
-Pictures are not touched: a model puts their features into the places of their tokens in order, row after row.
+Pictures are not touched: a model puts their features at the positions of their tokens in order, row after row.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ PACKED = frozenset(
     "mistral3 muse_glimmer muse_spark ovis2 paddleocr_vl paligemma qianfan_ocr qwen2_5_vl qwen2_vl qwen3_vl "
     "qwen3_vl_moe smolvlm step3p7 video_llama_3 video_llava vipllava".split()
 )
-# The mask of their sliding window takes a token's position for its place in the row, when it looks up which tokens
+# The mask of their sliding window takes a token's position for its index in the row, when it looks up which tokens
 # belong to a picture.
-_PLACES = ("gemma3", "gemma4")
+_POSITION_IS_INDEX = ("gemma3", "gemma4")
 # Their positions need the tokens of each picture within the attention mask. No earlier token attends to later ones.
 _COUNTS_SEEN = ("hunyuan_vl",)
 _REASONS = {
@@ -79,16 +79,16 @@ def _fitted(indices: list[int], sizes: list[int], capacity: int) -> list[list[in
     rows = []
     total = sum(sizes)
     while indices:
-        row, space, place = [], capacity, len(indices) - 1
-        while indices and place >= 0:
-            row.append(indices.pop(place))
-            size = sizes.pop(place)
+        row, space, index = [], capacity, len(indices) - 1
+        while indices and index >= 0:
+            row.append(indices.pop(index))
+            size = sizes.pop(index)
             total -= size
             space -= size
             more = max(1, space * len(sizes) // total) if total else 1  # average number of records that still fit
-            place = bisect_right(sizes, space // more) - 1
-            if place < 0 and sizes and sizes[0] <= space:
-                place = 0
+            index = bisect_right(sizes, space // more) - 1
+            if index < 0 and sizes and sizes[0] <= space:
+                index = 0
         rows.append(row)
     return rows
 
@@ -118,8 +118,8 @@ class PackedRecords(Dataset[list[Record]]):
 
     def indices(self, number: int) -> list[int]:
         start = 0 if number == 0 else self._ends[number - 1]
-        places: list[int] = self._indices[start : self._ends[number]].tolist()
-        return places
+        indices: list[int] = self._indices[start : self._ends[number]].tolist()
+        return indices
 
 
 class Row(NamedTuple):
@@ -276,7 +276,7 @@ class RowPacker:
     def __init__(self, config: Any, layout: Literal["rows", "flat"]) -> None:
         require_packable(config)
         self.layout = layout
-        self._by_place = config.model_type in _PLACES
+        self._by_index = config.model_type in _POSITION_IS_INDEX
         self._model = _without_layers(config)
 
     def __call__(
@@ -290,7 +290,7 @@ class RowPacker:
         lengths = batch["attention_mask"].sum(1).tolist()
         numbers = [0] * len(rows) if self.layout == "flat" else rows
         members = [[record for record, _ in group] for _, group in groupby(enumerate(numbers), itemgetter(1))]
-        gap = int(self._by_place)  # a separator, whose position is not the next one
+        gap = int(self._by_index)  # a separator, whose position is not the next one
         longest = max(sum(lengths[record] + gap for record in row) for row in members)
         width = longest if multiple is None else -(-longest // multiple) * multiple
 
@@ -304,7 +304,7 @@ class RowPacker:
 
         labels = batch["labels"].clone()
         labels[:, 0] = IGNORE  # the first token of a record has no context
-        if self._by_place:  # rotary embeddings depend on differences alone: a record may begin anywhere
+        if self._by_index:  # rotary embeddings depend on differences alone: a record may begin anywhere
             positions = torch.arange(width) * packed(batch["attention_mask"])
         else:
             positions = packed(self._positions(batch))

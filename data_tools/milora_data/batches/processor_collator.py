@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from milora_data.batches.pack import RowPacker, with_hidden_picture
-from milora_data.batches.processor_inputs import PLACES, PROCESSOR_ERRORS, ProcessorInputs, with_unseen_pictures
+from milora_data.batches.processor_inputs import PROCESSOR_ERRORS, SPANS, ProcessorInputs, with_unseen_pictures
 from milora_data.batches.record_collator import Item, RecordCollator, needed_by, pad_id_of, record_of
 from milora_data.encode.chat_template_mask import VIDEO_MARK, Rendered
 from milora_data.encode.labels import NoSupervisedTokens
@@ -36,7 +36,7 @@ from milora_vl.common.errors import DataError, UserError, first_line, with_conte
 
 log = logging.getLogger(__name__)
 
-_NOT_FOR_THE_MODEL = ("offset_mapping", PLACES)
+_NOT_FOR_THE_MODEL = ("offset_mapping", SPANS)
 _NUM_CUTS = 16
 BATCH_OF_ONE = (
     "use --per_device_train_batch_size 1 and --gradient_accumulation_steps without --packing, or records of one kind"
@@ -75,7 +75,7 @@ class ProcessorCollator(RecordCollator[ProcessorSample]):
     the model, is given; `packing` is its layout.
 
     Raises `UserError` for a processor without a chat template or a documented plain prompt, and for a version of
-    transformers whose processors do not return the places of pictures.
+    transformers whose processors do not return the spans of pictures.
     """
 
     def __init__(
@@ -302,7 +302,7 @@ class ProcessorCollator(RecordCollator[ProcessorSample]):
             [sample.videos for sample in samples],
             padding_side="right",
             pad_to_multiple_of=self.pad_to_multiple_of,
-            with_places=True,
+            with_spans=True,
         )
 
     def _checked(self, sample: ProcessorSample) -> ProcessorSample:
@@ -355,18 +355,18 @@ class _Row:
     offsets: np.ndarray
     spans: tuple[tuple[int, int, int, int], ...]
 
-    def expanded(self, place: int) -> int:
-        """Return the place in the expanded text of a place in the sample's text, which is outside of placeholders."""
-        return place + sum((stop - start) - (end - begin) for begin, end, start, stop in self.spans if end <= place)
+    def expanded(self, index: int) -> int:
+        """Return the index in the expanded text of an index in the sample's text, which is outside of placeholders."""
+        return index + sum((stop - start) - (end - begin) for begin, end, start, stop in self.spans if end <= index)
 
-    def source(self, place: int) -> int:
-        """Return the place in the sample's text of a place in the expanded text; within a picture, its start."""
+    def source(self, index: int) -> int:
+        """Return the index in the sample's text of an index in the expanded text; within a picture, its start."""
         moved = 0
         for begin, end, start, stop in self.spans:
-            if place < stop:
-                return begin if place > start else place - moved
+            if index < stop:
+                return begin if index > start else index - moved
             moved += (stop - start) - (end - begin)
-        return place - moved
+        return index - moved
 
     def supervised(self) -> Iterator[tuple[int, int]]:
         """Yield the supervised ranges of the expanded text (start, end), without pictures."""
@@ -381,9 +381,7 @@ class _Row:
 
 def _rows(batch: Mapping[str, Any], samples: Sequence[ProcessorSample]) -> list[_Row]:
     offsets = batch["offset_mapping"].numpy()
-    return [
-        _Row(sample, row, tuple(places)) for sample, row, places in zip(samples, offsets, batch[PLACES], strict=True)
-    ]
+    return [_Row(sample, row, tuple(spans)) for sample, row, spans in zip(samples, offsets, batch[SPANS], strict=True)]
 
 
 def _labels(batch: Mapping[str, Any], rows: Sequence[_Row]) -> torch.Tensor:
@@ -411,7 +409,7 @@ def labelled_inputs(
 ) -> dict[str, Any]:
     """Return the model's inputs for one text with its pictures and videos, and its labels, as in a batch."""
     sample = ProcessorSample(Record("", (), ()), rendered, tuple(images), tuple(videos))
-    batch = inputs([rendered], [images], [videos], padding_side="right", with_places=True)
+    batch = inputs([rendered], [images], [videos], padding_side="right", with_spans=True)
     labels = batch["labels"] if rendered.suffix is not None else _labels(batch, _rows(batch, [sample]))
     return {name: value for name, value in batch.items() if name not in _NOT_FOR_THE_MODEL} | {"labels": labels}
 

@@ -19,12 +19,12 @@ from milora_data.encode.templates import no_videos
 from milora_data.pictures.load import ImageError, load_image, picture_size
 from milora_data.pictures.videos import Frames, outline, read_video, require_one_size
 from milora_data.records.record import IMAGE, VIDEO, Turn, Video
-from milora_vl.common.compat.transformers import count_image_tokens, recorded_places
+from milora_vl.common.compat.transformers import count_image_tokens, recorded_spans
 from milora_vl.common.errors import DataError, Key, UserError, first_line
 
 # What processors raise for pictures and texts that they do not take.
 PROCESSOR_ERRORS = (ValueError, TypeError, IndexError, KeyError, RuntimeError, StopIteration, ZeroDivisionError)
-PLACES = "places_of_images"
+SPANS = "spans_of_images"
 DEFAULT_FPS = 2.0  # if the processor has no default; Qwen3-VL and GLM-4V have the same
 
 
@@ -53,7 +53,7 @@ class ProcessorInputs:
     """The inputs of a model for texts with pictures, as its processor makes them."""
 
     def __init__(self, processor: Any) -> None:
-        require_places()
+        require_spans()
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self.format = prompt_format(processor)
@@ -92,12 +92,12 @@ class ProcessorInputs:
         *,
         padding_side: str,
         pad_to_multiple_of: int | None = None,
-        with_places: bool = False,
+        with_spans: bool = False,
     ) -> dict[str, Any]:
         """Return the processor's tensors for texts with their pictures (PIL) and videos.
 
-        `with_places` adds offset_mapping (batch, length, 2), the characters of each token in the text with expanded
-        placeholders, and PLACES: per text and picture two ranges of characters (start, end), of the placeholder and of
+        `with_spans` adds offset_mapping (batch, length, 2), the characters of each token in the text with expanded
+        placeholders, and SPANS: per text and picture two ranges of characters (start, end), of the placeholder and of
         its replacement.
         """
         texts = [one.text for one in rendered]
@@ -121,20 +121,20 @@ class ProcessorInputs:
                 how = {
                     "padding_side": padding_side,
                     "pad_to_multiple_of": pad_to_multiple_of,
-                    "with_places": with_places,
+                    "with_spans": with_spans,
                 }
                 return self._in_two_parts(rendered, images, how)
             message = f"{type(self.processor).__name__} cannot put texts with and without pictures into one batch"
             raise DataError(message, code="records-mixed", hint="make batches of one kind")
-        with recorded_places(self.processor) as places:
-            if with_places:
+        with recorded_spans(self.processor) as spans:
+            if with_spans:
                 options["return_offsets_mapping"] = True
             batch = dict(self.processor(text=texts, images=pictures, **options))
         for name, value in batch.items():  # pixels in a half type (Llama 4) become float32, as for all other families
             if isinstance(value, torch.Tensor) and value.dtype in (torch.float16, torch.bfloat16):
                 batch[name] = value.float()
-        # Without places, this family expands no placeholder.
-        return batch | ({PLACES: places or [[] for _ in texts]} if with_places else {})
+        # Without spans, this family expands no placeholder.
+        return batch | ({SPANS: spans or [[] for _ in texts]} if with_spans else {})
 
     def _in_two_parts(
         self, rendered: Sequence[Rendered], images: Sequence[Sequence[Any]], how: Mapping[str, Any]
@@ -365,9 +365,9 @@ class ProcessorInputs:
             return video._replace(frames=(self.blank(*video.frames[0].size[::-1]),) * len(video.frames))
         if video.file is None:
             return Frames((self.blank(*picture_size(video.frames[0])),) * len(video.frames), video.fps)
-        metadata, places = outline(video.file, self._sampler(video))
+        metadata, indices = outline(video.file, self._sampler(video))
         grey = self.blank(metadata.height or 0, metadata.width or 0)
-        return Frames((grey,) * len(places), None, {**metadata, "frames_indices": places})
+        return Frames((grey,) * len(indices), None, {**metadata, "frames_indices": indices})
 
     def _sampler(self, video: Video) -> Any:
         if self.video_placeholder is None:
@@ -406,7 +406,7 @@ def with_unseen_pictures(batch: dict[str, Any], shown: Mapping[str, Any], rows: 
     return batch
 
 
-def require_places() -> None:
+def require_spans() -> None:
     """Raise `UserError` if transformers is too old for processors that report where they expand placeholders."""
     import transformers
 
@@ -440,17 +440,17 @@ def usable_inputs(processor: Any, name: str) -> ProcessorInputs:
     try:
         inputs = ProcessorInputs(processor)
         prompt = _asked(inputs)
-        batch = inputs([prompt], [[inputs.blank(*BLANK)]], padding_side="right", with_places=True)
+        batch = inputs([prompt], [[inputs.blank(*BLANK)]], padding_side="right", with_spans=True)
         if "offset_mapping" not in batch:
             raise ValueError("it returns no character offsets, which the loss mask needs")
-        expanded, is_reported = batch["offset_mapping"].shape[1] - inputs.num_text_tokens(prompt), any(batch[PLACES])
+        expanded, is_reported = batch["offset_mapping"].shape[1] - inputs.num_text_tokens(prompt), any(batch[SPANS])
     except UserError:
         raise
     except (AttributeError, *PROCESSOR_ERRORS) as error:
         raise _unsupported(processor, name, first_line(error)) from None
-    if len(batch[PLACES]) != 1:
-        raise _unsupported(processor, name, f"it makes {len(batch[PLACES])} texts of one")
-    if expanded > 2 and not is_reported:  # more than a BOS and a token: answers would be looked for in the wrong places
+    if len(batch[SPANS]) != 1:
+        raise _unsupported(processor, name, f"it makes {len(batch[SPANS])} texts of one")
+    if expanded > 2 and not is_reported:  # more than a BOS and a token: the labels would be wrong
         raise _unsupported(processor, name, "it does not report where in a text it puts the tokens of a picture")
     return inputs
 

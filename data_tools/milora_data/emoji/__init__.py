@@ -106,8 +106,8 @@ def _variant(code: str, rng: random.Random) -> Image.Image:
     side = round(PICTURE_SIZE * rng.uniform(0.75, 1.1))
     picture = render(code, side).rotate(rng.uniform(-15, 15), resample=Image.Resampling.BICUBIC)
     free = PICTURE_SIZE - side
-    place = (round(free * rng.random()), round(free * rng.random()))
+    corner = (round(free * rng.random()), round(free * rng.random()))
     canvas = Image.new("RGBA", (PICTURE_SIZE, PICTURE_SIZE), (0, 0, 0, 0))
-    canvas.paste(picture, place)
+    canvas.paste(picture, corner)
     light = (rng.randint(215, 255), rng.randint(215, 255), rng.randint(215, 255))
     return on_background(canvas, light if rng.random() < 0.5 else (255, 255, 255))

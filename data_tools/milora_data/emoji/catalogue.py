@@ -116,16 +116,16 @@ def catalogue(seed: int = 0) -> list[Emoji]:
 def split(emojis: Sequence[Emoji], seed: int = 0) -> list[Emoji]:
     """Assign train, val and test by group, in the same proportions for each kind; twins go to train and test."""
     kind_of = {emoji.group: emoji.kind for emoji in reversed(emojis)}
-    place: dict[str, Split] = {}
+    split_of: dict[str, Split] = {}
     for kind in KINDS:
         groups = sorted(group for group, its_kind in kind_of.items() if its_kind == kind)
         random.Random(f"{seed}:{kind}").shuffle(groups)
         tests = round(TEST_SHARE * len(groups))
         vals = max(1, round(VAL_SHARE * len(groups)))
         for i, group in enumerate(groups):
-            place[group] = "test" if i < tests else "val" if i < tests + vals else "train"
-    place |= _twins(emojis)
-    return [replace(emoji, split=place[emoji.group]) for emoji in emojis]
+            split_of[group] = "test" if i < tests else "val" if i < tests + vals else "train"
+    split_of |= _twins(emojis)
+    return [replace(emoji, split=split_of[emoji.group]) for emoji in emojis]
 
 
 def _twins(emojis: Sequence[Emoji]) -> dict[str, Split]:
@@ -135,12 +135,12 @@ def _twins(emojis: Sequence[Emoji]) -> dict[str, Split]:
         for name in (emoji.name, *emoji.aliases):
             if emoji.named and emoji.group not in by_name.setdefault(name, []):
                 by_name[name].append(emoji.group)
-    place: dict[str, Split] = {}
+    split_of: dict[str, Split] = {}
     for groups in by_name.values():
         if len(groups) > 1:
-            place.update(dict.fromkeys(groups[:-1], "train"))
-            place[groups[-1]] = "test"
-    return place
+            split_of.update(dict.fromkeys(groups[:-1], "train"))
+            split_of[groups[-1]] = "test"
+    return split_of
 
 
 def _emoji(entry: dict[str, object], kind: str) -> Emoji:

@@ -271,7 +271,7 @@ class ImageTemplate:
             self._require_tools(dialogue, text, prompt)
         if prompt or all(turn.role != "assistant" for turn in kept):
             return Rendered(text, ())
-        masked, places, gaps = self._located(text, dialogue)
+        masked, spans, gaps = self._located(text, dialogue)
         ranges, first = [], 0
         for number in masked:
             last = first + len(_pieces(dialogue.messages[number])) - 1
@@ -282,7 +282,7 @@ class ImageTemplate:
                 else:
                     ends = re.match(self.frame.end, around[1])
                     before, after = self._written_by_model(around[0]), ends.end() if ends else 0
-                ranges.append((places[first][0] - before, places[last][1] + after))
+                ranges.append((spans[first][0] - before, spans[last][1] + after))
             first = last + 1
         if not self.frame.closes and kept[-1].role == "assistant":
             text += eos_text(self.tokenizer)
@@ -293,8 +293,8 @@ class ImageTemplate:
     def _require_tools(self, dialogue: _Dialogue, text: str, prompt: bool) -> None:
         """Raise `DataError` if the template omits the tools, a call or a result."""
         messages = dialogue.messages
-        used = [place for place, one in enumerate(messages) if one["role"] == "tool" or "tool_calls" in one]
-        marks = sum(len(_pieces(messages[place])) for place in used)
+        used = [number for number, one in enumerate(messages) if one["role"] == "tool" or "tool_calls" in one]
+        marks = sum(len(_pieces(messages[number])) for number in used)
         marked = _PLACEHOLDERS.findall(self._run(dialogue.marked(used), prompt))
         lacks = "calls of tools or their results" if len(set(marked)) < marks else ""
         if dialogue.tools and text == self._run(dialogue._replace(tools=None), prompt):
@@ -332,7 +332,7 @@ class ImageTemplate:
         return written, end
 
     def _located(self, text: str, dialogue: _Dialogue) -> tuple[Sequence[int], list[tuple[int, int]], Sequence[str]]:
-        """Return the numbers of some turns, with all answers; the places of their texts in `text`, and what is around.
+        """Return the numbers of some turns, with all answers; the spans of their texts in `text`, and what is around.
 
         What the template writes around all texts is kept for conversations of the same form. Where it depends on a
         text, the template runs again for this conversation, with placeholders as answers alone.
@@ -347,20 +347,20 @@ class ImageTemplate:
             except DataError:  # the template reads the texts
                 self._gaps_of_form[form] = []
         gaps = self._gaps_of_form[form]
-        places = _places(text, [piece for message in dialogue.messages for piece in _pieces(message)], gaps)
-        if places is not None:
-            return everything, places, gaps
+        spans = _spans(text, [piece for message in dialogue.messages for piece in _pieces(message)], gaps)
+        if spans is not None:
+            return everything, spans, gaps
         answers = [number for number, message in enumerate(dialogue.messages) if message["role"] == "assistant"]
         gaps = self._gaps(dialogue, answers)
         pieces = [piece for number in answers for piece in _pieces(dialogue.messages[number])]
-        places = _places(text, pieces, gaps)
-        if places is None:
+        spans = _spans(text, pieces, gaps)
+        if spans is None:
             changes = "rewrites" if len(gaps) == len(pieces) + 1 else "omits or repeats"
             raise DataError(
                 f"the model's chat template {changes} an answer of this record, so the supervised part is unknown",
                 hint="change the record, or train a model with another template",
             )
-        return answers, places, gaps
+        return answers, spans, gaps
 
     def _gaps(self, dialogue: _Dialogue, masked: Sequence[int], *, prompt: bool = False) -> list[str]:
         """Return what the template writes before, between and after the texts of the turns `masked`."""
@@ -464,22 +464,22 @@ def _kinds(content: str | Sequence[Mapping[str, str]]) -> list[str] | None:
     return None if isinstance(content, str) else [part["type"] for part in content]
 
 
-def _places(text: str, pieces: Sequence[str], gaps: Sequence[str]) -> list[tuple[int, int]] | None:
+def _spans(text: str, pieces: Sequence[str], gaps: Sequence[str]) -> list[tuple[int, int]] | None:
     """Return where the pieces are in a text that is made of gaps and, between them, the pieces or their stripped form.
 
     None if the text is something else.
 
-    >>> _places("USER: a ASSISTANT: b</s>", [" b\\n"], ["USER: a ASSISTANT: ", "</s>"])
+    >>> _spans("USER: a ASSISTANT: b</s>", [" b\\n"], ["USER: a ASSISTANT: ", "</s>"])
     [(19, 20)]
     """
     if len(gaps) != len(pieces) + 1 or not text.startswith(gaps[0]):
         return None
-    places, at = [], len(gaps[0])
+    spans, at = [], len(gaps[0])
     for piece, gap in zip(pieces, gaps[1:], strict=True):
         forms = dict.fromkeys((piece, piece.rstrip(), piece.lstrip(), piece.strip()))
         fitting = next((form for form in forms if text.startswith(form + gap, at)), None)
         if fitting is None:
             return None
-        places.append((at, at + len(fitting)))
+        spans.append((at, at + len(fitting)))
         at += len(fitting) + len(gap)
-    return places if at == len(text) else None
+    return spans if at == len(text) else None

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from milora_data.encode.chat_template_mask import segments_of
-from milora_data.encode.templates import Segment, no_videos, place_images
+from milora_data.encode.templates import Segment, images_first, no_videos
 from milora_data.encode.tokens import IGNORE, TokenizerTraits, tokenizer_traits, words_of
 from milora_data.records import parse_record
 from milora_data.records.record import IMAGE, Record, Turn
@@ -94,7 +94,7 @@ def record_segments(
     """Return the ids before a record (BOS, or none) and its segments, with `<image>` in place of each picture."""
     if record.videos:
         raise no_videos("this model")
-    return segments_of(place_images(record.turns, len(record.images)), template, tokenizer, traits=traits)
+    return segments_of(images_first(record.turns, len(record.images)), template, tokenizer, traits=traits)
 
 
 def encode_prompt(
@@ -118,7 +118,7 @@ def encode_prompt(
         raise DataError("the last turn must be a question, or the result of a tool", where=where)
     num_images = len(record.images) if record is record_or_turns else None
     try:
-        traits, turns = tokenizer_traits(tokenizer), place_images(turns, num_images)
+        traits, turns = tokenizer_traits(tokenizer), images_first(turns, num_images)
         bos, segments = segments_of(turns, template, tokenizer, prompt=True, traits=traits)
     except DataError as error:
         raise with_context(error, where) from None
@@ -193,8 +193,8 @@ def _whole(text: str, spans: Sequence[tuple[int, int]], backend: Any) -> tuple[l
 
 def _token_at(encoding: Any, character: int, text: str) -> int:
     """Return the index of the token that contains a character, or of the next token if none contains it."""
-    for place in range(character, len(text)):
-        token = encoding.char_to_token(place)
+    for index in range(character, len(text)):
+        token = encoding.char_to_token(index)
         if token is not None:
             return int(token)
     return len(encoding)

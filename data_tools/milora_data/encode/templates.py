@@ -1,4 +1,4 @@
-"""The prompt formats (`--template vicuna_v1`, `llama_3`, ...) as data; a conversation's segments; `<image>`'s place.
+"""The prompt formats (`--template vicuna_v1`, ...) as data; a conversation's segments; the position of `<image>`.
 
 `vicuna_v1`, `plain` and `mistral` come from LLaVA (llava/conversation.py), `llama_3` from
 LLaVA-NeXT, `qwen` and `chatml` from the authors of the models, `alpaca` from Stanford Alpaca (MetaMath, PiSSA and
@@ -211,13 +211,13 @@ def split_turns(turns: Sequence[Turn]) -> tuple[str | None, list[Turn]]:
     system = exchange.pop(0).text if exchange and exchange[0].role == "system" else None
     if exchange and exchange[0].role == "assistant":
         exchange.pop(0)
-    for number, turn in enumerate(exchange):
-        before = exchange[number - 1] if number else Turn("assistant", "")
+    for index, turn in enumerate(exchange):
+        before = exchange[index - 1] if index else Turn("assistant", "")
         expected = "assistant" if before.role != "assistant" else "tool" if before.keys else "user"
         if turn.role != expected and not turn.role == before.role == "tool":
-            place = len(turns) - len(exchange) + number + 1
+            number = len(turns) - len(exchange) + index + 1
             raise DataError(
-                f"turn {place} is from {turn.role}, expected {expected}: questions and answers must alternate"
+                f"turn {number} is from {turn.role}, expected {expected}: questions and answers must alternate"
             )
     return system, exchange
 
@@ -227,7 +227,7 @@ def no_videos(name: str, where: str | Key = "") -> DataError:
     return DataError(f"{name} takes no videos", code="record-videos", where=where, hint=hint)
 
 
-def place_images(turns: Sequence[Turn], num_images: int | None) -> list[Turn]:
+def images_first(turns: Sequence[Turn], num_images: int | None) -> list[Turn]:
     """Return the turns with `<image>` at the start of its turn, followed by a newline.
 
     This is LLaVA's `preprocess_multimodal` (llava/train/train.py). Several `<image>` of one turn keep their positions,

@@ -34,9 +34,9 @@ TO_UTF8 = (
 
 
 def read_objects(path: Path, on_error: Callable[[DataError], None] | None = None) -> Iterator[tuple[str, object]]:
-    """Yield (place, value) for each element of a JSON list, or for each line of JSON lines, one at a time.
+    """Yield (line, value) for each element of a JSON list, or for each line of JSON lines, one at a time.
 
-    The place is the number of the line ("7"), or of the element of a list ("record 57").
+    The line is its number ("7"); for the element of a list, "record 57".
     Raises `DataError` with file, line and an excerpt with a caret. With `on_error`, a broken line of JSON lines is
     passed to it and skipped. A broken list still raises, as the start of the next element is unknown.
     """
@@ -167,7 +167,7 @@ def parts_of(path: Path, count: int, processes: int = 1) -> list[FilePart]:
 
 
 def read_part(part: FilePart, on_error: Callable[[DataError], None] | None = None) -> Iterator[tuple[str, object]]:
-    """Yield (place, value) of each object in a part, like `read_objects`."""
+    """Yield (line, value) of each object in a part, like `read_objects`."""
     path = Path(part.path)
     if part.step:
         for number, pair in enumerate(read_objects(path, on_error)):
@@ -250,7 +250,7 @@ def missing_file(path: Path) -> DataError:
 
 
 def read_rows(path: Path, on_error: Callable[[DataError], None] | None = None) -> Iterator[tuple[str, object]]:
-    """Yield (place, row) as `read_objects` does; a row of .csv or .tsv is a dict with the names of the header as keys.
+    """Yield (line, row) as `read_objects` does; a row of .csv or .tsv is a dict with the names of the header as keys.
 
     A .csv may be separated by commas, semicolons (as European spreadsheets do) or tabs.
     Raises `DataError` with file and line if the file is missing or not UTF-8, or if its JSON or quoting is broken.

@@ -193,7 +193,7 @@ def _plain(row: Mapping[str, Any], number: str) -> dict[str, Any]:
         elif key in _TEXT_KEYS and isinstance(value, str):
             plain.setdefault("caption", value)
         elif isinstance(value, list) and value and all(map(_is_picture, value)):
-            plain[key] = [_picture(item, f"{number}-{place}") for place, item in enumerate(value)]
+            plain[key] = [_picture(item, f"{number}-{index}") for index, item in enumerate(value)]
         elif _is_picture(value):
             plain["image" if key in ("jpg", "jpeg", "png", "webp") else key] = _picture(value, number)
         else:

@@ -38,20 +38,20 @@ class Picture:
     """
 
     name: str
-    place: Path | None = None
+    path: Path | None = None
     content: bytes | None = field(default=None, repr=False)
 
     def __str__(self) -> str:
-        return str(self.place or self.name)
+        return str(self.path or self.name)
 
     def within(self, folder: Path) -> Picture:
         """Return the picture with its path below `folder`; unchanged if it has a path or bytes already.
 
         Data is not trusted: a name that leads out of the folder gets no path.
         """
-        if self.place is not None or self.content is not None or leads_outside(folder, self.name):
+        if self.path is not None or self.content is not None or leads_outside(folder, self.name):
             return self
-        return replace(self, place=folder / self.name)
+        return replace(self, path=folder / self.name)
 
 
 PictureFile: TypeAlias = str | Path | Picture
@@ -77,8 +77,8 @@ def leads_outside(folder: Path, name: str) -> bool:
     """
     if not folder.parts or (not name.startswith("/") and ".." not in name):
         return False
-    place = Path(os.path.normpath((folder / name).absolute()))
-    return not place.is_relative_to(os.path.normpath(folder.absolute()))
+    path = Path(os.path.normpath((folder / name).absolute()))
+    return not path.is_relative_to(os.path.normpath(folder.absolute()))
 
 
 class ImageError(DataError):
@@ -153,17 +153,17 @@ def picture_suffix(content: bytes) -> str:
         return ".img"
 
 
-def opened(path: PictureFile) -> str | Path | BytesIO:
+def opened(picture: PictureFile) -> str | Path | BytesIO:
     """Return the path or the bytes of a picture for PIL to open. Raises `OSError` if it must not be read."""
-    if isinstance(path, Picture):
-        if path.content is not None:
-            return BytesIO(path.content)
-        if path.place is None:
+    if isinstance(picture, Picture):
+        if picture.content is not None:
+            return BytesIO(picture.content)
+        if picture.path is None:
             raise PermissionError("it is outside the image folder")
-        path = path.place
-    if not Path(path).is_file():
-        raise FileNotFoundError(path)  # PIL would block for ever on a named pipe
-    return path
+        picture = picture.path
+    if not Path(picture).is_file():
+        raise FileNotFoundError(picture)  # PIL would block for ever on a named pipe
+    return picture
 
 
 def content_of(path: PictureFile) -> bytes:

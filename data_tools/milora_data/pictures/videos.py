@@ -27,7 +27,7 @@ _SAMPLER_ERRORS = (ValueError, TypeError, IndexError, ZeroDivisionError, Runtime
 class Frames(NamedTuple):
     """A video as its frames (PIL), and their number per second, if it is known.
 
-    `file` is what transformers' reader says about the file that they come from, with their places in it.
+    `file` is what transformers' reader says about the file that they come from, with their indices in it.
     """
 
     frames: tuple[Any, ...]
@@ -37,7 +37,7 @@ class Frames(NamedTuple):
     def metadata(self) -> dict[str, Any]:
         """Return what processors write time stamps from; without a file, the frames are all there are.
 
-        The list of places is a new one: Qwen3-VL's processor lengthens it.
+        The list of indices is a new one: Qwen3-VL's processor lengthens it.
         """
         if self.file is not None:
             return {**self.file, "frames_indices": list(self.file["frames_indices"])}
@@ -72,7 +72,7 @@ def _sampled(video_processor: Any, metadata: VideoMetadata) -> list[int]:
     return [int(index) for index in chosen]
 
 
-def _load(place: PictureFile, choose: Callable[[VideoMetadata], Sequence[int]]) -> tuple[np.ndarray, VideoMetadata]:
+def _load(path: PictureFile, choose: Callable[[VideoMetadata], Sequence[int]]) -> tuple[np.ndarray, VideoMetadata]:
     """Return the chosen frames of a file (frames, height, width, 3) and its metadata, as transformers reads them.
 
     Raises `UserError` without PyAV, `ImageError` for a file that is missing, damaged or shorter than it says.
@@ -80,69 +80,69 @@ def _load(place: PictureFile, choose: Callable[[VideoMetadata], Sequence[int]]) 
     require_pyav()
     from transformers.video_utils import load_video
 
-    places: list[int] = []
+    indices: list[int] = []
 
     def chosen(metadata: VideoMetadata) -> list[int]:
-        places[:] = sorted(set(choose(metadata)))  # GLM-4V may repeat one
-        return places
+        indices[:] = sorted(set(choose(metadata)))  # GLM-4V may repeat one
+        return indices
 
     try:
-        file = opened(place)
+        file = opened(path)
         if Path(str(file)).stat().st_size == 0:
-            raise _unreadable(place, "the file is empty")
+            raise _unreadable(path, "the file is empty")
         name: Any = str(file)  # transformers leaves `str` out of its type
         video, metadata = load_video(name, backend="pyav", sample_indices_fn=chosen)
     except UserError:
         raise
     except FileNotFoundError:
-        if (problem := url_problem(str(place))) is not None:
+        if (problem := url_problem(str(path))) is not None:
             raise ImageError(problem.message, "a URL", code=problem.code, hint=problem.hint) from None
-        raise _unreadable(place, "no such file") from None
+        raise _unreadable(path, "no such file") from None
     except Exception as error:  # PyAV raises errors of many types, as Pillow does
         reason = (
             "it is outside the image folder"
             if isinstance(error, PermissionError)
             else "it is damaged, ends early, or is no video"
         )
-        raise _unreadable(place, reason) from None
-    if len(video) < len(places):
-        raise _unreadable(place, f"it ends early, before frame {places[len(video)]} of {metadata.total_num_frames}")
+        raise _unreadable(path, reason) from None
+    if len(video) < len(indices):
+        raise _unreadable(path, f"it ends early, before frame {indices[len(video)]} of {metadata.total_num_frames}")
     return video, metadata
 
 
-def outline(place: PictureFile, video_processor: Any) -> tuple[VideoMetadata, list[int]]:
-    """Return the metadata of a file and the places of the frames that `video_processor` reads. Decodes one frame.
+def outline(path: PictureFile, video_processor: Any) -> tuple[VideoMetadata, list[int]]:
+    """Return the metadata of a file and the indices of the frames that `video_processor` reads. Decodes one frame.
 
     Raises `ImageError` like `read_video`.
     """
-    _, metadata = _load(place, lambda _: [0])
-    return metadata, _chosen(place, video_processor, metadata)
+    _, metadata = _load(path, lambda _: [0])
+    return metadata, _chosen(path, video_processor, metadata)
 
 
-def read_video(place: PictureFile, video_processor: Any) -> Frames:
+def read_video(path: PictureFile, video_processor: Any) -> Frames:
     """Return the frames of a file that `video_processor` (of `sampler`) chooses.
 
     Raises `ImageError` for a file that is missing, damaged, or too short for the sampler, and `UserError` without PyAV.
     """
     from PIL import Image
 
-    places: list[int] = []
+    indices: list[int] = []
 
     def choose(metadata: VideoMetadata) -> list[int]:
-        places[:] = _chosen(place, video_processor, metadata)
-        return places
+        indices[:] = _chosen(path, video_processor, metadata)
+        return indices
 
-    video, metadata = _load(place, choose)
-    frames = {index: Image.fromarray(frame) for index, frame in zip(sorted(set(places)), video, strict=True)}
-    return Frames(tuple(frames[index] for index in places), None, {**metadata, "frames_indices": places})
+    video, metadata = _load(path, choose)
+    frames = {index: Image.fromarray(frame) for index, frame in zip(sorted(set(indices)), video, strict=True)}
+    return Frames(tuple(frames[index] for index in indices), None, {**metadata, "frames_indices": indices})
 
 
-def require_whole_video(place: PictureFile) -> None:
+def require_whole_video(path: PictureFile) -> None:
     """Raise `ImageError` for a video file that is damaged or ends early; it decodes the whole file."""
-    _load(place, lambda metadata: [0, max(0, metadata.total_num_frames - 1)])
+    _load(path, lambda metadata: [0, max(0, metadata.total_num_frames - 1)])
 
 
-def _chosen(place: PictureFile, video_processor: Any, metadata: VideoMetadata) -> list[int]:
+def _chosen(path: PictureFile, video_processor: Any, metadata: VideoMetadata) -> list[int]:
     why = ""
     try:
         if indices := _sampled(video_processor, metadata):
@@ -152,12 +152,12 @@ def _chosen(place: PictureFile, video_processor: Any, metadata: VideoMetadata) -
     raise ImageError(
         f"{type(video_processor).__name__} cannot choose frames of this video, which has "
         f"{metadata.total_num_frames} in {metadata.duration:.2f} seconds{why}",
-        where=str(place),
+        where=str(path),
         hint="choose fewer frames, with a smaller num_frames or another fps; a file that does not say its length, such "
         "as .mkv or .webm: ffmpeg -i FILE FILE.mp4",
     )
 
 
-def _unreadable(place: PictureFile, reason: str) -> ImageError:
-    where = re.sub(r"(https?:/[^?]*)\?.*", r"\1", str(place))  # without tokens
+def _unreadable(path: PictureFile, reason: str) -> ImageError:
+    where = re.sub(r"(https?:/[^?]*)\?.*", r"\1", str(path))  # without tokens
     return ImageError(f"cannot read this video: {reason}", reason, code="video-unreadable", where=where)

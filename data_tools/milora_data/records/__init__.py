@@ -262,7 +262,7 @@ def as_llava(value: dict[str, Any], identifier: object = "") -> dict[str, Any]:
 def _from_messages(value: Mapping[str, Any], identifier: object) -> dict[str, Any]:
     named: list[str | Picture] = []
     videos: list[Any] = []
-    turns = [_message_turn(message, place, named, videos) for place, message in enumerate(value["messages"], start=1)]
+    turns = [_message_turn(message, number, named, videos) for number, message in enumerate(value["messages"], start=1)]
     listed = list(map(_file, _pictures(value)))
     own = [video for video in videos if video is not None]
     listed_videos = value.get("videos") or value.get("video")
@@ -318,27 +318,27 @@ def earlier(row: Mapping[str, Any], place: str = "") -> list[tuple[str, str]]:
     return [(str(question), str(answer)) for question, answer in history]
 
 
-def _message_turn(message: object, place: int, named: list[str | Picture], videos: list[Any]) -> dict[str, Any]:
+def _message_turn(message: object, number: int, named: list[str | Picture], videos: list[Any]) -> dict[str, Any]:
     role = message.get("role") if isinstance(message, dict) else message
     if not isinstance(message, dict) or not isinstance(role, str) or role not in ROLES:
-        raise DataError(f"message {place}: unknown role {role!r}; expected {', '.join(SPEAKERS)}")
+        raise DataError(f"message {number}: unknown role {role!r}; expected {', '.join(SPEAKERS)}")
     content = message.get("content")
     if content is None and message.get("tool_calls"):
         content = ""
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
-        raise DataError(f'message {place}: "content" must be a text or a list of parts, which are objects')
+        raise DataError(f'message {number}: "content" must be a text or a list of parts, which are objects')
     others = {key: value for key, value in message.items() if key not in ("role", "content")}
     of_parts = {key for part in parts for key, item in part.items() if item not in EMPTY and key not in KEYS_OF_PART}
     if of_parts & {"weight", "loss"}:
         hint = 'write "weight" beside "role": an answer is trained as a whole, or not'
-        raise DataError(f"message {place}: a part of the content has a weight", code="record-weight", hint=hint)
+        raise DataError(f"message {number}: a part of the content has a weight", code="record-weight", hint=hint)
     others |= {f"content.{key}": True for key in of_parts}  # counted as not read
-    value = "".join(_part(part, place, named, videos) for part in parts)
+    value = "".join(_part(part, number, named, videos) for part in parts)
     return {"from": role if role in CALLS else SPEAKERS[ROLES[role]], "value": value, **others}
 
 
-def _part(part: dict[str, Any], place: int, named: list[str | Picture], videos: list[Any]) -> str:
+def _part(part: dict[str, Any], number: int, named: list[str | Picture], videos: list[Any]) -> str:
     kind, text = part.get("type"), part.get("text")
     if kind in ("text", "input_text", "output_text") and isinstance(text, str):
         return text
@@ -353,7 +353,7 @@ def _part(part: dict[str, Any], place: int, named: list[str | Picture], videos: 
             shown = {**(shown if isinstance(shown, dict) else {"frames": shown}), **sampled}
         videos.append(shown)
         return f"{VIDEO}\n"
-    raise DataError(f"message {place}: unsupported part of type {kind!r}; expected text, an image or a video")
+    raise DataError(f"message {number}: unsupported part of type {kind!r}; expected text, an image or a video")
 
 
 def _file(image: object) -> str | Picture:

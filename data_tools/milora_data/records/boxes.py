@@ -133,14 +133,14 @@ class Boxes:
         if text is None:
             raise _wrong(f"no source says how models of {self.family} write points")
         # One pixel of tolerance: annotations count from 0 or from 1.
-        if not all(-1 <= x <= size[1 - place % 2] + 1 for place, x in enumerate(numbers)) or any(
+        if not all(-1 <= x <= size[1 - index % 2] + 1 for index, x in enumerate(numbers)) or any(
             first > last for first, last in zip(numbers[:2], numbers[2:], strict=False)
         ):
             raise _wrong(f"{in_pixels(numbers)} is no box in a picture of {size[1]} x {size[0]} pixels")
         values: dict[str, Any] = {}
-        for place, number in enumerate(numbers):
-            value = max(0.0, min(number * scale[place % 2] + shift[place % 2], top[place % 2]))
-            key = "xy"[place % 2] + "12"[place // 2]
+        for index, number in enumerate(numbers):
+            value = max(0.0, min(number * scale[index % 2] + shift[index % 2], top[index % 2]))
+            key = "xy"[index % 2] + "12"[index // 2]
             values[key] = f"{value:.2f}" if form.unit == "square" else round(value)
         return text.format(**values)
 

@@ -134,28 +134,28 @@ class CompactRecords(Sequence[Record]):
             self._starts.append(start)
             self._ends.append(len(content))
 
-    def only(self, places: Iterable[int]) -> CompactRecords:
-        """Return the records at these places, in this order; they share their bytes with this sequence."""
+    def only(self, indices: Iterable[int]) -> CompactRecords:
+        """Return the records at these indices, in this order; they share their bytes with this sequence."""
         chosen = CompactRecords(())
         chosen._content = self._content
-        for place in places:
-            chosen._starts.append(self._starts[place])
-            chosen._ends.append(self._ends[place])
+        for index in indices:
+            chosen._starts.append(self._starts[index])
+            chosen._ends.append(self._ends[index])
         return chosen
 
     def __len__(self) -> int:
         return len(self._starts)
 
     @overload
-    def __getitem__(self, place: int) -> Record: ...
+    def __getitem__(self, index: int) -> Record: ...
 
     @overload
-    def __getitem__(self, place: slice) -> list[Record]: ...
+    def __getitem__(self, index: slice) -> list[Record]: ...
 
-    def __getitem__(self, place: int | slice) -> Record | list[Record]:
-        if isinstance(place, slice):
-            return [self[number] for number in range(*place.indices(len(self)))]
-        record: Record = pickle.loads(memoryview(self._content)[self._starts[place] : self._ends[place]])
+    def __getitem__(self, index: int | slice) -> Record | list[Record]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        record: Record = pickle.loads(memoryview(self._content)[self._starts[index] : self._ends[index]])
         return record
 
 

@@ -48,14 +48,14 @@ def record_items(path: str | Path) -> Iterator[Item]:
 def json_items(
     path: str | Path, objects: Callable[[Callable[[DataError], None]], Iterator[tuple[str, object]]]
 ) -> Iterator[Item]:
-    """Yield the records of the (place, value) of `objects`, or their errors; a list cannot be read beyond its first."""
+    """Yield the records of the (line, value) of `objects`, or their errors; a list cannot be read beyond its first."""
     broken: list[DataError] = []
     try:
-        for place, value in objects(broken.append):
+        for line, value in objects(broken.append):
             yield from broken
             broken.clear()
             try:
-                yield parse_record(value, source=f"{path}:{place}")
+                yield parse_record(value, source=f"{path}:{line}")
             except DataError as error:
                 yield error
     except DataError as error:

@@ -256,10 +256,10 @@ def _as_record(row: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _found(file: Picture, beside: Path, data_dir: Path, row: str) -> Picture:
-    places = (file.within(folder).place for folder in (beside, beside / "images", data_dir))
-    paths = [place.absolute() for place in places if place is not None]
+    below = (file.within(folder).path for folder in (beside, beside / "images", data_dir))
+    paths = [path.absolute() for path in below if path is not None]
     if not paths:
         message, hint = f"{file} is outside the folders of the pictures", "use:  --data FOLDER (it may be /)"
         raise DataError(message, code="image-outside-folder", where=row, hint=hint)
-    place = next((path for path in paths if path.is_file()), paths[-1])  # else the folder of --data
-    return Picture(file.name, place)
+    path = next((path for path in paths if path.is_file()), paths[-1])  # else the folder of --data
+    return Picture(file.name, path)

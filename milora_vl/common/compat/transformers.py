@@ -46,22 +46,22 @@ def layer_kinds(model: Any) -> set[str]:
 
 
 @contextmanager
-def recorded_places(processor: Any) -> Iterator[list[list[tuple[int, int, int, int]]]]:
+def recorded_spans(processor: Any) -> Iterator[list[list[tuple[int, int, int, int]]]]:
     """Record where a processor expands placeholders while it makes a batch.
 
     The list gets, for each text, the range of each placeholder and of its replacement. The processor's option
     `return_text_replacement_offsets` would replace it, when no family fails to make tensors with it.
     """
-    expand, places = processor.get_text_with_replacements, []  # type: ignore[var-annotated]
+    expand, spans = processor.get_text_with_replacements, []  # type: ignore[var-annotated]
 
     def recording(*args: Any, **kwargs: Any) -> Any:
         texts, replaced = expand(*args, **kwargs)
-        places.extend([(*one["span"], *one["new_span"]) for one in row] for row in replaced)
+        spans.extend([(*one["span"], *one["new_span"]) for one in row] for row in replaced)
         return texts, replaced
 
     processor.get_text_with_replacements = recording
     try:
-        yield places
+        yield spans
     finally:
         del processor.get_text_with_replacements
 

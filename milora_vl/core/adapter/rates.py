@@ -48,7 +48,7 @@ def parameter_groups(
         if not (isinstance(value, int | float) and 0 <= value < math.inf):
             raise AdapterError(f"expected a number from 0, got {value!r}", where=name)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter, target in sorted(_trained(model), key=_place):
+    for name, parameter, target in sorted(_trained(model), key=_order):
         rate, decay = learning_rate, weight_decay
         if target is not None:
             rate = rate if target.learning_rate is None else target.learning_rate
@@ -76,7 +76,7 @@ def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Target | Non
             yield name, parameter, target_of.get(id(parameter))
 
 
-def _place(trained: tuple[str, nn.Parameter, Target | None]) -> tuple[bool, int]:
+def _order(trained: tuple[str, nn.Parameter, Target | None]) -> tuple[bool, int]:
     name, _, target = trained
     tower = None if target is None else target.tower
     return ".lora_" not in name, TOWERS.index(tower) if tower in TOWERS else len(TOWERS)

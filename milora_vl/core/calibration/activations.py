@@ -343,7 +343,7 @@ def energy_limits(rows: Tensor) -> Tensor:
 
 
 def _patches(module: nn.Conv2d, x: Tensor) -> Tensor:
-    """Return the input of a convolution as the vectors that its kernel is multiplied with, (images, places, in)."""
+    """Return the input of a convolution as the vectors that its kernel is multiplied with, (images, positions, in)."""
     padding: Any = module.padding
     if padding == "same":
         (top, left), (height, width) = (((size - 1) // 2 for size in module.kernel_size), module.kernel_size)

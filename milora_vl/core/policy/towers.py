@@ -196,7 +196,7 @@ def _beside(modules: Mapping[str, nn.Module], decoder: str) -> dict[Tower, tuple
         width = next((m.embedding_dim for m in modules[decoder].modules() if isinstance(m, nn.Embedding)), None)
         for tower in vision:
             inside = [path for path, _ in _children(modules, tower)]
-            last = max((place for place, path in enumerate(inside) if _stacks_in(modules, path)), default=-1)
+            last = max((index for index, path in enumerate(inside) if _stacks_in(modules, path)), default=-1)
             projector += tuple(path for path in inside[last + 1 :] if _maps_to(modules[path], width))
     return {tower: paths for tower, paths in (("projector", projector), ("vision", vision)) if paths}  # type: ignore[misc]
 
