@@ -131,9 +131,6 @@ TASKS = (
         "smol-llava: easy-VQA", 160, 4, ("default.easy-vqa", "fixed-a.easy-vqa"),
         {"plain": OURS, "lora": "LoRA, the projector in full"}, held_out=(64, 131),
     ),
-    TaskFiles(  # the product's own commands
-        "smol-llava: drawings", 40, 8, ("default.drawings",), {"plain": OURS, "lora-both": "LoRA"}, "lora-both",
-    ),
     TaskFiles(
         f"smol-llava: emoji{EARLIER}", 30, 8, ("default.smol-llava", "fixed-a.smol-llava"),
         {"plain": OURS, "lora-both": "LoRA", "random-rows": RANDOM}, "lora-both",

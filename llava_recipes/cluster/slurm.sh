@@ -1,11 +1,13 @@
 #!/bin/bash
 # Two machines of eight GPUs under SLURM; one with  sbatch --nodes 1 slurm.sh ...
 #
-#   sbatch slurm.sh --model llava-1.5-13b --data_path train.json --image_folder images --output_dir runs/a --deepspeed zero3
+#   sbatch slurm.sh --model llava-1.5-13b --bf16 --gradient_checkpointing --deepspeed zero3 \
+#       --data_path train.json --image_folder images --output_dir runs/a
 #
-# Five minutes before the time is over SLURM sends SIGTERM; the run saves after the step at hand and stops. Submitted
-# again, with the same words, it resumes. The output folder must be one that all machines see. A machine that
-# loses its network is noticed after --ddp_timeout seconds (1800 by default); srun then ends the other processes.
+# Five minutes before the time is over SLURM sends SIGTERM; the run saves after the step at hand, within the 30 seconds
+# that torchrun gives it, and stops. Submitted again, with the same words, it resumes. The output folder must be one
+# that all machines see. A machine that loses its network is noticed after --ddp_timeout seconds (1800 by default);
+# srun then ends the other processes.
 #SBATCH --job-name=milora
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
