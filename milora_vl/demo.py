@@ -57,7 +57,7 @@ examples:
 
 
 @dataclass(frozen=True, slots=True)
-class Size:
+class DemoSize:
     """How much a demo does. `None` is all: the questions of the test set."""
 
     steps: int
@@ -70,13 +70,13 @@ class Size:
         return f"{self.steps} steps, {self.questions or 'all'} questions, {self.texts} calibration texts"
 
 
-FULL = Size(150, None, 48, 32, 8192)
-QUICK = Size(20, 64, 8, 8, 2048)
+FULL = DemoSize(150, None, 48, 32, 8192)
+QUICK = DemoSize(20, 64, 8, 8, 2048)
 FULL_WORK = 3.3e14  # floating-point operations: the seconds of the full demo times this speed, roughly, on two CPUs
 FIVE_MINUTES = 300.0
 
 
-def fitted(seconds: float) -> Size:
+def fitted(seconds: float) -> DemoSize:
     """Return the size that ends in about five minutes where the full demo takes `seconds`.
 
     >>> fitted(200.0) == FULL, fitted(1500.0).steps, fitted(1e9) == QUICK
@@ -89,7 +89,7 @@ def fitted(seconds: float) -> Size:
     def part(full: int, least: int) -> int:
         return max(least, round(full * share))
 
-    return Size(part(150, 20), part(441, 64), part(48, 8), part(32, 8), part(8192, 2048))
+    return DemoSize(part(150, 20), part(441, 64), part(48, 8), part(32, 8), part(8192, 2048))
 
 
 def seconds_of_full_demo() -> float:
@@ -145,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _steps(recipe: str, folder: Path, size: Size) -> Iterator[Step]:
+def _steps(recipe: str, folder: Path, size: DemoSize) -> Iterator[Step]:
     """Yield the steps; each sees the files of the earlier ones."""
     yield Step((DATA / "test.json").is_file(), ("milora_data", "emoji", "--output_dir", str(DATA)))
     yield Step(

@@ -74,7 +74,7 @@ _BROKEN_TEXT = re.compile("[\ud800-\udfff]")
 _SENTENCES = ("broken_json", "not_a_record", "turn_order", "placeholders")
 _STORED_AT_ONCE = 256  # pictures of shards and tables that are kept until they are decoded together
 KEY_BYTES = 4  # of the key of each record and picture, by which a resumed run names the first that differs
-_Records: TypeAlias = dict[Picture, list[tuple[str, str]]]  # picture or video -> place and id of each record with it
+_RecordsOf: TypeAlias = dict[Picture, list[tuple[str, str]]]  # picture or video -> place and id of each record with it
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,8 +169,8 @@ def errors_of(record: Record) -> list[Finding]:
 def scan(path: Path, folder: Path) -> Report:
     """Return a report on all records of `path` and their pictures below `folder`. Raises `DataError` without a file."""
     report = Report(str(path), str(folder))
-    used: _Records = {}
-    stored: _Records = {}
+    used: _RecordsOf = {}
+    stored: _RecordsOf = {}
     videos: set[Picture] = set()
     contents: dict[str, dict[str, str]] = {}  # file -> id -> the key of its first record
     places: dict[str, str] = {}  # the key of a record -> its first place
@@ -221,7 +221,7 @@ def readable(source: str | Path, report: Report) -> Iterator[Record]:
         report.findings.append(Finding(kind, str(item.first.where), message))
 
 
-def _scan_pictures(used: _Records, folder: Path, videos: Collection[Picture], report: Report) -> None:
+def _scan_pictures(used: _RecordsOf, folder: Path, videos: Collection[Picture], report: Report) -> None:
     def add(kind: str, file: Picture, message: str) -> None:
         report.findings += [Finding(kind, where, message, identifier) for where, identifier in used[file]]
 

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from milora_vl.analyze.layers import Row
+from milora_vl.analyze.layers import LayerRow
 from milora_vl.common.atomic_write import write_json
 from milora_vl.common.cli.table import Table
 from milora_vl.report.plots import METHOD_COLOURS, colours_of, draw, page_figure, write_csv
@@ -37,10 +37,10 @@ _FIELDS = {
 }  # fmt: skip
 
 
-def write(folder: Path, of: dict[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
+def write(folder: Path, of: dict[str, Any], rows: Sequence[LayerRow]) -> dict[str, Any]:
     columns = list(dict.fromkeys(key for row in rows for key in row))
     write_csv(folder / "layers.csv", columns, [[row.get(key, "") for key in columns] for row in rows])
-    groups: dict[str, list[Row]] = {}  # language attention, language mlp, projector, ...
+    groups: dict[str, list[LayerRow]] = {}  # language attention, language mlp, projector, ...
     for row in sorted(rows, key=lambda row: (row["tower"], row["family"])):
         name = row["tower"] if row["family"] == row["tower"] else f"{row['tower']} {row['family']}"
         groups.setdefault(name, []).append(row)
@@ -63,11 +63,11 @@ def write(folder: Path, of: dict[str, Any], rows: Sequence[Row]) -> dict[str, An
     return summary
 
 
-def _values(rows: Sequence[Row], field: str) -> list[float]:
+def _values(rows: Sequence[LayerRow], field: str) -> list[float]:
     return [row[field] for row in rows if row.get(field) is not None]
 
 
-def _figures(groups: dict[str, list[Row]]) -> dict[str, tuple[Figure, str]]:
+def _figures(groups: dict[str, list[LayerRow]]) -> dict[str, tuple[Figure, str]]:
     """Draw the figures that the rows allow; return figure and caption of each by name, in the order of the page."""
     rows = [row for members in groups.values() for row in members]
     deep = {name: members for name, members in groups.items() if len({row["block"] for row in members}) > 1}
@@ -81,7 +81,7 @@ def _figures(groups: dict[str, list[Row]]) -> dict[str, tuple[Figure, str]]:
 
 
 def _panels(
-    groups: dict[str, list[Row]], draw_one: Callable[[Axes, Sequence[Row]], None], xlabel: str, ylabel: str
+    groups: dict[str, list[LayerRow]], draw_one: Callable[[Axes, Sequence[LayerRow]], None], xlabel: str, ylabel: str
 ) -> Figure:
     columns = 2 if len(groups) == 4 else min(3, len(groups))
     lines = -(-len(groups) // columns)
@@ -99,7 +99,7 @@ def _panels(
     return figure
 
 
-def _draw_similarities(axis: Axes, rows: Sequence[Row]) -> None:
+def _draw_similarities(axis: Axes, rows: Sequence[LayerRow]) -> None:
     """Draw the similarity of the update with W's top, bottom and random subspace, over the blocks (paper, Fig. 2)."""
     blocks = sorted({row["block"] or 0 for row in rows})
     for part, method, mark in (("top", "pissa", "o"), ("bottom", "milora", "s"), ("random", "random", "")):
@@ -110,7 +110,7 @@ def _draw_similarities(axis: Axes, rows: Sequence[Row]) -> None:
     axis.set_ylim(bottom=0)
 
 
-def _draw_field(field: str, axis: Axes, rows: Sequence[Row]) -> None:
+def _draw_field(field: str, axis: Axes, rows: Sequence[LayerRow]) -> None:
     modules = list(dict.fromkeys(row["module"].split(".")[-1] for row in rows))
     for module, colour in colours_of(modules).items():
         inside = [row for row in rows if row["module"].split(".")[-1] == module and row.get(field) is not None]

@@ -34,7 +34,7 @@ from milora_vl.models.devices import device_named
 from milora_vl.models.loading import load_weights
 from milora_vl.models.projector import load_projector
 
-Row = dict[str, Any]
+LayerRow = dict[str, Any]
 
 
 # Intruder dimensions (arXiv:2410.21228, algorithm 1): number of directions, and the cosine below which one is new.
@@ -139,7 +139,7 @@ class Layer:
     method: str = "full"
     rank: int | None = None
 
-    def row(self, device: torch.device, rank: int) -> Row:
+    def row(self, device: torch.device, rank: int) -> LayerRow:
         towers, W = self.towers, read_matrix(self.before).to(device).float()
         block, tower = towers.block_of(self.path), towers.tower_of(self.path) or "other"
         names = {
@@ -149,7 +149,7 @@ class Layer:
         numbers = self._of_update(W, min(self.rank or rank, *W.shape))
         return names | {name: _rounded(value) for name, value in numbers.items()}
 
-    def _of_update(self, W: Tensor, r: int) -> Row:
+    def _of_update(self, W: Tensor, r: int) -> LayerRow:
         update, norm, tuned = self._change(W, r)
         full = decompose(W, min(W.shape), "principal")
         top = decompose(tuned, min(INTRUDER_K, *W.shape), "principal")
@@ -276,12 +276,12 @@ def matrices(model: nn.Module) -> dict[str, nn.Module]:
     return inside or {path: module for path, module in modules.items() if is_linear(module)}
 
 
-def rows_of(layers: Sequence[Layer], device: str | None, rank: int, store: Path) -> list[Row]:
+def rows_of(layers: Sequence[Layer], device: str | None, rank: int, store: Path) -> list[LayerRow]:
     """Return a row for every layer. `device` is the value of --device.
 
     The file `store` keeps each row with a hash of its weights: an analysis that was interrupted computes the others.
     """
-    rows, on = list[Row](), device_named(device)
+    rows, on = list[LayerRow](), device_named(device)
     stored = {line["key"]: line["row"] for line in json_lines(store)}
     store.parent.mkdir(parents=True, exist_ok=True)
     with torch.inference_mode(), store.open("a") as file, progress_bar("analysing", len(layers), "layers") as bar:

@@ -20,7 +20,7 @@ def progress_bar(what: str, total: int, unit: str, *, is_shown: bool = True) -> 
         total=total,
         desc=what,
         unit=unit,
-        file=_Lines(sys.stderr),
+        file=_ProgressLines(sys.stderr),
         disable=not is_shown,
         mininterval=INTERVAL,
         delay=INTERVAL,
@@ -28,7 +28,7 @@ def progress_bar(what: str, total: int, unit: str, *, is_shown: bool = True) -> 
     )
 
 
-class _Lines:
+class _ProgressLines:
     """A stream for tqdm, which begins each state of a bar with a carriage return: here it is a line."""
 
     def __init__(self, stream: TextIO) -> None:

@@ -12,7 +12,7 @@ from transformers.trainer_utils import RemoveColumnsCollator
 from milora_data.batches.image_text_collator import ImageTextCollator
 from milora_data.batches.processor_collator import ProcessorCollator
 from milora_data.batches.processor_inputs import usable_inputs
-from milora_data.batches.record_collator import Item, RecordCollator
+from milora_data.batches.record_collator import RecordCollator, RecordLike
 from milora_data.encode.templates import OWN
 from milora_data.keys import FileKeys, record_key
 from milora_data.pictures.load import ImagePolicy
@@ -34,7 +34,7 @@ def collator_for(
     image_aspect_ratio: AspectRatio = "pad",
     bad_images: ImagePolicy = "raise",
     packing: Literal["rows", "flat"] = "rows",
-    substitutes: Sequence[Item] = (),
+    substitutes: Sequence[RecordLike] = (),
 ) -> RecordCollator[Any]:
     """Return the collator that `train` uses for `model`: the fast one for LLaVA and text, else one with `processor`.
 

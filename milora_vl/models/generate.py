@@ -82,7 +82,7 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True)
-class _Encoded:
+class _EncodedPrompt:
     """An encoded prompt, with an id for each token of a picture. Equal pictures have an equal `picture`."""
 
     ids: Sequence[int]
@@ -434,10 +434,10 @@ class LlavaReader:
         labels = torch.tensor([[IGNORE] * len(known) + after], device=self.model.device)
         return {"input_ids": ids, "labels": labels, **self.pixels([row])}
 
-    def row(self, prompt: Prompt) -> _Encoded:
+    def row(self, prompt: Prompt) -> _EncodedPrompt:
         counts = map(self._num_tokens, prompt.images)
         repeats = ((token, next(counts, 1) if token == self.image_token else 1) for token in self._ids(prompt))
-        return _Encoded(
+        return _EncodedPrompt(
             [token for token, count in repeats for _ in range(count)], prompt.images, self._picture_keys(prompt)
         )
 
@@ -456,7 +456,7 @@ class LlavaReader:
         image = -1 if self.image_token is None else self.image_token
         return prompt_ids(self._boxed(prompt), self.tokenizer, self.template, image_token_id=image, image_tokens=1)
 
-    def pixels(self, rows: Sequence[_Encoded]) -> dict[str, Tensor]:
+    def pixels(self, rows: Sequence[_EncodedPrompt]) -> dict[str, Tensor]:
         """Return {"pixel_values": (num_images, 3, H, W)} for the pictures of the rows in order; {} without pictures.
 
         A model that tiles pictures gets (num_images, tiles, 3, H, W) and image_sizes.
@@ -508,7 +508,7 @@ def _decoded(tokenizer: Any, rows: Tensor, ends: Collection[int]) -> list[Reply]
     ]
 
 
-def _common_prefix(rows: Sequence[_Encoded], image_token: int | None) -> int:
+def _common_prefix(rows: Sequence[_EncodedPrompt], image_token: int | None) -> int:
     """Return the length of the common prefix, below the shortest row; 0 if a picture comes after it."""
     shortest = min(len(row.ids) for row in rows) - 1
     columns = zip(*(row.ids[:shortest] for row in rows), strict=True)
@@ -517,7 +517,7 @@ def _common_prefix(rows: Sequence[_Encoded], image_token: int | None) -> int:
 
 
 def _shared_cache(
-    reader: LlavaReader, first: Sequence[_Encoded], rows: Sequence[_Encoded], prefix: int
+    reader: LlavaReader, first: Sequence[_EncodedPrompt], rows: Sequence[_EncodedPrompt], prefix: int
 ) -> dict[str, Any]:
     """Run the common prefix once per picture. Return {argument name: cache} with one entry per row."""
     from transformers import DynamicCache, GenerationMixin

@@ -42,7 +42,7 @@ from milora_vl.report.page import try_write_report
 from milora_vl.report.repeat import of_earlier
 from milora_vl.train.data import suites_of
 from milora_vl.train.plan import Run
-from milora_vl.train.resume import CARD, ENVIRONMENT, RunFolder, Task, refuse_to_overwrite
+from milora_vl.train.resume import CARD, ENVIRONMENT, Entry, RunFolder, refuse_to_overwrite
 from milora_vl.train.settings import Recipe
 from milora_vl.train.trainer import MiloraTrainer
 
@@ -93,7 +93,7 @@ class FirstFiles:
             self.folder.write_json(name, value)
 
 
-def room_lines(targets: Sequence[Target], protection: Mapping[str, Protection], tasks: Sequence[Task]) -> list[str]:
+def room_lines(targets: Sequence[Target], protection: Mapping[str, Protection], tasks: Sequence[Entry]) -> list[str]:
     """Return a line per tower: the share of input directions that is free, and what was free in each earlier run."""
     lines = []
     for tower, now in protected_directions(targets, protection).items():

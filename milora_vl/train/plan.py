@@ -60,9 +60,9 @@ from milora_vl.train.default_policy import default_rules
 from milora_vl.train.join_settings import Settings
 from milora_vl.train.launch import Launch, hf_arguments, launch_of, missing_packages
 from milora_vl.train.resume import (
+    Entry,
     ResumedRun,
     RunFolder,
-    Task,
     choose_folder,
     read_earlier_records,
     read_resumed,
@@ -97,7 +97,7 @@ class Run:
     started: datetime
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
-    tasks: tuple[Task, ...] = ()  # that the run comes after
+    tasks: tuple[Entry, ...] = ()  # that the run comes after
 
     @property
     def base_kl(self) -> BaseKLConfig:

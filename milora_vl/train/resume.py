@@ -46,7 +46,7 @@ from milora_vl.train.settings import Changes, DataConfig, Recipe, differences, l
 ENVIRONMENT, CARD = "environment.json", "README.md"  # shared with others, so secrets in them are hidden
 OWN_FILES = ("recipe.yaml", CARD, "policy.json", "report.html", HELD_OUT)
 
-Task = Mapping[str, Any]  # the entry of a run that others come after, in their milora.json
+Entry = Mapping[str, Any]  # the entry of a run that others come after, in their milora.json
 
 
 @dataclass(frozen=True, slots=True)
@@ -363,7 +363,7 @@ def resume_warnings(checkpoint: Path, *, processes: int, stage: int, fsdp: bool 
 
 def tasks_before(
     recipe: Recipe, base: nn.Module, targets: Sequence[Target], checkpoint: Path | None
-) -> tuple[tuple[Task, ...], list[str]]:
+) -> tuple[tuple[Entry, ...], list[str]]:
     """Return the entries of the tasks that a run on `base`, without weights, comes after, in order, and warnings.
 
     A resumed run has them in its checkpoint. Raises UserError for rules that cannot train after these tasks, and for a
@@ -419,12 +419,12 @@ class EarlierRecords:
     found: tuple[tuple[Recipe, Sequence[Record], Sequence[int]], ...]
 
 
-def read_earlier_records(tasks: Sequence[Task], recipe: Recipe, screen: Screen, *, are_used: bool) -> EarlierRecords:
+def read_earlier_records(tasks: Sequence[Entry], recipe: Recipe, screen: Screen, *, are_used: bool) -> EarlierRecords:
     """Read the records of earlier tasks if the run uses them, each data set once.
 
     Raises UserError where they are missing, unreadable or changed.
     """
-    read_of: dict[str, tuple[Task, DataConfig, Sequence[Record]]] = {}
+    read_of: dict[str, tuple[Entry, DataConfig, Sequence[Record]]] = {}
     for task in tasks if are_used else ():
         data, read = _records_of(task, recipe, screen)
         read_of[str(data)] = task, data, read.train
@@ -435,7 +435,7 @@ def read_earlier_records(tasks: Sequence[Task], recipe: Recipe, screen: Screen, 
     return EarlierRecords(tuple(found))
 
 
-def _records_of(task: Task, recipe: Recipe, screen: Screen) -> tuple[DataConfig, RunData]:
+def _records_of(task: Entry, recipe: Recipe, screen: Screen) -> tuple[DataConfig, RunData]:
     """Read the records of a task: those with its fingerprint, in its text and in its pictures."""
     data = DataConfig.model_validate({**task["data"], "eval_path": None})
     if recipe.data.bad_images != "raise":
@@ -459,7 +459,7 @@ def task_entry(
     targets: Sequence[Target],
     protection: Mapping[str, Protection],
     records: RunData | Mapping[str, Any],
-) -> Task:
+) -> Entry:
     """Return the entry of a task, on records or on what environment.json of its run says about them."""
     if isinstance(records, RunData):
         records = {"data": records.counts(), "records": records.fingerprint, "pictures": records.pictures}
@@ -480,7 +480,7 @@ def task_entry(
     }
 
 
-def _records_missing(task: Task, why: str) -> UserError:
+def _records_missing(task: Entry, why: str) -> UserError:
     message = f"the records of {task['run']} are needed to protect what it has learned: {why}"
     return UserError(message, where=Key.of("after"), hint="put them back, and start where that run was started")
 

@@ -67,7 +67,7 @@ MOST_TOKENS = 65_536  # of a picture and its caption
 MOST_RECORDS = 512  # of data
 NGRAM = 12  # words in a row that two texts share only if one is copied
 _VERSION = 5  # increase it if equal settings can give other texts
-_Rows = list[Annotated[list[NonNegativeInt], Field(min_length=1)]]
+_TokenRows = list[Annotated[list[NonNegativeInt], Field(min_length=1)]]
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ def _written_rows(sources: _Sources, count: int) -> list[tuple[str, list[int]]]:
         return sampled_rows(model, *ends_of(tokenizer), **at, on_tokens=on_work)
 
     jobs = [_Job(f"{number} {part} {LENGTH}", part, LENGTH - 1) for number, part in enumerate(parts)]
-    rows = _cached(sources, "texts", _Rows, TEXTS, "tokens", jobs, write)
+    rows = _cached(sources, "texts", _TokenRows, TEXTS, "tokens", jobs, write)
     kept = [row for row in rows if not shares_probe_text(tokenizer.decode(row, skip_special_tokens=True))]
     return [(f"sample {number}", row) for number, row in enumerate(kept)]
 

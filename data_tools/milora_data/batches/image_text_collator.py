@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from milora_data.batches.pack import Row, joined, packed, packed_flat, padded
-from milora_data.batches.record_collator import Item, RecordCollator, pad_id_of
+from milora_data.batches.record_collator import RecordCollator, RecordLike, pad_id_of
 from milora_data.encode.chat_template_mask import require_template
 from milora_data.encode.labels import IGNORE, Encoded, encode, record_segments
 from milora_data.encode.templates import OWN, Segment, template_name
@@ -73,7 +73,7 @@ class ImageTextCollator(RecordCollator[Row]):
         bad_images: ImagePolicy = "raise",
         pad_to_multiple_of: int = 1,
         packing: Literal["rows", "flat"] = "rows",
-        substitutes: Sequence[Item] = (),
+        substitutes: Sequence[RecordLike] = (),
         tiling: Tiling | None = None,
     ) -> None:
         if "image_processor" in dir(tokenizer):
@@ -139,7 +139,7 @@ class ImageTextCollator(RecordCollator[Row]):
             raise UserError(message, code="collate-image-tokens", where="image_tokens", hint=USE_COLLATOR_FOR)
         return LLAVA_TOKENS
 
-    def _collated(self, records: Sequence[Item | Sequence[Item]]) -> dict[str, Any]:
+    def _collated(self, records: Sequence[RecordLike | Sequence[RecordLike]]) -> dict[str, Any]:
         packs = [[item] if isinstance(item, Record | Mapping | UserError) else list(item) for item in records]
         is_packed = any(not isinstance(item, Record | Mapping | UserError) for item in records)
         kept = [[row for item in pack if (row := self._sample(item)) is not None] for pack in packs]

@@ -22,7 +22,7 @@ import torch
 
 from milora_data.batches.pack import RowPacker, with_hidden_picture
 from milora_data.batches.processor_inputs import PROCESSOR_ERRORS, SPANS, ProcessorInputs, with_unseen_pictures
-from milora_data.batches.record_collator import Item, RecordCollator, needed_by, pad_id_of, record_of
+from milora_data.batches.record_collator import RecordCollator, RecordLike, needed_by, pad_id_of, record_of
 from milora_data.encode.chat_template_mask import VIDEO_MARK, Rendered
 from milora_data.encode.labels import NoSupervisedTokens
 from milora_data.encode.templates import Segment
@@ -86,7 +86,7 @@ class ProcessorCollator(RecordCollator[ProcessorSample]):
         max_length: int | None = None,
         bad_images: ImagePolicy = "raise",
         pad_to_multiple_of: int | None = None,
-        substitutes: Sequence[Item] = (),
+        substitutes: Sequence[RecordLike] = (),
         model_config: Any = None,
         packing: Literal["rows", "flat"] = "rows",
     ) -> None:
@@ -165,7 +165,7 @@ class ProcessorCollator(RecordCollator[ProcessorSample]):
             raise with_context(error, record.place) from None
         return rendered
 
-    def _samples(self, items: Sequence[Item]) -> list[ProcessorSample]:
+    def _samples(self, items: Sequence[RecordLike]) -> list[ProcessorSample]:
         """Return the samples of the items; all texts first, which take twice as long between decoders of pictures."""
         texts: list[tuple[Record, Rendered]] = []
         for item in items:
@@ -207,7 +207,7 @@ class ProcessorCollator(RecordCollator[ProcessorSample]):
         except DataError as error:
             raise with_context(error, record.place) from None
 
-    def _collated(self, records: Sequence[Item | Sequence[Item]]) -> dict[str, Any]:
+    def _collated(self, records: Sequence[RecordLike | Sequence[RecordLike]]) -> dict[str, Any]:
         if not any(isinstance(item, Sequence) for item in records):
             batch, samples = self._padded(self._samples(records))  # type: ignore[arg-type]
             return self._shown(batch, samples)
@@ -327,7 +327,7 @@ class ProcessorCollator(RecordCollator[ProcessorSample]):
             message = f"the processor refuses this picture: {reason}"
             raise ImageError(message, reason, where=str(picture), hint=hint) from None
 
-    def _cut(self, row: _Row, limit: int) -> ProcessorSample:
+    def _cut(self, row: _ExpandedRow, limit: int) -> ProcessorSample:
         """Return the sample of a row with at most `limit` tokens. Raises `NoSupervisedTokens` if no answer is left."""
         sample, rendered = row.sample, row.sample.rendered
         message = f"this record has no supervised answer: max_length {self.max_length} cuts off all of them"
@@ -345,7 +345,7 @@ class ProcessorCollator(RecordCollator[ProcessorSample]):
 
 
 @dataclass(frozen=True, slots=True)
-class _Row:
+class _ExpandedRow:
     """One row of a batch: its sample, the characters of each token (length, 2) in the expanded text, and its pictures.
 
     `spans` has two ranges of characters for each picture: its placeholder, and the text that replaces it.
@@ -379,12 +379,12 @@ class _Row:
             yield at, end
 
 
-def _rows(batch: Mapping[str, Any], samples: Sequence[ProcessorSample]) -> list[_Row]:
-    offsets = batch["offset_mapping"].numpy()
-    return [_Row(sample, row, tuple(spans)) for sample, row, spans in zip(samples, offsets, batch[SPANS], strict=True)]
+def _rows(batch: Mapping[str, Any], samples: Sequence[ProcessorSample]) -> list[_ExpandedRow]:
+    rows = zip(samples, batch["offset_mapping"].numpy(), batch[SPANS], strict=True)
+    return [_ExpandedRow(sample, offsets, tuple(spans)) for sample, offsets, spans in rows]
 
 
-def _labels(batch: Mapping[str, Any], rows: Sequence[_Row]) -> torch.Tensor:
+def _labels(batch: Mapping[str, Any], rows: Sequence[_ExpandedRow]) -> torch.Tensor:
     """Return the labels (batch, length): the ids of supervised tokens, -100 elsewhere."""
     offsets = batch["offset_mapping"].numpy()
     ends = offsets[:, :, 1]

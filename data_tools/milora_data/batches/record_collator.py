@@ -29,7 +29,7 @@ BLANK = (64, 64)  # height and width of the image that replaces one without pixe
 _MAX_WORKERS = 256
 _COUNTERS = ("skipped", "unlearnable", "cut", "broken")
 
-Item = Record | Mapping[str, Any] | UserError
+RecordLike = Record | Mapping[str, Any] | UserError
 Sample = TypeVar("Sample")
 Given = TypeVar("Given")
 Made = TypeVar("Made")
@@ -61,7 +61,7 @@ class RecordCollator(ABC, Generic[Sample]):
     def __init__(
         self,
         bad_images: ImagePolicy = "raise",
-        substitutes: Sequence[Item] = (),
+        substitutes: Sequence[RecordLike] = (),
         *,
         image_folder: str | Path | None = None,
         max_length: int | None = None,
@@ -79,7 +79,7 @@ class RecordCollator(ABC, Generic[Sample]):
         # Shared memory, one row per loader process: loader processes count, the main process reports.
         self._counts = torch.zeros(_MAX_WORKERS, len(_COUNTERS), dtype=torch.long).share_memory_()
 
-    def __call__(self, records: Sequence[Item | Sequence[Item]]) -> dict[str, Any]:
+    def __call__(self, records: Sequence[RecordLike | Sequence[RecordLike]]) -> dict[str, Any]:
         """Return the batch of `records`; raises `DataError` with file and line."""
         if get_worker_info() is None:
             return self._made(records)
@@ -153,7 +153,7 @@ class RecordCollator(ABC, Generic[Sample]):
         other.is_evaluating = True
         return other
 
-    def _made(self, records: Sequence[Item | Sequence[Item]]) -> dict[str, Any]:
+    def _made(self, records: Sequence[RecordLike | Sequence[RecordLike]]) -> dict[str, Any]:
         self._has_substitute, self.left_out = False, set()
         batch = self._collated(records)
         if self.is_evaluating and self._has_substitute:
@@ -161,12 +161,12 @@ class RecordCollator(ABC, Generic[Sample]):
         return batch
 
     @abstractmethod
-    def _collated(self, records: Sequence[Item | Sequence[Item]]) -> dict[str, Any]: ...
+    def _collated(self, records: Sequence[RecordLike | Sequence[RecordLike]]) -> dict[str, Any]: ...
 
     @abstractmethod
     def _read(self, record: Record) -> Sample: ...
 
-    def _sample(self, item: Item) -> Sample | None:
+    def _sample(self, item: RecordLike) -> Sample | None:
         """Return what the batch needs of an item; None if the policy leaves it out."""
         record = self._kept(record_of, item, "")
         return None if record is None else self._kept(self._read, record, record.place)
@@ -220,7 +220,7 @@ def needed_by(error: ImageError, record: str) -> ImageError:
     return with_context(error, hint=f'needed by {record}; --bad_images skip leaves it out (bad_images="skip")')
 
 
-def record_of(item: Item) -> Record:
+def record_of(item: RecordLike) -> Record:
     """Return an item as a `Record`. Raises `DataError`, also if the item is the error of a broken record or stream."""
     if isinstance(item, UserError):
         raise item

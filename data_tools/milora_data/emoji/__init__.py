@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from milora_data.assets import create
 from milora_data.emoji.catalogue import PICTURE_SIZE, Emoji, catalogue, on_background, render, with_colours
-from milora_data.emoji.questions import Record, captions, held_out_records, training_records
+from milora_data.emoji.questions import RecordDict, captions, held_out_records, training_records
 from milora_vl.common.atomic_write import complete_folder
 from milora_vl.common.cli.parser import Command, count, option, shared
 
@@ -68,7 +68,7 @@ def write(folder: Path, call: str = "", *, seed: int = 0, per_type: int = 60, va
     split = {name: [emoji for emoji in emojis if emoji.split == name] for name in ("train", "val", "test")}
     patterns = ["{code}.png", *(f"variants/{{code}}_{i}.png" for i in range(variants))]
     known = {emoji.name for emoji in split["train"]}
-    files: dict[str, list[Record]] = {
+    files: dict[str, list[RecordDict]] = {
         "train.json": training_records(split["train"], seed),
         "val.json": held_out_records(split["val"], max(1, per_type // 4), seed, known),
         "test.json": held_out_records(split["test"], per_type, seed, known),

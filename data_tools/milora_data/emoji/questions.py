@@ -23,7 +23,7 @@ WHICH = "Which of these is in the picture"
 OPTIONS = 4
 TEXT_SHARE = 0.6  # fraction of the named training emoji that have a text-only record
 
-Record = dict[str, Any]
+RecordDict = dict[str, Any]
 Turns = list[tuple[str, str]]
 
 
@@ -146,7 +146,7 @@ TYPES: dict[str, Callable[[Emoji, Pool], tuple[Turns, list[str]] | None]] = {
 ASKED = ("naming", "naming", "category", "colour", "yes_no", "yes_no", "yes_no", "choice", "choice_letter")
 
 
-def training_records(emojis: Sequence[Emoji], seed: int) -> list[Record]:
+def training_records(emojis: Sequence[Emoji], seed: int) -> list[RecordDict]:
     """Return shuffled conversations of one to four questions about each emoji, as in ASKED, and text-only records.
 
     Questions about one picture share a record, as in LLaVA-1.5's mixture, so that its tokens are processed once. Each
@@ -154,7 +154,7 @@ def training_records(emojis: Sequence[Emoji], seed: int) -> list[Record]:
     """
     rng = random.Random(seed)
     pool = Pool(emojis, rng)
-    records: list[Record] = []
+    records: list[RecordDict] = []
     for emoji in emojis:
         asked = {}
         for kind in rng.sample(ASKED, len(ASKED)):
@@ -168,7 +168,7 @@ def training_records(emojis: Sequence[Emoji], seed: int) -> list[Record]:
     return records
 
 
-def _conversations(asked: Sequence[Record], rng: random.Random) -> list[Record]:
+def _conversations(asked: Sequence[RecordDict], rng: random.Random) -> list[RecordDict]:
     """Join the questions about one picture, in order, into conversations of one to four questions."""
     joined, start = [], 0
     while start < len(asked):
@@ -181,13 +181,13 @@ def _conversations(asked: Sequence[Record], rng: random.Random) -> list[Record]:
     return joined
 
 
-def held_out_records(emojis: Sequence[Emoji], per_type: int, seed: int, known: Collection[str]) -> list[Record]:
+def held_out_records(emojis: Sequence[Emoji], per_type: int, seed: int, known: Collection[str]) -> list[RecordDict]:
     """Return `per_type` questions of each type (fewer if there are not enough pictures).
 
     Within a type, the answers (kinds, colours, yes and no) alternate, so that no answer dominates. Naming asks only for
     `known` names, which training uses for other pictures.
     """
-    records: list[Record] = []
+    records: list[RecordDict] = []
     for kind in TYPES:
         rng = random.Random(f"{seed}:{kind}")
         pool = Pool(emojis, rng)
@@ -198,7 +198,7 @@ def held_out_records(emojis: Sequence[Emoji], per_type: int, seed: int, known: C
     return records
 
 
-def captions(emojis: Sequence[Emoji], variants: Sequence[str], seed: int) -> list[Record]:
+def captions(emojis: Sequence[Emoji], variants: Sequence[str], seed: int) -> list[RecordDict]:
     """Return stage-1 records: one caption for each picture of each emoji, in various forms.
 
     `variants` are patterns for file names, such as `{code}.png`. Captions are short and contain colour and kind, so
@@ -238,12 +238,12 @@ def _caption_forms(emoji: Emoji) -> list[str]:
     return forms
 
 
-def _record(kind: str, emoji: Emoji, pool: Pool) -> Record | None:
+def _record(kind: str, emoji: Emoji, pool: Pool) -> RecordDict | None:
     question = TYPES[kind](emoji, pool)
     if question is None:
         return None
     turns, answers = question
-    record: Record = {"id": f"{kind}-{emoji.code}", "type": kind, "answers": answers}
+    record: RecordDict = {"id": f"{kind}-{emoji.code}", "type": kind, "answers": answers}
     if kind != "text_only":
         record["image"] = emoji.file
         turns = [(f"<image>\n{turns[0][0]}", turns[0][1]), *turns[1:]]
@@ -253,12 +253,12 @@ def _record(kind: str, emoji: Emoji, pool: Pool) -> Record | None:
     return record
 
 
-def _balanced(records: Sequence[Record]) -> list[Record]:
+def _balanced(records: Sequence[RecordDict]) -> list[RecordDict]:
     """Order records so that answers alternate: the first record of each answer, then the second of each, ...
 
     All answers to choices count as one answer; otherwise choices would dominate a type with several question forms.
     """
-    strata: dict[str, list[Record]] = defaultdict(list)
+    strata: dict[str, list[RecordDict]] = defaultdict(list)
     for record in records:
         is_choice = record["conversations"][-2]["value"].removeprefix("<image>\n").startswith(WHICH)
         strata[WHICH if is_choice else record["answers"][0]].append(record)

@@ -19,7 +19,7 @@ MARK = re.compile(r"<bbox ([0-9]+):((?: [-+.0-9e]+)+)>")
 KEYS = ("ref", "bbox", "bbox_type", "image_id")
 Size = tuple[int, int]
 """Height and width in pixels."""
-Pair = tuple[float, float]
+XY = tuple[float, float]
 
 
 _POINT = "[{x1}, {y1}]"
@@ -144,7 +144,7 @@ class Boxes:
             values[key] = f"{value:.2f}" if form.unit == "square" else round(value)
         return text.format(**values)
 
-    def _grid(self, size: Size) -> tuple[Pair, Pair, Pair]:
+    def _grid(self, size: Size) -> tuple[XY, XY, XY]:
         """Return scale, shift and largest value of x and y: a pixel x is x * scale + shift to the model."""
         (height, width), unit = size, self.form().unit
         if unit == "square":

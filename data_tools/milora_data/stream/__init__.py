@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TypeAlias, TypeVar
+from typing import TypeVar
 
 from pydantic import Field
 
@@ -20,8 +20,7 @@ from milora_data.records.record import Record
 from milora_vl.common.errors import DataError
 from milora_vl.common.strict_models import Strict
 
-Item: TypeAlias = Record | DataError
-AnyItem = TypeVar("AnyItem", Record, Item)
+AnyRecord = TypeVar("AnyRecord", Record, Record | DataError)
 
 
 def load_records(path: str | Path) -> Iterator[Record]:
@@ -37,7 +36,7 @@ def load_records(path: str | Path) -> Iterator[Record]:
         yield item
 
 
-def record_items(path: str | Path) -> Iterator[Item]:
+def record_items(path: str | Path) -> Iterator[Record | DataError]:
     """Yield the records of a data set like `load_records`, and a `DataError` in place of each that is broken."""
     if is_stored(path):
         yield from stored_items(str(path))
@@ -47,7 +46,7 @@ def record_items(path: str | Path) -> Iterator[Item]:
 
 def json_items(
     path: str | Path, objects: Callable[[Callable[[DataError], None]], Iterator[tuple[str, object]]]
-) -> Iterator[Item]:
+) -> Iterator[Record | DataError]:
     """Yield the records of the (line, value) of `objects`, or their errors; a list cannot be read beyond its first."""
     broken: list[DataError] = []
     try:
@@ -72,8 +71,8 @@ class Source(Strict):
 
 
 def mixed_records(
-    sources: Sequence[Source], read: Callable[[str], Iterator[AnyItem]] = load_records
-) -> Iterator[AnyItem]:
+    sources: Sequence[Source], read: Callable[[str], Iterator[AnyRecord]] = load_records
+) -> Iterator[AnyRecord]:
     """Yield the records of all sources, one source after another, repeated or sampled according to its weight.
 
     Picture names are joined to the image folder of their source. Raises what `read` raises.
@@ -89,7 +88,7 @@ def mixed_records(
                 yield record
 
 
-def within(record: AnyItem, image_folder: str | None) -> AnyItem:
+def within(record: AnyRecord, image_folder: str | None) -> AnyRecord:
     """Return a record (not an error) whose pictures are in the image folder of its source, if the source has one.
 
     A name that leads out of that folder is not changed; it is then relative to the image folder of the training.

@@ -22,7 +22,7 @@ from milora_eval.data_files import find, read_table, table_rows, write_excel
 ROTATION = 1_000_000
 DROPPED = ["hint", "category", "source", "image", "comment", "l2-category"]
 
-Option = str | Literal[False]
+Letter = str | Literal[False]
 
 REFUSALS = (
     "Sorry, I can't help with images of people yet.",
@@ -158,7 +158,7 @@ def _is_there(text: str | None) -> bool:
     return text is not None and text.lower() not in ("nan", "none")
 
 
-def mmbench_option(text: str, choices: Mapping[str, str]) -> Option:
+def mmbench_option(text: str, choices: Mapping[str, str]) -> Letter:
     """Return the letter of an answer by VLMEvalKit's rules, "Z" for a refusal, False if it is not clear.
 
     >>> mmbench_option("The answer is (B).", {"A": "red", "B": "green"})
@@ -167,7 +167,7 @@ def mmbench_option(text: str, choices: Mapping[str, str]) -> Option:
     return option_letter(text, choices) or _option_by_text(text, choices)
 
 
-def option_letter(text: str, letters: Iterable[str]) -> Option:
+def option_letter(text: str, letters: Iterable[str]) -> Letter:
     """Return the letter named in an answer: alone among its last words, or after "answer is"."""
     letters = list(letters)
     if NO_ANSWER in text:
@@ -184,7 +184,7 @@ def option_letter(text: str, letters: Iterable[str]) -> Option:
     return found.group(1).upper() if found is not None and found.group(1).upper() in letters else False
 
 
-def _option_by_text(text: str, choices: Mapping[str, str]) -> Option:
+def _option_by_text(text: str, choices: Mapping[str, str]) -> Letter:
     """Return the only option whose text is in the answer; one more than twice as long as all options has none."""
     text = text.lower()
     if len(text) > 2 * sum(len(str(option)) for option in choices.values()):

@@ -27,7 +27,7 @@ from milora_eval.benchmarks.mmbench import mmbench_option
 from milora_eval.benchmarks.short_answers import anls, chartqa_correct, pathvqa_exact_match, pathvqa_f1
 from milora_eval.data_files import find_all, is_table, table_rows
 
-Row = dict[str, Any]
+DataRow = dict[str, Any]
 HUB_TEST = "data/test-*.parquet|test-*.parquet"
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 # The forms in which `mcq_letter` finds a letter, and how much each counts.
@@ -50,10 +50,10 @@ class PlainSet(Benchmark):
         rows = table_rows(self, data_dir) if is_table(paths[0]) else self.rows(*paths)
         return [self.item(number, row) for number, row in enumerate(rows)]
 
-    def rows(self, *paths: Path) -> Iterable[Row]:
+    def rows(self, *paths: Path) -> Iterable[DataRow]:
         raise NotImplementedError  # all files are tables
 
-    def item(self, number: int, row: Row) -> Item:
+    def item(self, number: int, row: DataRow) -> Item:
         raise NotImplementedError
 
 
@@ -69,7 +69,7 @@ class AI2D(PlainSet):
     def recognises(self, question: Any) -> bool:
         return bool(_choices(question)) and "l2_category" not in question
 
-    def item(self, number: int, row: Row) -> Item:
+    def item(self, number: int, row: DataRow) -> Item:
         choices = _choices(row)  # the hub counts them from 0, VLMEvalKit names their letter
         answer = LETTERS[int(row["answer"])] if "options" in row else row["answer"]
         text = _asked_for_letter(row["question"], choices)
@@ -94,7 +94,7 @@ class RealWorldQA(PlainSet):
     def recognises(self, question: Any) -> bool:
         return "Please answer directly" in question.get("question", "") or "A" in question
 
-    def item(self, number: int, row: Row) -> Item:
+    def item(self, number: int, row: DataRow) -> Item:
         text, choices, answer = row["question"].strip(), _choices(row), row["answer"].strip()
         text = _asked_for_letter(text, choices) if choices else text
         kind = "letter" if answer in tuple("ABCD") else "open"
@@ -118,7 +118,7 @@ class MMStar(PlainSet):
     def recognises(self, question: Any) -> bool:
         return {"category", "l2_category"} <= question.keys()
 
-    def item(self, number: int, row: Row) -> Item:
+    def item(self, number: int, row: DataRow) -> Item:
         if choices := _choices(row):
             text = _asked_for_letter(row["question"], choices)
         else:  # the question has its options
@@ -145,7 +145,7 @@ class CUB200(PlainSet):
     def recognises(self, question: Any) -> bool:
         return LETTER.strip() in question.get("question", "")
 
-    def item(self, number: int, row: Row) -> Item:
+    def item(self, number: int, row: DataRow) -> Item:
         text = row["question"].replace("\n<image>", "").replace("<image>", "")
         return picture_item(number, text, row["picture"], answers=[row["answer"]])
 
@@ -167,12 +167,12 @@ class DocVQA(PlainSet):
     upload = Upload("{name}_{split}.json", "questionId", "answer")
     picture_key = "image"
 
-    def rows(self, *paths: Path) -> Iterable[Row]:
+    def rows(self, *paths: Path) -> Iterable[DataRow]:
         for entry in read_json(paths[0])["data"]:
             answers = entry.get("answers", ())
             yield entry | {"answers": answers, "picture": paths[1] / Path(entry[self.picture_key]).name}
 
-    def item(self, number: int, row: Row) -> Item:
+    def item(self, number: int, row: DataRow) -> Item:
         answers = ast.literal_eval(row["answer"]) if "answer" in row else row["answers"] or ()  # VLMEvalKit's is a text
         name = int(row["index"] if "index" in row else row["questionId"])
         return picture_item(name, row["question"] + SHORT, row["picture"], answers=answers)
@@ -211,14 +211,14 @@ class ChartQA(PlainSet):
     def recognises(self, question: Any) -> bool:
         return isinstance(question, dict) and any(key in question for key in ("imgname", "type", "split"))
 
-    def rows(self, *paths: Path) -> Iterable[Row]:
+    def rows(self, *paths: Path) -> Iterable[DataRow]:
         for half, path in zip(self.halves, paths, strict=False):
             for number, entry in enumerate(read_json(path)):
                 picture = paths[2] / entry["imgname"]
                 about = {"type": half, "number": number, "picture": picture}
                 yield about | {"question": entry["query"], "answer": entry["label"]}
 
-    def item(self, number: int, row: Row) -> Item:
+    def item(self, number: int, row: DataRow) -> Item:
         half = "human" if "human" in (row["type"] if "type" in row else row["split"]) else "augmented"
         name, text = f"{half}/{row.get('number', number)}", row["question"] + SHORT
         return picture_item(name, text, row["picture"], answers=[row["answer"]], kind=half)
@@ -247,7 +247,7 @@ class PathVQA(PlainSet):
     def recognises(self, question: Any) -> bool:
         return question.keys() == {"question", "answer"} and "directly" not in question["question"]
 
-    def item(self, number: int, row: Row) -> Item:
+    def item(self, number: int, row: DataRow) -> Item:
         kind = "yes/no" if row["answer"].strip().lower() in ("yes", "no") else "open"
         text = self.before + row["question"] + self.after
         return picture_item(number, text, row["picture"], answers=[row["answer"]], kind=kind)

@@ -115,7 +115,7 @@ class _Input:
     basis: InputBasis | None = None
 
 
-Source = Sequence[tuple[Batch, Tensor | None]]
+_Positioned = Sequence[tuple[Batch, Tensor | None]]
 
 
 @torch.no_grad()
@@ -165,7 +165,7 @@ def for_each_input(
     return made
 
 
-def _add(model: nn.Module, batches: Source, sums: Mapping[_Input, _Sum], on_batch: Callable[[], object]) -> None:
+def _add(model: nn.Module, batches: _Positioned, sums: Mapping[_Input, _Sum], on_batch: Callable[[], object]) -> None:
     """Add one source of batches to the sums. Under ZeRO-3 all processes run the same forwards, and to their ends."""
     ends = not (is_deepspeed_zero3_enabled() or any(one.is_repeated for one in sums))
     for batch, positions in batches:

@@ -4,6 +4,6 @@ This package needs torch alone. `decompose` chooses the algorithm: `decompositio
 `search.py` computes a few components at one end of the spectrum, much faster and with an error bound.
 """
 
-from milora_vl.core.svd.decomposition import Factors, Method, Part, decompose, frobenius
+from milora_vl.core.svd.decomposition import Algorithm, Factors, Part, decompose, frobenius
 
-__all__ = ["Factors", "Method", "Part", "decompose", "frobenius"]
+__all__ = ["Algorithm", "Factors", "Part", "decompose", "frobenius"]

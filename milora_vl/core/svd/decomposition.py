@@ -23,7 +23,7 @@ from milora_vl.core.svd.gram import full_precision
 from milora_vl.core.svd.search import EXTRA, Search, triplets
 
 Part = Literal["minor", "principal", "random"]
-Method = Literal["auto", "exact", "fast"]
+Algorithm = Literal["auto", "exact", "fast"]
 
 DENSE = 640  # for up to this many rows or columns a whole decomposition is as fast as a search
 DENSE_SHARE = 6  # the same holds if more than one component in six is wanted
@@ -74,7 +74,7 @@ def decompose(
     rank: int,
     part: Part = "minor",
     *,
-    method: Method = "auto",
+    method: Algorithm = "auto",
     tol: float = 1e-3,
     generator: torch.Generator | None = None,
     refines_left: bool = True,
@@ -216,7 +216,7 @@ def _check(weight: Tensor, rank: int, part: str, method: str, tol: float) -> Non
         raise ValueError(f"rank must be an integer in 1..{largest_rank} for shape {tuple(weight.shape)}, got {rank!r}")
     if part not in get_args(Part):
         raise ValueError(f"part must be one of {', '.join(get_args(Part))}, got {part!r}")
-    if method not in get_args(Method):
-        raise ValueError(f"method must be one of {', '.join(get_args(Method))}, got {method!r}")
+    if method not in get_args(Algorithm):
+        raise ValueError(f"method must be one of {', '.join(get_args(Algorithm))}, got {method!r}")
     if not tol > 0:
         raise ValueError(f"tol must be positive, got {tol}")
