@@ -362,6 +362,6 @@ def test_texts_beside_pictures_pass_cross_attention_unchanged(make: Any) -> None
         pass_texts_unchanged(model)
         alone = [model(**collator([value])).logits[0] for value in (QUESTION, *TEXTS)]
         for order in ((0, 1, 2), (2, 0, 1)):
-            rows = model(**collator([(QUESTION, *TEXTS)[place] for place in order])).logits
-            for row, place in zip(rows, order, strict=True):
-                torch.testing.assert_close(row[: len(alone[place])], alone[place])
+            rows = model(**collator([(QUESTION, *TEXTS)[index] for index in order])).logits
+            for row, index in zip(rows, order, strict=True):
+                torch.testing.assert_close(row[: len(alone[index])], alone[index])

@@ -140,8 +140,8 @@ def test_weights_go_from_the_file_to_the_device(
     def counts(func: Any, args: Any, kwargs: Any) -> Any:
         if str(func) == "aten.copy_.default" and args[1].is_cpu:
             lines = (line for line in Path("/proc/self/maps").read_text().splitlines() if "safetensors" in line)
-            places = [[int(place, 16) for place in line.split()[0].split("-")] for line in lines]
-            is_mapped = any(first <= args[1].data_ptr() < last for first, last in places)
+            ranges = [[int(address, 16) for address in line.split()[0].split("-")] for line in lines]
+            is_mapped = any(first <= args[1].data_ptr() < last for first, last in ranges)
             (from_file if is_mapped else from_memory)[0] += args[1].nbytes
         return run(func, args, kwargs)
 

@@ -69,7 +69,7 @@ def short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def place(
+def folder(
     files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, short_answers: None, forked_programs: None
 ) -> Path:
     """A working folder with the files that the pages presume, and a separate cache."""
@@ -88,7 +88,7 @@ def place(
 
 @pytest.mark.filterwarnings("ignore:too little calibration")  # the data of the pages is tiny
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=name_of)
-def test_the_commands_of_a_page_run(page: Path, place: Path) -> None:
+def test_the_commands_of_a_page_run(page: Path, folder: Path) -> None:
     documented_files.prepare(PRESUMES.get(name_of(page), ()))
     failed = []
     for command in filter(is_run, commands(page)):
@@ -150,7 +150,7 @@ def small_language_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("small_language_model")
 @pytest.mark.parametrize("block", blocks("python"), ids=str)
-def test_a_block_of_python_runs(block: Block, place: Path) -> None:
+def test_a_block_of_python_runs(block: Block, folder: Path) -> None:
     exec(compile(block.text, str(block), "exec"), {"__name__": "__main__"})
 
 

@@ -302,7 +302,7 @@ def test_questions_about_one_picture_count_once() -> None:
     rng = random.Random(0)
     a, b = ([float(rng.random() < 0.5) for _ in range(58)] for _ in range(2))
     assert paired_difference(a, b).p_bootstrap is not None
-    found = paired_difference(a, b, clusters=[place // 2 for place in range(58)])
+    found = paired_difference(a, b, clusters=[index // 2 for index in range(58)])
     assert (found.low, found.p_value, found.p_bootstrap) == (None,) * 3
     assert "from 29 items" in found.note
 
@@ -340,7 +340,7 @@ def test_the_error_of_an_f1_is_that_of_drawing_pictures_again() -> None:
                 answers.append(Answer(item, said, float(said == label)))
     headline = POPE().summarise(answers)[0]
     stderr, *_ = resampled_difference(
-        lambda drawn: POPE().summarise([answers[place] for place, _ in drawn])[0].value,
+        lambda drawn: POPE().summarise([answers[index] for index, _ in drawn])[0].value,
         [answer.item.group for answer in answers],
         400,
     )

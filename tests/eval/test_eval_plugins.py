@@ -258,8 +258,8 @@ def test_lmms_eval_gets_the_answers_and_so_the_score_of_eval_run(
     model = importlib.import_module("milora_eval.lmms").Milora("tiny", str(run_folder), batch_size=4)
     model.task_dict = {"gqa": {"testdev": items}}
     requests = [
-        SimpleNamespace(args=(item.plain_text, {}, lambda item: map(load_image, item.images), place, "gqa", "testdev"))
-        for place, item in enumerate(items)
+        SimpleNamespace(args=(item.plain_text, {}, lambda item: map(load_image, item.images), index, "gqa", "testdev"))
+        for index, item in enumerate(items)
     ]
     said = model.generate_until(requests)
     assert {item.id: text for item, text in zip(items, said, strict=True)} == answers

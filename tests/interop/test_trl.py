@@ -106,7 +106,7 @@ def live_weights() -> dict[int, int]:
 
 def check_memory(before: dict[int, int], folder: Path, model: Any) -> None:
     """Check that since `before` there are the weights of one base model and what trains, and nothing else."""
-    new = sum(size for place, size in live_weights().items() if place not in before)
+    new = sum(size for address, size in live_weights().items() if address not in before)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert trained
     weights = sum(p.numel() for p in load_model(folder)[0].parameters())

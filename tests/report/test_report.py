@@ -237,15 +237,15 @@ def own_answers(run: Path, num_cut: int) -> None:
     metas = {"meta": {"metric": "exact"}, "image": None, "image_file": None, "key": "k"}
     for which in ("base", "final"):
         lines = []
-        for place in range(120):
-            answer = "red" if place % 3 == 0 else f"colour {place}"
-            said = answer if which == "final" and place % 2 else ""
+        for index in range(120):
+            answer = "red" if index % 3 == 0 else f"colour {index}"
+            said = answer if which == "final" and index % 2 else ""
             said = "It seems to be red, or a similar one" if which == "base" else said
             lines.append(metas | {
-                "id": str(place), "benchmark": "data:own", "type": "", "question": "Which?", "prediction": said,
-                "answers": [answer], "correct": float(said == answer), "group": str(place // 2),
-                "baseline": float(answer == "red"), "question_key": f"{place:03}",
-                **({"truncated": True} if which == "base" and place < num_cut else {}),
+                "id": str(index), "benchmark": "data:own", "type": "", "question": "Which?", "prediction": said,
+                "answers": [answer], "correct": float(said == answer), "group": str(index // 2),
+                "baseline": float(answer == "red"), "question_key": f"{index:03}",
+                **({"truncated": True} if which == "base" and index < num_cut else {}),
             })  # fmt: skip
         folder = run / "eval" / "own" / which
         folder.mkdir(parents=True)

@@ -43,16 +43,16 @@ answers = texts.filter(lambda text: text and IMAGE not in text and "ASSISTANT" n
 
 @st.composite
 def conversations(draw: st.DrawFn) -> dict[str, Any]:
-    """Well-formed LLaVA records, some with a picture at any place of any question."""
+    """Well-formed LLaVA records, some with a picture at any index of any question."""
     exchanges = draw(st.lists(st.tuples(answers, answers), min_size=1, max_size=4))
     turns = [text for exchange in exchanges for text in exchange]
     assume(all(text.encode("utf-8", "replace").decode() == text and "\x00" not in text for text in turns))
     assume(not any(special in text for text in turns for special in ("</s>", "<s>")))
     if not draw(st.booleans()):
         return record(*turns)
-    place = 2 * draw(st.integers(0, len(exchanges) - 1))
-    at = draw(st.integers(0, len(turns[place])))
-    turns[place] = turns[place][:at] + IMAGE + turns[place][at:]
+    index = 2 * draw(st.integers(0, len(exchanges) - 1))
+    at = draw(st.integers(0, len(turns[index])))
+    turns[index] = turns[index][:at] + IMAGE + turns[index][at:]
     return record(*turns, images=1)
 
 

@@ -23,8 +23,8 @@ ASKED = ("instructions.json", "LLM-Adapters/ft-training_set/commonsense_170k.jso
 def write_files(folder: Path, records: list[dict[str, Any]]) -> None:
     """Write records, pictures, benchmark files, scripts and parts of models."""
     write_tiny_data(folder, records)
-    for place in ("cat.png", "my pictures/cat.jpg", "playground/data/0.png", "a.png"):
-        picture("red").save(made((folder / place).parent) / Path(place).name)
+    for name in ("cat.png", "my pictures/cat.jpg", "playground/data/0.png", "a.png"):
+        picture("red").save(made((folder / name).parent) / Path(name).name)
     (folder / "my pictures" / "captions.csv").write_text("file,caption\ncat.jpg,A cat.\n")
     for name in ("a-test.json", "b-test.json"):
         shutil.copy(folder / "val.json", folder / name)

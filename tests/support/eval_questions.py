@@ -29,10 +29,10 @@ def write_questions(folder: Path) -> Path:
     """Write test.json: 20 questions about 4 pictures and 2 without."""
     (folder / "images").mkdir(parents=True)
     records = []
-    for place, (name, rgb) in enumerate(COLOURS.items()):
+    for index, (name, rgb) in enumerate(COLOURS.items()):
         image = f"{name}.png"
-        Image.new("RGB", (30 + place, 40), rgb).save(folder / "images" / image)
-        options = [*COLOURS][place:] + [*COLOURS][:place]
+        Image.new("RGB", (30 + index, 40), rgb).save(folder / "images" / image)
+        options = [*COLOURS][index:] + [*COLOURS][:index]
         listed = ", ".join(options[:-1]) + f" or {options[-1]}"
         lines = "".join(f"\n{letter}. {option}" for letter, option in zip("ABCD", options, strict=True))
         yes = "Yes" if name != "blue" else "No"

@@ -97,12 +97,12 @@ def results_of_two(script: str, folder: Path, *arguments: str) -> list[Any]:
 
 def in_two_processes(words: Sequence[str], folder: Path) -> tuple[list[int], list[str]]:
     """Run a script as ranks 0 and 1, as a launcher would start it. Returns the exit codes and what each printed."""
-    place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    place["TORCHDYNAMO_DISABLE"] = "1"  # DeepSpeed marks an optimizer to be compiled, which imports the compiler: 3 s
+    settings = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    settings["TORCHDYNAMO_DISABLE"] = "1"  # DeepSpeed marks an optimizer to compile, which imports the compiler: 3 s
     logs = [folder / f"rank{rank}.log" for rank in range(2)]
     started = []
     for rank, log in enumerate(logs):
-        env = ENVIRONMENT | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        env = ENVIRONMENT | settings | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         with log.open("w") as file:
             started.append(Program(words, cwd=folder, env=env, stdout=file, stderr=file))
     try:

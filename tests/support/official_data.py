@@ -157,11 +157,11 @@ def mmbench(folder: Path) -> None:
 
 def mme(folder: Path) -> None:
     root = folder / "MME_Benchmark_release_version"
-    for task, place in (("existence", ""), ("code_reasoning", ""), ("artwork", "images")):
+    for task, below in (("existence", ""), ("code_reasoning", ""), ("artwork", "images")):
         for i, name in enumerate(NAMES[:2]):
-            draw(root / task / place / f"{i:04d}.png", name)
+            draw(root / task / below / f"{i:04d}.png", name)
             text = "Is it red? Please answer yes or no.\tYes\nIs it a dog?  Please answer yes or no.\tNo\n"
-            file = root / task / ("questions_answers_YN" if place else "") / f"{i:04d}.txt"
+            file = root / task / ("questions_answers_YN" if below else "") / f"{i:04d}.txt"
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(text)
 
@@ -170,8 +170,8 @@ def seed_bench(folder: Path) -> None:
     questions = []
     for i, name in enumerate(NAMES):
         kind = "video" if i == 2 else "image"
-        place, file = ("SEED-Bench-video-image", "2.png") if i == 2 else ("SEED-Bench-image", f"p{i}")
-        picture(name).save(made(folder / place) / file, "PNG")
+        below, file = ("SEED-Bench-video-image", "2.png") if i == 2 else ("SEED-Bench-image", f"p{i}")
+        picture(name).save(made(folder / below) / file, "PNG")
         choices = {f"choice_{letter}": option for letter, option in zip("abcd", (*NAMES, "none"), strict=True)}
         entry = {"question_id": str(i), "question": "Which color?", "answer": "ABC"[i], "data_id": f"p{i}"}
         questions.append(entry | choices | {"data_type": kind, "question_type_id": 10 if i == 2 else 1})

@@ -48,8 +48,8 @@ def trained_on_cluster(
     `memory` is free on each device.
     """
     (folder / "lines.json").write_text(json.dumps(lines))
-    place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    place |= {
+    settings = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    settings |= {
         "TORCHDYNAMO_DISABLE": "1",
         "TF32": "1" if tf32 else "",
         "MEMORY": str(memory),
@@ -59,7 +59,7 @@ def trained_on_cluster(
     logs = [folder / f"rank{rank}.log" for rank in range(2)]
     started = []
     for rank, log in enumerate(logs):
-        environment = ENVIRONMENT | place | {"RANK": str(rank), "LOCAL_RANK": str(rank), "DS_ACCELERATOR": "cpu"}
+        environment = ENVIRONMENT | settings | {"RANK": str(rank), "LOCAL_RANK": str(rank), "DS_ACCELERATOR": "cpu"}
         with log.open("w") as file:  # DeepSpeed keeps torch.tensor as it finds it: no fork of a process that has it
             started.append(subprocess.Popen(words, cwd=folder, env=environment, stdout=file, stderr=file))
     try:
@@ -294,7 +294,7 @@ def _bytes_on_the_cpu() -> int:
     on_device = {one.raw.untyped_storage().data_ptr() for one in tensors if isinstance(one, SimTensor)}
     storages = [one.untyped_storage() for one in tensors if type(one) in (Tensor, nn.Parameter) and one.is_cpu]
     sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
-    return sum(size for place, size in sizes.items() if place not in on_device)
+    return sum(size for address, size in sizes.items() if address not in on_device)
 
 
 def _main() -> None:

@@ -15,7 +15,7 @@ from support.problems import raises_code
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with small questions in place of the drawn set, and a recipe of a small model."""
     questions = write_questions(tmp_path / "data" / "emoji")
     for name in ("train.json", "val.json"):
@@ -28,22 +28,22 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.slow
-def test_the_demo_trains_evaluates_and_continues_where_it_stopped(place: Path, capfd) -> None:
+def test_the_demo_trains_evaluates_and_continues_where_it_stopped(folder: Path, capfd) -> None:
     assert main(["--recipe", "tiny.yaml", "--quick"]) == 0
     out, err = capfd.readouterr()
     assert "report: runs/demo/report.html" in out
     assert "done already\n$ python -m milora_data emoji" in err
     assert "[3/3] Ask the base" in err
-    results = json.loads((place / "runs" / "demo" / "eval" / "emoji" / "final" / "results.json").read_text())
+    results = json.loads((folder / "runs" / "demo" / "eval" / "emoji" / "final" / "results.json").read_text())
     assert results["limit"] == 64
-    before = (place / "runs" / "demo" / "adapter_model.safetensors").stat().st_mtime
+    before = (folder / "runs" / "demo" / "adapter_model.safetensors").stat().st_mtime
     assert main(["--recipe", "tiny.yaml", "--quick", "--format", "json"]) == 0
     assert "done already\n$ python -m milora_vl.train" in (printed := capfd.readouterr()).err
     assert json.loads(printed.out)["benchmarks"] == results["benchmarks"]
-    assert (place / "runs" / "demo" / "adapter_model.safetensors").stat().st_mtime == before
+    assert (folder / "runs" / "demo" / "adapter_model.safetensors").stat().st_mtime == before
 
 
-def test_a_step_that_fails_stops_the_demo(place: Path, capfd, forked_programs: None) -> None:
+def test_a_step_that_fails_stops_the_demo(folder: Path, capfd, forked_programs: None) -> None:
     with raises_code("", message="milora_vl.train failed", hint="it continues with this step"):
         main(["--recipe", "no-such-recipe"])
     err = capfd.readouterr().err

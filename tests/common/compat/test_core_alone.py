@@ -38,10 +38,10 @@ def python_with(names: list[str], folder: Path) -> tuple[Path, Path]:
     packages = folder / "packages"
     packages.mkdir()
     for distribution in with_dependencies(names):
-        place = Path(str(distribution.locate_file("")))
+        installed = Path(str(distribution.locate_file("")))
         for top in {file.parts[0] for file in distribution.files or () if file.parts[0] not in ("..", "__pycache__")}:
             if not (packages / top).exists():
-                (packages / top).symlink_to(place / top)
+                (packages / top).symlink_to(installed / top)
     venv.create(folder / "venv", symlinks=True)
     (site,) = (folder / "venv").glob("lib/python*/site-packages")
     (site / "packages.pth").write_text(f"{packages}\n", encoding="utf-8")

@@ -34,7 +34,7 @@ COUNTS = {
 
 
 @pytest.fixture
-def place(tmp_path: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder as the scripts expect it, with the tiny data where theirs lies."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MILORA_CACHE", str(tmp_path / "cache"))
@@ -44,32 +44,32 @@ def place(tmp_path: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> P
     return tmp_path
 
 
-def words(script: str, place: Path, **changed: str) -> list[str]:
+def words(script: str, folder: Path, **changed: str) -> list[str]:
     """The script's command line on the tiny data; nothing is logged elsewhere (wandb is not installed)."""
-    data = place / "data" / ("captions.json" if "pretrain.sh" in script else "train.json")
+    data = folder / "data" / ("captions.json" if "pretrain.sh" in script else "train.json")
     flags = {
         **SCRIPTS[script],
         "--report_to": "none",
         "--data_path": str(data),
-        "--image_folder": str(place / "data/images"),
+        "--image_folder": str(folder / "data/images"),
     }
     flags |= {f"--{name}": value for name, value in changed.items()}
     return [word for flag, value in flags.items() if value for word in (flag, value)]
 
 
-def captions(place: Path) -> None:
-    records = [r for r in json.loads((place / "data" / "train.json").read_text()) if "image" in r]
+def captions(folder: Path) -> None:
+    records = [r for r in json.loads((folder / "data" / "train.json").read_text()) if "image" in r]
     for record in records:
         record["conversations"] = record["conversations"][:2]
-    (place / "data" / "captions.json").write_text(json.dumps(records))
+    (folder / "data" / "captions.json").write_text(json.dumps(records))
 
 
 # The first two are planned alike.
 @pytest.mark.parametrize(
     "script", [pytest.param(name, marks=pytest.mark.slow if "task" in name else ()) for name in SCRIPTS]
 )
-def test_every_script_is_planned_at_its_real_shapes(script: str, place: Path, capsys: Any) -> None:
-    captions(place)
+def test_every_script_is_planned_at_its_real_shapes(script: str, folder: Path, capsys: Any) -> None:
+    captions(folder)
     projector = SCRIPTS[script].get("--pretrain_mm_mlp_adapter")
     if projector:
         Path(projector).parent.mkdir(parents=True)
@@ -79,7 +79,7 @@ def test_every_script_is_planned_at_its_real_shapes(script: str, place: Path, ca
     config_of("lmsys/vicuna-7b-v1.5").save_pretrained(vicuna)
     if SCRIPTS[script].get("--bits"):
         pytest.importorskip("bitsandbytes")
-    assert main([*words(script, place), "--dry-run"]) == 0
+    assert main([*words(script, folder), "--dry-run"]) == 0
     shown = capsys.readouterr().out
     assert COUNTS[script] in shown
     assert shown.count("warning:") <= 2  # tf32 on a CPU; the tower of a LLaVA stays its own
@@ -88,7 +88,7 @@ def test_every_script_is_planned_at_its_real_shapes(script: str, place: Path, ca
 
 
 @pytest.fixture
-def parts(tiny_llava: Callable[..., Any], tiny_llama: Callable[..., Any], place: Path) -> dict[str, str]:
+def parts(tiny_llava: Callable[..., Any], tiny_llama: Callable[..., Any], folder: Path) -> dict[str, str]:
     """A language model without <image>, and a CLIP tower, as folders."""
     from transformers import CLIPVisionModel
 
@@ -96,34 +96,34 @@ def parts(tiny_llava: Callable[..., Any], tiny_llama: Callable[..., Any], place:
 
     language = tiny_llama()[0]
     language.resize_token_embeddings(260)  # as Vicuna, which has no <image>
-    language.save_pretrained(place / "vicuna")
-    tiny_tokenizer().save_pretrained(place / "vicuna")
+    language.save_pretrained(folder / "vicuna")
+    tiny_tokenizer().save_pretrained(folder / "vicuna")
     tower = CLIPVisionModel(tiny_llava()[0].config.vision_config)
-    tower.save_pretrained(place / "clip")
-    return {"model_name_or_path": str(place / "vicuna"), "vision_tower": str(place / "clip")}
+    tower.save_pretrained(folder / "clip")
+    return {"model_name_or_path": str(folder / "vicuna"), "vision_tower": str(folder / "clip")}
 
 
-def tiny_run(script: str, place: Path, **changed: str) -> Path:
+def tiny_run(script: str, folder: Path, **changed: str) -> Path:
     """Run a script on tiny parts, for two steps in one process; returns its folder."""
     small = {"per_device_train_batch_size": "4", "lora_r": "", "lora_alpha": "", "dataloader_num_workers": "0"}
     lora = {"lora_r": "4", "lora_alpha": "8"} if "--lora_r" in SCRIPTS[script] else {}
     one = {"deepspeed": "", "max_steps": "2", "use_cpu": "True", "disable_tqdm": "True"}
-    assert main(words(script, place, **{**small, **lora, **one, **changed})) == 0
-    return place / changed.get("output_dir", SCRIPTS[script]["--output_dir"])
+    assert main(words(script, folder, **{**small, **lora, **one, **changed})) == 0
+    return folder / changed.get("output_dir", SCRIPTS[script]["--output_dir"])
 
 
 def test_both_stages_from_vicuna_and_clip_and_stock_peft_loads_what_comes_out(
-    parts: dict[str, str], place: Path, capfd: Any
+    parts: dict[str, str], folder: Path, capfd: Any
 ) -> None:
-    captions(place)
-    first = tiny_run("scripts/v1_5/pretrain.sh", place, **parts)
+    captions(folder)
+    first = tiny_run("scripts/v1_5/pretrain.sh", folder, **parts)
     assert "trains only the projector" in capfd.readouterr().err
     stage1 = load_file(first / "mm_projector.safetensors")
     for_llava = torch.load(first / "mm_projector.bin", weights_only=True)
     assert torch.equal(for_llava["model.mm_projector.2.bias"], stage1["multi_modal_projector.linear_2.bias"])
 
     projector = {"pretrain_mm_mlp_adapter": str(first / "mm_projector.bin")}
-    second = tiny_run("scripts/v1_5/finetune_lora.sh", place, **parts, **projector)
+    second = tiny_run("scripts/v1_5/finetune_lora.sh", folder, **parts, **projector)
     shown = capfd.readouterr().err
     assert "composed from" in shown
     from peft import PeftModel
@@ -140,32 +140,32 @@ def test_both_stages_from_vicuna_and_clip_and_stock_peft_loads_what_comes_out(
         stage1["multi_modal_projector.linear_1.weight"],
     )
     shutil.rmtree(second)
-    tiny_run("scripts/v1_5/finetune_lora.sh", place, **parts, **projector)
+    tiny_run("scripts/v1_5/finetune_lora.sh", folder, **parts, **projector)
     assert "composed before from" in capfd.readouterr().err
 
 
-def test_a_whole_model_in_llavas_layout_is_a_base(tiny_llava: Callable[..., Any], place: Path, capfd: Any) -> None:
+def test_a_whole_model_in_llavas_layout_is_a_base(tiny_llava: Callable[..., Any], folder: Path, capfd: Any) -> None:
     from milora_vl import load_model
     from support.llava_oracle import original_llava
 
     hf, processor = tiny_llava()
-    original_llava(hf, processor, place).save_pretrained(place / "llava-v1.5-tiny")
-    processor.tokenizer.save_pretrained(place / "llava-v1.5-tiny")
-    config = json.loads((place / "llava-v1.5-tiny" / "config.json").read_text())
-    (place / "llava-v1.5-tiny" / "config.json").write_text(json.dumps(config | {"model_type": "llava"}))
-    run = tiny_run("scripts/v1_5/finetune_task_lora.sh", place, model_name_or_path=str(place / "llava-v1.5-tiny"))
+    original_llava(hf, processor, folder).save_pretrained(folder / "llava-v1.5-tiny")
+    processor.tokenizer.save_pretrained(folder / "llava-v1.5-tiny")
+    config = json.loads((folder / "llava-v1.5-tiny" / "config.json").read_text())
+    (folder / "llava-v1.5-tiny" / "config.json").write_text(json.dumps(config | {"model_type": "llava"}))
+    run = tiny_run("scripts/v1_5/finetune_task_lora.sh", folder, model_name_or_path=str(folder / "llava-v1.5-tiny"))
     assert "from LLaVA's original layout to Hugging Face's" in capfd.readouterr().err
     base = json.loads((run / "adapter_config.json").read_text())["base_model_name_or_path"]
     model, _ = load_model(base)
     ids = torch.tensor([[257, 10, 11, 12]])
     torch.testing.assert_close(model(input_ids=ids).logits[..., :260], hf(input_ids=ids).logits[..., :260])
-    read_from = ["--projector_weights", str(place / "llava-v1.5-tiny"), "--dry-run"]
+    read_from = ["--projector_weights", str(folder / "llava-v1.5-tiny"), "--dry-run"]
     assert main(["--model", "tiny", *read_from]) == 0  # its projector serves other models too
 
 
 @pytest.mark.slow
 @needs_deepspeed
-def test_parts_are_composed_whole_for_a_run_that_shares_its_weights_out(parts: dict[str, str], place: Path) -> None:
+def test_parts_are_composed_whole_for_a_run_that_shares_its_weights_out(parts: dict[str, str], folder: Path) -> None:
     """LLaVA's scripts say ZeRO-3, and start from parts."""
     changed = {
         "pretrain_mm_mlp_adapter": "",
@@ -175,12 +175,12 @@ def test_parts_are_composed_whole_for_a_run_that_shares_its_weights_out(parts: d
         "bf16": "",
     }
     flags = words(
-        "scripts/v1_5/finetune_lora.sh", place, **parts, **changed, use_cpu="True", dataloader_num_workers="0"
+        "scripts/v1_5/finetune_lora.sh", folder, **parts, **changed, use_cpu="True", dataloader_num_workers="0"
     )
     done = subprocess.run([sys.executable, "-m", "milora_vl.train", *flags], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    (base,) = filter(Path.is_dir, (place / "cache" / "models").iterdir())
-    made, given = load_file(base / "model.safetensors"), load_file(place / "vicuna" / "model.safetensors")
+    (base,) = filter(Path.is_dir, (folder / "cache" / "models").iterdir())
+    made, given = load_file(base / "model.safetensors"), load_file(folder / "vicuna" / "model.safetensors")
     name = "layers.0.mlp.up_proj.weight"
     assert torch.equal(next(made[key] for key in made if key.endswith(name)), given[f"model.{name}"])
 
@@ -201,7 +201,7 @@ def test_parts_are_composed_whole_for_a_run_that_shares_its_weights_out(parts: d
     ],
 )
 def test_what_is_not_there_is_told_before_anything_loads(
-    changed: dict[str, str], code: str, message: str, parts: dict[str, str], place: Path
+    changed: dict[str, str], code: str, message: str, parts: dict[str, str], folder: Path
 ) -> None:
     if "report_to" in changed:
         import importlib.util
@@ -210,4 +210,4 @@ def test_what_is_not_there_is_told_before_anything_loads(
             pytest.skip("wandb is installed")
     chosen = {"pretrain_mm_mlp_adapter": "", "use_cpu": "True", "lora_r": "4", **parts, **changed}
     with raises_code(code, says=message):
-        main(words("scripts/v1_5/finetune_lora.sh", place, **chosen))
+        main(words("scripts/v1_5/finetune_lora.sh", folder, **chosen))
