@@ -79,9 +79,7 @@ def test_answers_are_those_of_the_pipeline_at_any_batch_size(name: str, pictures
     model = model_of(name, processor)
     prompts = questions(pictures)
     seen: list[int] = []
-    together = generate(
-        model, processor, prompts, max_new_tokens=5, on_batch=lambda indices, texts: seen.extend(indices)
-    )
+    together = generate(model, processor, prompts, max_new_tokens=5, on_batch=lambda indices, _: seen.extend(indices))
     assert [reply.text for reply in together] == [of_pipeline(model, processor, prompt) for prompt in prompts]
     assert together == generate(model, processor, prompts, max_new_tokens=5, batch_size=1)
     assert sorted(seen) == list(range(len(prompts)))
