@@ -1,6 +1,6 @@
 """Content keys: the identity of a picture, record, question or data set. Joins, caches and comparisons use them alone.
 
-Names, lines and places are for people to read. The key of a model is `weights_digest` (milora_vl/core/weights).
+Names and places are for people to read. The key of a model is `weights_digest` (milora_vl/core/weights).
 """
 
 from __future__ import annotations
