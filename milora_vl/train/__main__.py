@@ -39,6 +39,7 @@ LLaVA's scripts run with only their program name changed; all TrainingArguments 
 # flag -> (what converts its text, other spellings, help)
 Flags = dict[str, tuple[Callable[[str], Any], tuple[str, ...], str]]
 POLICY_FLAGS: Flags = {
+    "train": (str, (), "keep the rules of one tower alone: language or projector"),
     "method": (str, (), f"method of the adapter rules; drops their protect: {', '.join(METHODS)}"),
     "protect": (
         float,
@@ -186,7 +187,12 @@ def parse(argv: Sequence[str] | None) -> Request:
 
 
 def _require_known(run: dict[str, Any], edits: dict[str, Any]) -> None:
-    words = {"format": ("human", "json"), "device": ("cpu", "cuda"), "method": METHODS}
+    words = {
+        "format": ("human", "json"),
+        "device": ("cpu", "cuda"),
+        "method": METHODS,
+        "train": ("language", "projector"),
+    }
     for name, known in words.items():
         value = {**run, **edits}.get(name)
         if value not in (None, *known):

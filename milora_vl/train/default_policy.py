@@ -14,14 +14,13 @@ def default_rules(settings: Settings, base: Base) -> tuple[list[RuleDict], list[
     """Return the default rules as they fit a base, after the flags, and notes about what is not as usual."""
     recipe, edits, notes = settings.recipe, settings.request.edits, list[str]()
     rules = list(recipe.policy or [])
-    projector = base.towers.projector
+    projector = None if edits.train == "language" else base.towers.projector
     rate = {} if edits.mm_projector_lr is None else {"learning_rate": edits.mm_projector_lr}
     if projector is None:
-        if rate:
-            hint = "remove the flag"
-            raise UserError(
-                f"{base.name} has no projector", code="flag-no-effect", where="--mm_projector_lr", hint=hint
-            )
+        useless = "--mm_projector_lr" if rate else "--train" if edits.train == "projector" else None
+        if useless:
+            message, hint = f"{base.name} has no projector", "remove the flag"
+            raise UserError(message, code="flag-no-effect", where=useless, hint=hint)
         rules = without_projector(rules)
     elif recipe.projector_weights:
         rules = [*without_projector(rules), FULL_PROJECTOR | rate]

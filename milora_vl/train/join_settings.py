@@ -59,6 +59,11 @@ def edited(rules: Sequence[RuleDict] | None, edits: PolicyEdits) -> list[RuleDic
     8.0
     """
     original = DEFAULT_RULES if rules is None else rules
+    if edits.train is not None:
+        original = [rule for rule in original if str(rule.get("modules", "")).startswith(edits.train)]
+        if not original:
+            message, hint = f"no rule of the policy trains the {edits.train}", "name it in a rule of --policy"
+            raise UserError(message, code="flag-no-effect", where="--train", hint=hint)
     out = [dict(rule) for rule in original]
     adapters = [is_adapter(rule) for rule in out]
     _refuse_useless(any(adapters), edits)
@@ -71,11 +76,6 @@ def edited(rules: Sequence[RuleDict] | None, edits: PolicyEdits) -> list[RuleDic
         out = [_without_adapter(rule) if adapts else rule for rule, adapts in zip(out, adapters, strict=True)]
     # Drop a rule that only refined the old method. A rule that was empty before stays: its error is reported later.
     out = [rule for rule, before in zip(out, original, strict=True) if len(rule) > 1 or rule == before]
-    if edits.method == "projector":
-        in_full = {"modules": "projector", "method": "full"}
-        out = [rule for rule in out if of_projector(rule) and not is_adapter(rule)] or [in_full]
-        if edits.learning_rate is not None:
-            out[0]["learning_rate"] = edits.learning_rate
     if edits.mm_projector_lr is not None:
         chosen = [rule for rule in out if of_projector(rule)]
         if not chosen:
@@ -97,9 +97,9 @@ def of_projector(rule: RuleDict) -> bool:
 
 def _refuse_useless(has_adapters: bool, edits: PolicyEdits) -> None:
     flags = [f"--{name}" for name in ("protect", "rank", "alpha", "dropout") if asdict(edits)[name] is not None]
-    if edits.method in ("full", "projector"):
+    if edits.method == "full":
         if flags:
-            message = f"no effect with --method {edits.method}, which makes no adapter"
+            message = "no effect with --method full, which makes no adapter"
             hint = "leave these flags out, or use a method with adapters, such as milora"
             raise UserError(message, code="flag-no-effect", where=" ".join(flags), hint=hint)
     elif not has_adapters and (flags or edits.method):

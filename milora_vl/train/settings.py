@@ -42,7 +42,7 @@ from milora_vl.core.policy.rules import METHODS as RULE_METHODS
 
 PROG = "python -m milora_vl.train"
 ADAPTERS = tuple(name for name, method in RULE_METHODS.items() if "rank" in method.fields)
-METHODS = (*ADAPTERS, "full", "projector")
+METHODS = (*ADAPTERS, "full")
 SAMPLES, PICTURES = 48, 32  # of a calibration
 TRAIN_DEFAULTS: dict[str, Any] = {"logging_steps": 10, "logging_first_step": True, "report_to": ["none"]}
 
@@ -577,6 +577,7 @@ LLAVA_FLAGS: dict[str, tuple[type, str]] = {
 class PolicyEdits:
     """Flags that replace a field in the rules; None keeps the field."""
 
+    train: str | None = None
     method: str | None = None
     protect: float | None = None
     rank: int | None = None

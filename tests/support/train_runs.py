@@ -6,7 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-METHODS = {"milora": ["--rank", "4"], "lora": ["--rank", "4"], "full": [], "projector": []}
+METHODS = {
+    "milora": "--method milora --rank 4".split(),
+    "lora": "--method lora --rank 4".split(),
+    "full": "--method full".split(),
+    "projector": "--train projector --method full".split(),
+}
 
 WEIGHTS = {"full": "model.safetensors", "projector": "mm_projector.safetensors"}
 

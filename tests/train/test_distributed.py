@@ -37,7 +37,7 @@ def forgetting(run: Path) -> list[float]:
 def run_all(kinds: list[str], method: str, model: Path, data: Path, tmp_path: Path) -> str:
     """One process here, the others in two; each of these is cut and resumed, too. Returns what was printed."""
     weights = WEIGHTS.get(method, "adapter_model.safetensors")
-    extra = ["--model", str(model), "--method", method, *METHODS[method], "--dropout", "0"]
+    extra = ["--model", str(model), *METHODS[method], "--dropout", "0"]
     extra = [word for word in extra if method in ("milora", "lora") or word not in ("--dropout", "0")]
     batch = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2"]
     extra += ["--forgetting_every", "3"]
@@ -142,7 +142,8 @@ def test_the_slurm_job_runs_as_two_agents(tmp_path: Path, tiny_data: Path) -> No
 def test_a_projector_loads_into_shards(tiny_data: Path, tmp_path: Path) -> None:
     """ZeRO-3 shards the weights also in one process."""
     first = tmp_path / "first"
-    assert main(training(tiny_data, first, "--method", "projector", "--max_steps", "1", "--save_strategy", "no")) == 0
+    flags = "--train projector --method full --max_steps 1 --save_strategy no".split()
+    assert main(training(tiny_data, first, *flags)) == 0
     words = training(tiny_data, tmp_path / "run", "--rank", "4", "--projector_weights", str(first))
     command = [sys.executable, "-m", "milora_vl.train", *words, "--deepspeed", "zero3", "--max_steps", "1"]
     done = subprocess.run(command, env={**ENVIRONMENT, "DS_ACCELERATOR": "cpu"}, capture_output=True, text=True)

@@ -67,8 +67,8 @@ def test_a_run_after_others_is_asked_their_questions_too(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", [["--rank", "4"], ["--method", "projector"], ["--method", "full"]])
-def test_a_recipe_with_an_evaluation_leaves_scores(method: list[str], tiny_data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["--rank 4", "--train projector --method full", "--method full"])
+def test_a_recipe_with_an_evaluation_leaves_scores(method: str, tiny_data: Path, tmp_path: Path) -> None:
     turns = [{"from": "human", "value": "<image>\nWhat colour is it?"}, {"from": "gpt", "value": "red"}]
     records = [
         {"id": f"colour-{i}", "image": f"{i}.png", "conversations": turns, "type": "colour", "answers": ["red"]}
@@ -78,7 +78,7 @@ def test_a_recipe_with_an_evaluation_leaves_scores(method: list[str], tiny_data:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"eval: {{suites: [emoji], data: {tiny_data}, limit: 2}}\n")
     run = tmp_path / "run"
-    assert main(training(tiny_data, run, "--recipe", str(recipe), *method, "--max_steps", "1")) == 0
+    assert main(training(tiny_data, run, "--recipe", str(recipe), *method.split(), "--max_steps", "1")) == 0
     assert (run / "eval" / "emoji" / "final" / "results.json").is_file()
     assert (run / "eval" / "emoji" / "base" / "results.json").is_file()
     assert "## Scores" in (run / "README.md").read_text()

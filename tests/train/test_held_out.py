@@ -281,7 +281,8 @@ def test_records_are_shown_in_the_template_of_the_run(tiny_data: Path, capsys: p
 
 
 def test_a_projector_in_full_on_a_bfloat16_base_answers_and_has_no_losses_of_a_base(data: Path, tmp_path: Path) -> None:
-    assert main(run_on(data, tmp_path / "run", "--method", "projector", "--dtype", "bfloat16", "--bf16")) == 0
+    flags = "--train projector --method full --dtype bfloat16 --bf16".split()
+    assert main(run_on(data, tmp_path / "run", *flags)) == 0
     assert all("reply" in line for line in held_out(tmp_path / "run"))
     assert {line["base_loss"] for line in held_out(tmp_path / "run")} == {None}
     assert "its losses are missing" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")

@@ -53,7 +53,7 @@ def test_a_run_that_was_killed_while_it_saved_resumes_with_the_same_losses(
     method: str, tiny_data: Path, tmp_path: Path
 ) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    extra = ["--method", method, *METHODS[method], "--eval_data_path", str(tiny_data / "val.json")]
+    extra = [*METHODS[method], "--eval_data_path", str(tiny_data / "val.json")]
     assert main(training(tiny_data, whole, *extra)) == 0
 
     last = killed / "checkpoint-4"

@@ -106,7 +106,7 @@ def test_every_method_trains_with_the_same_command_and_resumes_with_the_same_los
     """An evaluation ends an epoch, where random states are lost, and losses are averaged over steps."""
     whole, part = tmp_path / "whole", tmp_path / "part"
     weights = WEIGHTS.get(method, "adapter_model.safetensors")
-    extra = ["--method", method, *METHODS[method], "--eval_data_path", str(tiny_data / "val.json")]
+    extra = [*METHODS[method], "--eval_data_path", str(tiny_data / "val.json")]
     extra += ["--logging_steps", "2", "--save_steps", "3"]
     assert main(training(tiny_data, whole, *extra)) == 0
     shown = capfd.readouterr().err

@@ -52,10 +52,10 @@ def test_full_of_the_default_policy_has_the_rate_of_full_modules() -> None:
     assert edited(None, PolicyEdits(method="full", learning_rate=1e-5))[0]["learning_rate"] == 1e-5
 
 
-def test_projector_leaves_the_projector_alone() -> None:
-    assert edited(RULES, PolicyEdits(method="projector")) == [PROJECTOR]
-    out = edited(RULES[:1], PolicyEdits(method="projector", learning_rate=1e-3))
-    assert out == [{"modules": "projector", "method": "full", "learning_rate": 1e-3}]
+def test_one_tower_alone_keeps_its_rules() -> None:
+    assert edited(RULES, PolicyEdits(train="projector")) == [PROJECTOR]
+    assert edited(None, PolicyEdits(train="projector", method="full")) == [{"modules": "projector", "method": "full"}]
+    assert [rule["modules"] for rule in edited(None, PolicyEdits(train="language"))] == ["language"]
 
 
 def test_a_new_rank_keeps_the_scale_unless_alpha_is_given() -> None:
@@ -71,6 +71,7 @@ def test_a_new_rank_keeps_the_scale_unless_alpha_is_given() -> None:
         (RULES, PolicyEdits(method="full", rank=8), "flag-no-effect", "--rank: no effect with --method full"),
         ([PROJECTOR], PolicyEdits(method="milora"), "policy-no-adapter-rule", "no rule makes an adapter"),
         ([PROJECTOR], PolicyEdits(alpha=1), "policy-no-adapter-rule", "--alpha: no rule"),
+        ([PROJECTOR], PolicyEdits(train="language"), "flag-no-effect", "no rule of the policy trains the language"),
         (
             RULES[:1],
             PolicyEdits(mm_projector_lr=1e-4),
