@@ -94,6 +94,7 @@ def train(settings: Settings) -> int:
             if run.args.should_save:
                 stack.enter_context(created(run.folder.path))
             run, records, earlier = read_records(run, screen)
+            open_repository(run.recipe.train, run.folder.path, run.hub_token)
             run = compose_base(run, screen)
             questions = training_questions(run.recipe)
             loaded, processor = load_base(run, records, screen)
@@ -175,8 +176,7 @@ def read_records(run: Run, screen: Screen) -> tuple[Run, RunData, EarlierRecords
 
 
 def compose_base(run: Run, screen: Screen) -> Run:
-    """Return the run on a base that exists, with the repository of --push_to_hub open."""
-    open_repository(run.recipe.train, run.folder.path, run.hub_token)
+    """Return the run on a base that exists."""
     run, line = run.composed()
     if line:
         screen.say(line)
