@@ -485,7 +485,7 @@ def read_training_records(
     """
     read = partial(_load_checked, image_folder=image_folder, bad_images=bad_images, limit=limit)
     held_out = None if eval_path is None else read(eval_path)  # it is small: first
-    train = read(path) if stream is None else _inspect_stream(stream, path, image_folder, bad_images)
+    train = read(path) if stream is None else replace(read(path, _once(stream, bad_images)), streamed=True)
     if held_out is None:
         return train
     return replace(
@@ -502,25 +502,15 @@ def source_text(path: str | list[Source] | None) -> str:
     return ", ".join(f"{each.weight:g} x {each.path}" for each in path) if isinstance(path, list) else str(path)
 
 
-def _inspect_stream(
-    stream: Iterable[Record | UserError], path: str | list[Source], image_folder: str | None, bad_images: ImagePolicy
-) -> RunData:
-    """Return the first records of a stream, checked: systematic errors appear before the model loads."""
-    items = list(stream)
-    errors = [item for item in items if isinstance(item, DataError)]
-    if errors and bad_images == "raise":
-        raise errors[0]
-    # A stream of few records repeats them.
-    records = list({(x.turns, x.images, x.videos): x for x in items if isinstance(x, Record)}.values())
-    report = Report(source_text(path), str(image_folder))
-    if bad_images != "raise":
-        records = list(_usable(records, report))
-    if not records:
-        raise errors[0] if errors else UserError(problems=[_none_left(source_text(path), report)])
-    check = TrainingCheck()
-    kept = CompactRecords(check.passing(records))
-    check.finish(image_folder, bad_images)
-    return _described(RunData(kept, None, broken=tuple(report.findings), streamed=True), check, image_folder)
+def _once(stream: Iterable[Record | UserError], bad_images: ImagePolicy) -> Iterator[Record]:
+    """Yield the records of a stream, which repeats them if they are few. Raises the first error if it is to be told."""
+    seen = set()
+    for item in stream:
+        if isinstance(item, Record) and (content := (item.turns, item.images, item.videos)) not in seen:
+            seen.add(content)
+            yield item
+        elif isinstance(item, DataError) and bad_images == "raise":
+            raise item
 
 
 def sources_of(path: str | list[Source]) -> list[Source]:
@@ -528,11 +518,16 @@ def sources_of(path: str | list[Source]) -> list[Source]:
 
 
 def _load_checked(
-    path: str | list[Source], image_folder: str | None, bad_images: ImagePolicy, limit: int | None
+    path: str | list[Source],
+    stream: Iterator[Record] | None = None,
+    *,
+    image_folder: str | None,
+    bad_images: ImagePolicy,
+    limit: int | None,
 ) -> RunData:
     report = Report(str(path), str(image_folder))
     reader = load_records if bad_images == "raise" else partial(readable, report=report)
-    name, stream = source_text(path), mixed_records(sources_of(path), reader)
+    name, stream = source_text(path), stream or mixed_records(sources_of(path), reader)
     if bad_images != "raise":
         stream = _usable(stream, report)
     check = TrainingCheck()
@@ -556,13 +551,12 @@ def _load_checked(
         check = check.without(kept)
     if not kept:
         raise UserError(problems=[_none_left(name, report, missing_picture=skipped, no_answer=len(records) - skipped)])
-    found = RunData(kept, None, skipped, len(records) - skipped - len(kept), tuple(report.findings))
-    return _described(found, check, image_folder)
-
-
-def _described(data: RunData, check: TrainingCheck, image_folder: str | None) -> RunData:
-    return replace(
-        data,
+    return RunData(
+        kept,
+        None,
+        skipped,
+        unlearnable=len(records) - skipped - len(kept),
+        broken=tuple(report.findings),
         keys=bytes(check.keys),
         folder=Path(image_folder or ""),
         with_images=bytes(check.with_images),

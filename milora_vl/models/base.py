@@ -28,8 +28,10 @@ from milora_data.pictures.pixels import Tiling
 from milora_vl.common.cli.web import hub_is_known
 from milora_vl.common.compat.transformers import quiet_bars, whole_weights
 from milora_vl.common.errors import UserError, beside, first_line, suggest
-from milora_vl.core.adapter.folders import has_config, newest_of_unfinished, projector_file
+from milora_vl.core.adapter.folders import AdapterError, has_config, local_folder, newest_of_unfinished, projector_file
+from milora_vl.core.adapter.sidecar import Sidecar
 from milora_vl.core.policy.towers import Towers, find_towers
+from milora_vl.core.weights.matrices import distance
 from milora_vl.core.weights.tensor_files import read_weights
 from milora_vl.models import smol_llava
 from milora_vl.models.llava import (
@@ -132,6 +134,41 @@ def config_of(name: str) -> Any:
     return find_base(name).config
 
 
+def at_revision(name: str) -> str:
+    """Return the name of a model with its version: of a built-in one, or the newest commit on the hub.
+
+    Folders and timm's networks have none. Raises UserError for a model that is not available.
+    """
+    from transformers import AutoConfig
+
+    if name in BUILT_IN_MODELS or name.startswith(TIMM) or Path(name).is_dir():
+        return _folder_names().get(name, name)
+    read(AutoConfig.from_pretrained, source_of(name), name)  # the hub's cache then has what a training loads
+    snapshot = local_folder(hub_id(name))
+    return f"{hub_id(name)}@{snapshot and snapshot.name}"
+
+
+def require_weights(base: Base, saved: Sidecar) -> None:
+    """Raise AdapterError if no weight in the files of a base is one that an adapter was made for.
+
+    A weight may have any name there, as transformers renames, and be transposed. What is not on this machine, or
+    packed, is not compared; `fitted` compares what is loaded.
+    """
+    folder = _folder_here(base.name)
+    made_for = {one.shape: one for one in [*saved.fingerprints.values()][::-1]}
+    files = _weight_files(folder) if folder else ()
+    floats = (W for names, read_tensor in files for W in map(read_tensor, names) if W.dim() == 2 and W.dtype in FLOATS)
+    fits = (distance(made_for[W.shape], W) <= 1 for each in floats for W in (each, each.T) if W.shape in made_for)  # type: ignore[index]
+    if not next(fits, True) and not any(fits):
+        message = f"this is not the base model that the adapter was made for: {folder} holds none of its weights"
+        hint = "name the base model that adapter_config.json names"
+        raise AdapterError(message, code="adapter-wrong-base", hint=hint)
+
+
+def _folder_here(name: str) -> Path | None:
+    return local_folder(str(folder_of(name)) if name in BUILT_IN_MODELS else hub_id(name))
+
+
 def require_parts(parts: Parts | None, projector: str | None) -> None:
     """Raise UserError if a folder of the parts, or the file with the weights of the projector, is missing."""
     if projector and not is_original(Path(projector)):
@@ -179,6 +216,7 @@ def language_config(name: str) -> Any:
 
 
 TIMM = "timm/"
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def tower_config(name: str) -> Any:
@@ -512,9 +550,7 @@ def tokenizer_at_hand(name: str) -> Any | None:
     """Return the tokenizer of a model that is on this machine, else None; asks no hub."""
     from transformers import AutoProcessor, AutoTokenizer
 
-    source = name if Path(name).is_dir() else hub_id(name)
-    if name in BUILT_IN_MODELS:
-        source = str(folder_of(name))
+    source = _folder_here(name) or hub_id(name)
     for auto in (AutoProcessor, AutoTokenizer):  # the processor may hold the chat template
         try:
             loaded = auto.from_pretrained(source, local_files_only=True, trust_remote_code=False)

@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ from milora_vl.common.cli.parser import Command, flag, option, positive, shared
 from milora_vl.common.cli.table import Table, show
 from milora_vl.common.errors import Problem, UserError, collected
 from milora_vl.common.evaluator_protocol import QuestionSet
+from milora_vl.models.base import at_revision
 from milora_vl.sweep import page
 from milora_vl.sweep.cells import Cell, make_cells, recipe_of
 from milora_vl.sweep.runner import Sweep, run_sweep, usable_cores
-from milora_vl.train.data import data_of, read_records
+from milora_vl.train.data import calibration_records, data_of, read_records
 from milora_vl.train.settings import ADAPTERS, Recipe, read_recipe
 
 
@@ -195,20 +197,24 @@ def _require_same_sweep(sweep: Sweep) -> dict[str, Any]:
     shared = recipe.model_dump() | {"sweep": {"train": recipe.sweep.train}}
     for name in ("path", "eval_path", "image_folder"):
         shared["data"].pop(name)
-    weights = [shared.pop(name) for name in ("model", "adapter", "after", "projector_weights")]
-    weights += [shared["parts"].pop(name) for name in ("vision_tower", "vision_weights")]
+    for name in ("data", "image_folder"):
+        shared["calibration"].pop(name)
+    weights = [shared.pop(name) for name in ("adapter", "after", "projector_weights")]
+    weights.append(shared["parts"].pop("vision_weights"))
+    models = shared.pop("model"), shared["parts"].pop("vision_tower")
+    weights += [at_revision(name) for name in models if name]
     data = read_records(recipe.data)
     if data.streamed:
         words = "are known by content; the sweep does not notice changes after them"
         sys.stderr.write(f"note: data.streaming: the first {amount(len(data.train), 'record')} {words}\n")
     shares = [source.weight for source in recipe.data.path or () if not isinstance(source, str)]
-    key_of = FileKeys(recipe.data.image_folder or "")
+    images, own = recipe.data.image_folder, recipe.calibration
+    parts = (images, data.train), (images, data.evaluation or ()), (own.image_folder, calibration_records(own))
     keys = {
         "recipe": digest([shared, shares]),
         "weights": digest(list(map(_content, weights))),
         "records": [
-            data_key(sorted(record_key(record, key_of) for record in part))
-            for part in (data.train, data.evaluation or ())
+            data_key(sorted(map(partial(record_key, key_of=FileKeys(folder or "")), part))) for folder, part in parts
         ],
         "questions": questions_key(sweep.questions),
     }
@@ -223,7 +229,7 @@ def _require_same_sweep(sweep: Sweep) -> dict[str, Any]:
 
 
 def _content(model: str | None) -> object:
-    """Return the keys of the files of a model, an adapter or a part of one; a name of the hub stays a name."""
+    """Return the keys of the files of a model, an adapter or a part of one; a name is its own key."""
     path = Path(model or "")
     patterns = ("*.safetensors", "*.bin", "*config.json", "tokenizer.*")  # not what a report writes again
     files = [path] if path.is_file() else [file for pattern in patterns if model for file in path.glob(pattern)]

@@ -33,21 +33,20 @@ from milora_vl.core.adapter.folders import EARLIER
 from milora_vl.core.adapter.lora import base_model_of
 from milora_vl.core.policy.towers import find_towers
 from milora_vl.core.weights.distributed import maximum_later
-from milora_vl.forgetting.measure import Probe
 from milora_vl.train.data import suites_of
 from milora_vl.train.settings import Recipe
 
 
-class ForgettingCallback(TrainerCallback):
-    """Log the forgetting every `every` steps and at the last step. All processes measure; the trainer logs once."""
+class MeasuringCallback(TrainerCallback):
+    """Log `measure()` every `every` steps and at the last step. All processes measure; the trainer logs once."""
 
-    def __init__(self, probe: Probe, every: int, trainer: Any) -> None:
-        self.probe, self.every, self.trainer = probe, every, trainer
+    def __init__(self, measure: Callable[[], dict[str, float]], every: int, trainer: Any) -> None:
+        self.measure, self.every, self.trainer = measure, every, trainer
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.global_step % self.every == 0 or state.global_step >= state.max_steps:
-            trainer, due = self.trainer, control.should_log
-            trainer.log(self.probe.measure(trainer.model, trainer.accelerator.autocast))
+            due = control.should_log
+            self.trainer.log(self.measure())
             control.should_log = due  # HF resets should_log at any log line, also before the loss is logged
 
 
@@ -63,12 +62,12 @@ def training_questions(recipe: Recipe) -> TrainingQuestions | None:
     )
 
 
-class SuiteCallback(TrainerCallback):
-    """Measure the scores every `every` steps and at the last step. All processes measure; the trainer logs once."""
+class SuiteCallback(MeasuringCallback):
+    """Log the scores of a suite, each step's measured once."""
 
     def __init__(self, questions: TrainingQuestions, every: int, trainer: Any, processor: Any) -> None:
-        self.questions, self.every, self.trainer, self.processor = questions, every, trainer, processor
-        self._step, self._scores = -1, dict[str, float]()
+        super().__init__(self.scores, every, trainer)
+        self.questions, self.processor, self._step, self._scores = questions, processor, -1, dict[str, float]()
 
     def scores(self) -> dict[str, float]:
         trainer = self.trainer
@@ -77,12 +76,6 @@ class SuiteCallback(TrainerCallback):
                 self._scores = self.questions.measure(trainer.model, self.processor)
             self._step = trainer.state.global_step
         return dict(self._scores)
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if state.global_step % self.every == 0 or state.global_step >= state.max_steps:
-            due = control.should_log
-            self.trainer.log(self.scores())
-            control.should_log = due  # HF resets should_log at any log line, also before the loss is logged
 
 
 # Format of each log key, in the order of the line.

@@ -41,6 +41,7 @@ from milora_data.encode.templates import OWN, TEMPLATES
 from milora_data.encode.tokens import own_template
 from milora_data.pictures.load import ImagePolicy
 from milora_data.records.record import IMAGE, Record
+from milora_data.stream import load_records
 from milora_data.stream.dataset import RecordStream, record_stream
 from milora_vl.common.errors import DataError, Key, UserError, require_folder, with_context, with_problems
 from milora_vl.common.evaluator_protocol import QuestionSet, evaluator, is_file
@@ -48,10 +49,11 @@ from milora_vl.core.weights.tensor_files import read_weights
 from milora_vl.models.base import Base, require_parts, split_processor
 from milora_vl.models.collator_for import CountingCollator, collator_for
 from milora_vl.train.launch import attention_of
-from milora_vl.train.settings import DataConfig, Recipe, value_of
+from milora_vl.train.settings import CalibrationConfig, DataConfig, Recipe, value_of
 
 INSPECTED = 100  # records of a stream that are checked before training
 FIRST = 100  # records that are rendered before the model loads
+MOST_RECORDS = 512  # of calibration.data
 TIMEOUT = 1800.0
 """Seconds after which loader processes without a batch count as hung. A slow file system needs seconds, not this."""
 # The events that the collator counts, as text.
@@ -119,6 +121,10 @@ def read_records(config: DataConfig) -> RunData:
         limit=config.limit,
         stream=stream,
     )
+
+
+def calibration_records(config: CalibrationConfig) -> list[Record]:
+    return list(islice(load_records(config.data), MOST_RECORDS)) if config.data else []
 
 
 def require_named(config: DataConfig) -> None:

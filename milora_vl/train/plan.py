@@ -35,7 +35,7 @@ from milora_vl.core.calibration.texts import LENGTH
 from milora_vl.core.policy import Policy, Target
 from milora_vl.core.policy.resolve import frozen_towers, policy_rows
 from milora_vl.models import loading
-from milora_vl.models.base import Base, Parts, find_base, tokenizer_at_hand
+from milora_vl.models.base import Base, Parts, find_base, require_weights, tokenizer_at_hand
 from milora_vl.models.devices import bytes_per_number, measured_flops, quantized_layers
 from milora_vl.models.memory_plan import GIB, Workload, flops_per_step, host_memory, memory, size_text, verdict
 from milora_vl.train import data
@@ -160,7 +160,7 @@ def make_run(settings: Settings, *, is_started: bool) -> Run:
     if recipe.dtype == "fastest":
         recipe = recipe.model_copy(update={"dtype": launch.dtype_name})
     folder = choose_folder(path, request.resume)
-    tasks, notes = tasks_before(recipe, base.meta, targets, folder.checkpoint)
+    tasks, notes = tasks_before(recipe, targets, folder.checkpoint)
     devices, on_base = num_devices(request), partial(_as_composed, recipe, base)
     earlier = read_resumed(folder, request.resume, on_base, launch.dtype_name, devices)
     warnings += [*notes, *launch.warnings]
@@ -199,9 +199,11 @@ def fit(settings: Settings) -> tuple[Recipe, Base, list[Target], list[str]]:
     recipe, problems, targets, notes = settings.recipe, list[Problem](), list[Target](), list[str]()
     with at_flag(Key.of("model")):
         base = _base_of_run(recipe)
-    if recipe.after is not None and not settings.request.resume and (saved := read_sidecar(Path(recipe.after))):
-        with at_flag("--after"):
-            require_layers(base.meta, saved)  # before its rules are matched with another model
+    for flag, earlier in (("--after", recipe.after), ("--adapter", recipe.adapter)):
+        if earlier is not None and (saved := read_sidecar(Path(earlier))):
+            with at_flag(flag):
+                require_layers(base.meta, saved)  # before its rules are matched with another model
+                require_weights(base, saved)
     with collected(problems):
         if "policy" not in settings.is_set:
             rules, notes = default_rules(settings, base)

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from milora_data.check import KEY_BYTES, RunData, picture_files, source_text
 from milora_data.records.record import Record
@@ -36,7 +35,7 @@ from milora_vl.core.adapter.folders import (
     step_of,
     zero_stage,
 )
-from milora_vl.core.adapter.sidecar import Sidecar, read_sidecar, require_layers
+from milora_vl.core.adapter.sidecar import Sidecar, read_sidecar
 from milora_vl.core.calibration.texts import SEED
 from milora_vl.core.policy import Target
 from milora_vl.train.data import read_records
@@ -129,7 +128,7 @@ def _require_complete(folder: Path) -> Path:
 
 # Paths, logging, saving, speed, and what is compared elsewhere: the records, the steps, and the batch in total.
 MAY_CHANGE = re.compile(
-    r"factor_cache|attn_implementation|calibration\.image_folder|data\.(path|image_folder)"
+    r"factor_cache|attn_implementation|calibration\.(data|image_folder)|data\.(path|image_folder)"
     r"|(sweep|eval)\..+"
     r"|train\.(learning_rate|weight_decay|max_steps|num_train_epochs|gradient_accumulation_steps|disable_tqdm|run_name"
     r"|(activation_checkpointing|logging_|log_|save_total|save_on|save_only|hub_|push_|report_|dataloader_[npm]"
@@ -362,12 +361,11 @@ def resume_warnings(checkpoint: Path, *, processes: int, stage: int, fsdp: bool 
 
 
 def tasks_before(
-    recipe: Recipe, base: nn.Module, targets: Sequence[Target], checkpoint: Path | None
+    recipe: Recipe, targets: Sequence[Target], checkpoint: Path | None
 ) -> tuple[tuple[Entry, ...], list[str]]:
-    """Return the entries of the tasks that a run on `base`, without weights, comes after, in order, and warnings.
+    """Return the entries of the tasks that a run comes after, in order, and warnings.
 
-    A resumed run has them in its checkpoint. Raises UserError for rules that cannot train after these tasks, and for a
-    base with other layers.
+    A resumed run has them in its checkpoint. Raises UserError for rules that cannot train after these tasks.
     """
     if recipe.after is None:
         return (), []
@@ -377,7 +375,7 @@ def tasks_before(
     after, warnings = Path(recipe.after), list[str]()
     saved = read_sidecar(after)
     assert saved is not None
-    _require_rules(recipe, saved, base, targets)
+    _require_rules(recipe, saved, targets)
     tasks = saved.tasks
     if not tasks:  # that run came after none; an adapter without a recipe has the template of this run
         of_run = folders.read_environment
@@ -389,9 +387,8 @@ def tasks_before(
     return tuple(tasks), warnings
 
 
-def _require_rules(recipe: Recipe, saved: Sidecar, base: nn.Module, targets: Sequence[Target]) -> None:
-    """Raise UserError for a base and targets whose update cannot be added to the update of the run of `saved`."""
-    require_layers(base, saved)
+def _require_rules(recipe: Recipe, saved: Sidecar, targets: Sequence[Target]) -> None:
+    """Raise UserError for targets whose update cannot be added to the update of the run of `saved`."""
     if found := [target.path for target in (*saved.targets, *targets) if target.method == "dora"]:
         message = f"DoRA scales the rows of a weight, so its update cannot be added to another one: {found[0]}"
         raise UserError(

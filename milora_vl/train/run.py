@@ -37,7 +37,7 @@ from milora_vl.interop.base_kl import BaseKL
 from milora_vl.models.base import Base, split_processor
 from milora_vl.models.memory_plan import size_text
 from milora_vl.train import data
-from milora_vl.train.callbacks import ForgettingCallback, SuiteCallback, calls_on_sigterm, training_questions
+from milora_vl.train.callbacks import MeasuringCallback, SuiteCallback, calls_on_sigterm, training_questions
 from milora_vl.train.counts import Batching, num_parameters
 from milora_vl.train.join_settings import Settings
 from milora_vl.train.launch import load_base_model, refused_arguments, stage_of, trained_dtype
@@ -409,7 +409,8 @@ def add_measurements(
 ) -> None:
     config = run.recipe.eval
     if probe is not None and config.forgetting_every:
-        trainer.add_callback(ForgettingCallback(probe, config.forgetting_every, trainer))
+        measure = lambda: probe.measure(trainer.model, trainer.accelerator.autocast)  # type: ignore[arg-type]  # noqa: E731
+        trainer.add_callback(MeasuringCallback(measure, config.forgetting_every, trainer))
     if questions is not None and config.suite_every:
         trainer.suites = SuiteCallback(questions, config.suite_every, trainer, processor)
         trainer.add_callback(trainer.suites)

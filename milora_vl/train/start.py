@@ -28,7 +28,6 @@ from milora_data.check import KEY_BYTES
 from milora_data.keys import FileKeys, file_key, record_key
 from milora_data.pictures.load import ImageError, load_image
 from milora_data.records.record import IMAGE, Record, Turn
-from milora_data.stream import load_records
 from milora_vl.common.atomic_write import write_json
 from milora_vl.common.cli.console import amount, duration_text
 from milora_vl.common.cli.screen import Screen
@@ -54,7 +53,7 @@ from milora_vl.models.devices import measured_flops
 from milora_vl.models.generate import Prompt, generate
 from milora_vl.models.projector import load_projector
 from milora_vl.train.counts import A100, CPU, NUM_RECORDS, SMOKE_NOTE, SMOKE_STEPS, part_of, trained_sizes
-from milora_vl.train.data import collator
+from milora_vl.train.data import calibration_records, collator
 from milora_vl.train.plan import Run
 from milora_vl.train.resume import EarlierRecords, require_same
 from milora_vl.train.settings import Recipe
@@ -64,7 +63,6 @@ CAPTION_TOKENS = 32
 PROMPT_TOKENS = 128  # of system text, question and caption
 QUESTION = "Write a short summary of the picture."  # no question of the picture probe of forgetting
 MOST_TOKENS = 65_536  # of a picture and its caption
-MOST_RECORDS = 512  # of data
 NGRAM = 12  # words in a row that two texts share only if one is copied
 _VERSION = 5  # increase it if equal settings can give other texts
 _TokenRows = list[Annotated[list[NonNegativeInt], Field(min_length=1)]]
@@ -151,7 +149,7 @@ def make_texts(
     elif settings.pictures:
         screen.warn("calibration.pictures has no effect: this model has no vision tower")
     if settings.data is not None:
-        own = [record for record in islice(load_records(settings.data), MOST_RECORDS) if not _is_of_probe(record)]
+        own = [record for record in calibration_records(settings) if not _is_of_probe(record)]
         found.append((collator(_with_data(recipe, image_folder=settings.image_folder), base, processor), own))
     of_tasks: list[tuple[RecordCollator[Any], Sequence[Record]]] = []
     for of_task, of_run, order in earlier.found if earlier else ():

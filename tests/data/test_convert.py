@@ -341,6 +341,7 @@ def test_a_picture_is_looked_for_beside_its_own_source(tmp_path: Path, capsys: p
     assert len(of_a) == 5
     said = capsys.readouterr().err
     assert "not found" not in said
+    assert f"note: 15 of 30 pictures are not in {tmp_path / 'a'}: copy them there" in said
     assert f"--image_folder {tmp_path / 'a'} --against {tmp_path / 'out' / 'out-eval.json'}" in said
 
 

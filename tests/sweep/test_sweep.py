@@ -211,7 +211,7 @@ def data_of(folder: Path, rows: list[dict[str, Any]], name: str) -> Path:
 
 
 def test_a_sweep_holds_cells_of_one_content_whatever_its_files_are_called(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = [{"image": n, "question": "Color?", "answer": name} for n, name in enumerate(NAMES)]
 
@@ -219,10 +219,10 @@ def test_a_sweep_holds_cells_of_one_content_whatever_its_files_are_called(
     model.mkdir()
     (model / "model.safetensors").write_bytes(b"weights")
 
-    def known(folder: Path, **more: Any) -> dict[str, Any]:
+    def known(folder: Path, calibration: Path | None = None, **more: Any) -> dict[str, Any]:
+        own = {"data": str((calibration or folder) / "train.json"), "image_folder": str(calibration or folder)}
         data = {"path": str(folder / "train.json"), "eval_path": str(folder / "val.json"), "image_folder": str(folder)}
-        data |= more
-        recipe = Recipe.parse({**RECIPE, "model": str(model), "data": data})
+        recipe = Recipe.parse({**RECIPE, "model": str(model), "data": data | more, "calibration": own})
         return _require_same_sweep(Sweep(tmp_path, recipe, QuestionSet(benchmarks=str(folder / "mine.json"))))
 
     first = known(data_of(tmp_path / "a", rows, "picture"))
@@ -241,6 +241,21 @@ def test_a_sweep_holds_cells_of_one_content_whatever_its_files_are_called(
     (model / "model.safetensors").write_bytes(b"trained")
     with pytest.raises(UserError, match="holds a sweep of other weights and other records; nothing is overwritten"):
         known(tmp_path / "edited")
+    with pytest.raises(UserError, match="other weights and other records"):
+        known(tmp_path / "renamed", calibration=tmp_path / "edited")
+    model, hub = Path("me/base"), tmp_path / "models--me--base"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("milora_vl.models.base.hub_is_known", lambda: False)
+    for commit in ("a" * 40, "b" * 40):
+        (hub / "snapshots" / commit).mkdir(parents=True)
+        (hub / "snapshots" / commit / "config.json").write_text('{"model_type": "llama"}')
+        (hub / "refs").mkdir(exist_ok=True)
+        (hub / "refs" / "main").write_text(commit)
+        if commit < "b":
+            (tmp_path / "sweep.json").unlink()
+            (tmp_path / "sweep.json").write_text(json.dumps(known(tmp_path / "renamed")))
+    with pytest.raises(UserError, match="a sweep of other weights; nothing"):
+        known(tmp_path / "renamed")
 
 
 @pytest.mark.parametrize(

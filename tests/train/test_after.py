@@ -194,11 +194,15 @@ def test_what_is_no_adapter_of_ours_is_refused(data: Path, first: Path, tmp_path
     other, processor = tiny_llava(seed=1)
     for part in (other, processor):
         part.save_pretrained(tmp_path / "other")
-    with raises_code("adapter-wrong-base"):
-        main(second(data, first, tmp_path / "b", "--model", str(tmp_path / "other")))
+    for words in (second(data, first, tmp_path / "b"), training(data, tmp_path / "b", "--adapter", str(first))):
+        with raises_code("adapter-wrong-base", message="holds none of its weights"):  # before weights load
+            plan([*words, "--model", str(tmp_path / "other")])
+    for part in (tiny_llava()[0].bfloat16(), processor):
+        part.save_pretrained(tmp_path / "rounded")
+    plan(second(data, first, tmp_path / "b", "--model", str(tmp_path / "rounded")))
     other.config.text_config.intermediate_size *= 2
     other.config.save_pretrained(tmp_path / "other")
-    with raises_code("adapter-wrong-base", where="mlp", message="there, here"):  # before weights load
+    with raises_code("adapter-wrong-base", where="mlp", message="there, here"):
         plan(second(data, first, tmp_path / "b", "--model", str(tmp_path / "other")))
     with raises_code("", where="--after", message="the model lacks", hint="the base model that the adapter"):
         plan(second(data, first, tmp_path / "b", "--model", "tiny-text"))

@@ -18,6 +18,8 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
+
 from milora_vl.common.errors import MALFORMED, Problem, UserError
 from milora_vl.common.yaml_text import read_file
 
@@ -48,6 +50,15 @@ NO_RESULT = (
 SHARDED_OPTIMIZER = "optimizer"  # folder of torch.distributed.checkpoint, by FSDP2; its .metadata is written last
 SHARDS = "global_step*/*_optim_states.pt"
 SHARDED_WEIGHTS = "global_step*/zero_pp_rank_*_model_states.pt"  # only with ZeRO-3
+
+
+def local_folder(name: str) -> Path | None:
+    """Return the folder of a base model, or its newest snapshot in the hub's cache; None if it is in neither."""
+    if Path(name).is_dir():
+        return Path(name)
+    is_id = name.count("/") <= 1 and not name.startswith((".", "/"))
+    file = try_to_load_from_cache(name, "config.json") if is_id else None
+    return Path(file).parent if isinstance(file, str) else None
 
 
 def has_config(folder: Path) -> bool:

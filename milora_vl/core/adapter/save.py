@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import try_to_load_from_cache
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
-from milora_vl.common.atomic_write import atomic_folder
+from milora_vl.common.atomic_write import atomic_folder, read_json
 from milora_vl.core.adapter.anchored import ANCHOR, DELTA, factors, fixed_names, has_anchor, joined_state, unrecoverable
 from milora_vl.core.adapter.earlier import Earlier, join_tasks
 from milora_vl.core.adapter.fixed_a import has_fixed_A
-from milora_vl.core.adapter.folders import PEFT_PREFIX, AdapterError
+from milora_vl.core.adapter.folders import PEFT_PREFIX, AdapterError, local_folder
 from milora_vl.core.adapter.lora import lora_layer
 from milora_vl.core.adapter.sidecar import Sidecar
 from milora_vl.core.weights.matrices import Fingerprint, distance, fingerprint
@@ -164,16 +162,7 @@ class SavingMixin(PeftModel):
 
         PEFT would query the hub at every save, which costs half a minute of retries on a machine without network.
         """
-        original = _local_config(next(iter(self.peft_config.values())).base_model_name_or_path or "")
+        folder = local_folder(next(iter(self.peft_config.values())).base_model_name_or_path or "")
+        original = (folder and read_json(folder / "config.json")) or {}
         current = BaseTuner.get_model_config(self.get_base_model())
         return "vocab_size" in original and original["vocab_size"] != current.get("vocab_size")
-
-
-def _local_config(name: str) -> dict[str, Any]:
-    """Return config.json of a base model from its folder or the hub's cache; empty if it is in neither."""
-    file: Any = Path(name) / "config.json"
-    if not file.is_file() and name.count("/") <= 1:
-        file = try_to_load_from_cache(name, "config.json") if name else None
-    if not isinstance(file, str) and not (isinstance(file, Path) and file.is_file()):
-        return {}
-    return dict(json.loads(Path(file).read_text(encoding="utf-8")))
