@@ -350,12 +350,7 @@ class TrainingCheck:
         self._used: dict[Picture, str] = {}  # picture or video in a file -> the first record with it
         self._reads_video_files = False
 
-    def passing(self, records: Iterable[Record]) -> Iterator[Record]:
-        for record in records:
-            self.add(record)
-            yield record
-
-    def add(self, record: Record) -> None:
+    def add(self, record: Record) -> Record:
         errors = errors_of(record)
         if any(finding.kind == "no_answer" for finding in errors):
             self.unlearnable.append(len(self.with_images))
@@ -368,6 +363,7 @@ class TrainingCheck:
         self.keys += bytes.fromhex(key)[:KEY_BYTES]
         for file in files_of(record):
             self._used.setdefault(file, record.source)
+        return record
 
     def without(self, kept: Iterable[Record]) -> TrainingCheck:
         """Return the check of some of the records."""
@@ -532,7 +528,7 @@ def _load_checked(
         stream = _usable(stream, report)
     check = TrainingCheck()
     try:
-        records = CompactRecords(check.passing(islice(stream, limit)))
+        records = CompactRecords(map(check.add, islice(stream, limit)))
     except DataError as error:
         if error.first.hint or not Path(name).is_file():
             raise

@@ -82,15 +82,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     beside = [folder for source in chosen.sources for folder in (Path(source).parent, Path(source).parent / "images")]
     shown = sorted({file for record in load_records(out) for file in record.files}, key=str)
     missing: dict[Path, int] = {}  # pictures that a folder lacks, or has others for
-    for folder in filter(None, (chosen.image_folder, images.path, *beside)):
+    for folder in [chosen.image_folder] if chosen.image_folder else [*beside, images.path]:
         keys = FileKeys(folder)
         is_other = (keys(file) != key_of(file) or file in keys.missing for file in shown)
         missing[folder] = sum(is_other) if is_named else len(find_missing(shown, folder))
     known = min(missing, key=missing.__getitem__)
-    if 0 < missing[known] < len(shown):
+    if missing[known]:
         sys.stderr.write(f"note: {missing[known]:,} of {len(shown):,} pictures are not in {known}: copy them there\n")
-    place = known if missing[known] < len(shown) else chosen.image_folder or "FOLDER"
-    pictures = ["--image_folder", place] if shown else []
+    pictures = ["--image_folder", known] if shown else []
     next_step("milora_data", "check", out, *pictures, *(["--against", held] if chosen.hold_out else []))
     return 0
 

@@ -245,9 +245,10 @@ def write_held_out(
     if trainer.args.load_best_model_at_end and trainer.state.best_global_step not in (None, last):
         if trainer.args.should_save:
             (path / HELD_OUT).unlink(missing_ok=True)  # of the run before it was resumed
-        flag = ("--adapter" if trainer.checkpoint_kind == "adapter" else "--model", path)
+        is_whole = trainer.checkpoint_kind == "full"
+        of = ("--model", path) if is_whole else ("--model", run.recipe.model, "--adapter", path)
         where = ("--image_folder", run.recipe.data.image_folder) if run.recipe.data.image_folder else ()
-        words = ("losses", run.recipe.data.eval_path, *where, *flag, "--output", "losses.jsonl")
+        words = ("losses", run.recipe.data.eval_path, *where, *of, "--output", "losses.jsonl")
         command = command_line("milora_eval", *words)
         screen.say(f"the best checkpoint is not the last; losses of its held-out records:  {command}")
         return

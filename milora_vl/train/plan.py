@@ -495,7 +495,7 @@ def _missing(recipe: Recipe, base: Base) -> list[Problem]:
         require_usable(recipe, base)
     except UserError as error:
         # The plan of a named model needs only its config; `_show_data` says that the processor is not here.
-        if not (_is_absent(error) and base.own_pictures):
+        if not (error.first.code == "model-not-available" and base.own_pictures):
             problems += error.problems
     with collected(problems):
         if recipe.data.path is None and not base.own_pictures:
@@ -503,10 +503,6 @@ def _missing(recipe: Recipe, base: Base) -> list[Problem]:
     with collected(problems):
         require_evaluation(recipe)
     return problems
-
-
-def _is_absent(error: UserError) -> bool:
-    return error.first.code == "model-not-available"
 
 
 def _policy_rows(run: Run, sizes: dict[str, int]) -> list[tuple[str, ...]]:
@@ -538,7 +534,7 @@ def _show_data(screen: Screen, run: Run) -> tuple[Counts, int | None, int | None
     try:
         collate = _collator(recipe, base)
     except UserError as error:
-        if not _is_absent(error):
+        if error.first.code != "model-not-available":
             raise
         collate = None
     if collate is None:

@@ -480,8 +480,3 @@ def task_entry(
 def _records_missing(task: Entry, why: str) -> UserError:
     message = f"the records of {task['run']} are needed to protect what it has learned: {why}"
     return UserError(message, where=Key.of("after"), hint="put them back, and start where that run was started")
-
-
-def has_other_records(adapter: Path, fingerprint: str) -> bool:
-    before = (folders.read_environment(adapter) or folders.read_environment(adapter.parent)).get("records")
-    return before is not None and before != fingerprint

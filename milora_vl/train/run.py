@@ -60,7 +60,6 @@ from milora_vl.train.resume import (
     TEXTS,
     EarlierRecords,
     environment_resumed,
-    has_other_records,
     read_earlier_records,
     read_start,
     records_content,
@@ -163,16 +162,7 @@ def read_records(run: Run, screen: Screen) -> tuple[Run, RunData, EarlierRecords
         warnings += resume_warnings(folder.checkpoint, processes=run.args.world_size, stage=stage, fsdp=fsdp)
     for warning in warnings:
         screen.warn(warning)
-    earlier = read_earlier_records(run.tasks, recipe, screen, are_used=run.reads_calibration)
-    is_new = run.earlier is None
-    if is_new and recipe.adapter and has_other_records(Path(recipe.adapter), records.fingerprint):
-        screen.say(
-            f"note: {recipe.adapter} was trained on other records, and this run overwrites what it has learned; "
-            f"--after {recipe.adapter} keeps it"
-        )
-    elif is_new and any(task["fingerprint"] == records.fingerprint for task in run.tasks):
-        screen.say("note: an earlier run was trained on these records; for more steps on them use --adapter")
-    return run, records, earlier
+    return run, records, read_earlier_records(run.tasks, recipe, screen, are_used=run.reads_calibration)
 
 
 def compose_base(run: Run, screen: Screen) -> Run:

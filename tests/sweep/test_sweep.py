@@ -156,11 +156,6 @@ def test_a_training_without_numbers_leaves_json_that_others_can_read(sweep: Swee
     assert found["arms"][0]["best"] is None
 
 
-def test_rates_that_would_share_a_cell_are_refused() -> None:
-    with raises_code("", where="--lrs", message="six digits"):
-        make_cells(Recipe.parse(RECIPE), ["milora"], [1e-4, 1.00000001e-4], None, 1)
-
-
 @pytest.mark.parametrize(("keeps_best", "loss"), [(True, 0.3), (False, 0.9)])
 def test_the_validation_loss_is_that_of_the_weights_that_are_evaluated(
     sweep: Sweep, monkeypatch: pytest.MonkeyPatch, keeps_best: bool, loss: float
@@ -331,6 +326,7 @@ def test_a_failed_cell_is_recorded_and_retried_on_request(sweep: Sweep, capsys: 
         ({}, ["--methods", "mlora"], "", "did you mean milora"),
         ({}, ["--lrs", "0"], "command-line", "--lrs: "),
         ({}, ["--lrs", "fast"], "command-line", "--lrs: "),
+        ({}, ["--lrs", "1e-4,1.00000001e-4"], "", "six digits"),
         ({"data": {"path": "train.json"}, "sweep": {}}, [], "", "data.eval_path"),
         ({"sweep": {"suite": "emoji", "train": {"max_step": 3}}}, [], "recipe-unknown-key", "max_step"),
         ({}, ["--plan"], "data-missing-file", "val.json"),
@@ -350,16 +346,6 @@ def test_mistakes_are_told_before_anything_runs(
     assert error.value.first.code == code
     assert value in str(error.value)
     assert not (tmp_path / "out").exists()
-
-
-def test_methods_are_compared_with_the_first_that_was_asked_for(sweep: Sweep) -> None:
-    """The first cell of the first method has failed, so another method has a result earlier."""
-    cells = make_cells(sweep.recipe, ["milora", "lora"], [1e-4, 1e-3], None, 1)
-    for cell in cells[1:]:
-        finish_cell(sweep, cell, loss=0.5, right=[True, cell.method == "lora"], forgetting=0.1)
-    written, table = page.write(page.of_sweep(sweep, cells, 1, "again"))
-    assert [row[0] for row in table.rows] == ["protected MiLoRA", "LoRA"]
-    assert "LoRA − protected MiLoRA" in written.read_text()
 
 
 def test_a_cell_whose_folder_was_removed_is_to_be_run_again(sweep: Sweep) -> None:

@@ -127,10 +127,13 @@ def renamed_and_shuffled(data: Path, folder: Path) -> Path:
     return folder
 
 
-def test_losses_are_never_those_of_another_model_than_the_saved_one(data: Path, tmp_path: Path, capsys: Any) -> None:
+@pytest.mark.parametrize("method", ["milora", "projector"])
+def test_losses_are_never_those_of_another_model_than_the_saved_one(
+    method: str, data: Path, tmp_path: Path, capsys: Any
+) -> None:
     flags = ["--eval_data_path", str(data / "val.json"), "--eval_strategy", "steps", "--eval_steps", "1"]
     flags += ["--save_steps", "1", "--load_best_model_at_end", "--greater_is_better", "True", "--max_steps", "2"]
-    assert main(training(data, tmp_path / "run", *EXTRA, *flags, "--learning_rate", "0.1")) == 0
+    assert main(training(data, tmp_path / "run", "--method", method, *flags, "--learning_rate", "0.1")) == 0
     assert read_json(tmp_path / "run", "trainer_state.json")["best_global_step"] == 1, "the loss falls"
     assert not (tmp_path / "run" / "held_out.jsonl").exists()
     (command,) = re.findall(r"milora_eval (losses .*) --output", capsys.readouterr().err)
@@ -173,17 +176,8 @@ def test_renamed_pictures_and_shuffled_files_change_no_output(data: Path, tmp_pa
         if outputs:
             shutil.copytree(data / "run" / "eval", run / "eval")
         asked = ["run", "--model", "tiny", "--adapter", str(run), "--benchmarks", str(folder / "val.json")]
-        asked += [
-            "--data",
-            str(images),
-            "--with_base",
-            "--limit",
-            "5",
-            "--forgetting_tokens",
-            "0",
-            "--output_dir",
-            str(run),
-        ]
+        asked += ["--data", str(images), "--with_base", "--limit", "5", "--forgetting_tokens", "0"]
+        asked += ["--output_dir", str(run)]
         assert milora_eval(asked) == 0
         scored = [read_json(run, f"eval/val/{which}/results.json") for which in ("base", "final")]
         assert [bool(each["asked"]) for each in scored] == [not outputs] * 2
