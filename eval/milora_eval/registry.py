@@ -178,10 +178,6 @@ def _files_of(run: Path) -> Iterator[tuple[str, list[Mapping[str, str]]]]:
     yield from files.items()
 
 
-def results_name(value: str) -> str:
-    return choose(value).name
-
-
 def _is_file(name: str) -> bool:
     return Path(name).suffix in (".json", ".jsonl", ".py") or ".py:" in name
 

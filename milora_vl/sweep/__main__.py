@@ -93,6 +93,15 @@ examples:
 )
 
 
+# Keys of a recipe that name what is compared by its content.
+KNOWN_BY_CONTENT: dict[str, Any] = {
+    **dict.fromkeys(("model", "adapter", "after", "projector_weights"), True),
+    "data": {"path", "eval_path", "image_folder"},
+    "calibration": {"data", "image_folder"},
+    "parts": {"vision_tower", "vision_weights"},
+}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     options = COMMAND.parse(words)
@@ -194,15 +203,9 @@ def _require_same_sweep(sweep: Sweep) -> dict[str, Any]:
     names of their files), or of a variant that has changed.
     """
     known, recipe = read_json(sweep.folder / "sweep.json") or {}, sweep.recipe
-    shared = recipe.model_dump() | {"sweep": {"train": recipe.sweep.train}}
-    for name in ("path", "eval_path", "image_folder"):
-        shared["data"].pop(name)
-    for name in ("data", "image_folder"):
-        shared["calibration"].pop(name)
-    weights = [shared.pop(name) for name in ("adapter", "after", "projector_weights")]
-    weights.append(shared["parts"].pop("vision_weights"))
-    models = shared.pop("model"), shared["parts"].pop("vision_tower")
-    weights += [at_revision(name) for name in models if name]
+    shared = recipe.model_dump(exclude=KNOWN_BY_CONTENT) | {"sweep": {"train": recipe.sweep.train}}
+    models = [at_revision(name) for name in (recipe.model, recipe.parts.vision_tower) if name]
+    weights = [*models, recipe.adapter, recipe.after, recipe.projector_weights, recipe.parts.vision_weights]
     data = read_records(recipe.data)
     if data.streamed:
         words = "are known by content; the sweep does not notice changes after them"

@@ -37,7 +37,7 @@ class Cell:
     @property
     def name(self) -> str:
         rank = "" if self.rank is None else f"-r{self.rank}"
-        return f"{self.method}{rank}-lr{self.learning_rate:g}-seed{self.seed}"
+        return f"{self.method}{rank}-lr{self.learning_rate!r}-seed{self.seed}"
 
     @property
     def label(self) -> str:
@@ -53,7 +53,7 @@ def make_cells(
 ) -> list[Cell]:
     """Return all cells, seed by seed, so that the first results cover all methods.
 
-    Raises UserError for unknown methods and for learning rates that are too close.
+    Raises UserError for unknown methods.
     """
     known = variants(recipe)
     for name in methods:
@@ -68,9 +68,6 @@ def make_cells(
         has_rank = known[method].get("method") != "full" and "rank" not in known[method]
         chosen: Sequence[int | None] = ranks if ranks and has_rank else [None]
         cells += [Cell(method, rate, rank, seed) for rank in chosen]
-    if len({cell.name for cell in cells}) < len(cells):
-        message = "two learning rates agree in six digits and would be one cell"
-        raise UserError(message, where="--lrs", hint="remove one of them")
     return cells
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from milora_eval import evaluator
-from milora_eval.registry import results_name
+from milora_eval.registry import choose
 from milora_eval.scores.results import headline_of, read_results, require_lines
 from milora_vl.common.atomic_write import locked, read_json, write_json, write_text
 from milora_vl.common.errors import UserError
@@ -118,10 +118,7 @@ class Sweep(CellFolder):
         return self.folder / "cells" / cell.name
 
     def results_folder(self, cell: Cell) -> Path:
-        return self.run_folder(cell) / "eval" / results_name(self.questions.suite) / "final"
-
-    def log(self, cell: Cell) -> Path:
-        return self.folder / "logs" / f"{cell.name}.log"
+        return self.run_folder(cell) / "eval" / choose(self.questions.suite).name / "final"
 
     def result(self, cell: Cell) -> CellNumbers | None:
         """Return the result of a cell; None if it is not finished, or if its answers have been deleted."""
@@ -184,7 +181,7 @@ def _run_cell(sweep: Sweep, cell: Cell, environment: Mapping[str, str]) -> bool:
     write_text(sweep.folder / "recipes" / f"{cell.name}.yaml", recipe.to_yaml())
     _wait_for_killed_sweep(sweep.run_folder(cell))
     start = time.monotonic()
-    log = sweep.log(cell)
+    log = sweep.folder / "logs" / f"{cell.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a", encoding="utf-8") as out:
         for make in (sweep.training, sweep.evaluating):

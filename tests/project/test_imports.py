@@ -45,6 +45,14 @@ def test_import_milora_vl_adds_no_package_to_import_torch() -> None:
     assert added - sys.stdlib_module_names == {"milora_vl"}
 
 
+def test_a_misspelt_flag_is_refused_before_torch_is_imported() -> None:
+    words = ["-X", "importtime", "-m", "milora_vl.train", "--learning_rat", "1", "--resume_from_checkpoint", "true"]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "did you mean --learning_rate" in done.stderr
+    assert "torch" not in {line.rpartition(" ")[2] for line in done.stderr.splitlines()}
+
+
 def test_public_names_are_no_submodules() -> None:
     """A function that shares its name with its file is hidden by it, once that file is imported, unless it is bound."""
     code = f"""
