@@ -54,10 +54,12 @@ def test_the_chart_has_each_training_and_the_mean_of_each_rate(tmp_path: Path, m
         "lora,0.001,,0,0.9,0.4,0.3,2,2,2",
     )
     (tmp_path / "some.csv").write_text("\n".join((header, *rows)), encoding="utf-8")
+    text = [",".join(line.split(",")[:7]) for line in (header, *rows)]
+    (tmp_path / "text.csv").write_text("\n".join(text), encoding="utf-8")
     monkeypatch.setattr(figures, "DOCS", tmp_path)
     arms = {"ours": figures.OURS, "lora": "LoRA"}
-    task = figures.TaskFiles("some", 1, 1, ("some",), arms)
-    monkeypatch.setattr(figures, "CHARTED", ((task, "forgetting"), (task, figures.PICTURES)))
+    tasks = tuple(figures.TaskFiles(name, 1, 1, (name,), arms) for name in ("text", "some"))
+    monkeypatch.setattr(figures, "IN_SHORT", tasks)
     of_text, of_pictures = figures.chart().axes
     points, means = (line.get_xydata().tolist() for line in of_text.lines[:2])
     assert points == [[1.0, 0.1], [1.2, 0.2], [0.9, 0.4]]

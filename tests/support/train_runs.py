@@ -6,12 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-METHODS = {
-    "milora": "--method milora --rank 4".split(),
-    "lora": "--method lora --rank 4".split(),
-    "full": "--method full".split(),
-    "projector": "--train projector --method full".split(),
-}
+METHODS = {method: ["--method", method, "--rank", "4"] for method in ("milora", "lora")}
+METHODS |= {"full": ["--method", "full"], "projector": ["--train", "projector", "--method", "full"]}
 
 WEIGHTS = {"full": "model.safetensors", "projector": "mm_projector.safetensors"}
 
