@@ -58,8 +58,7 @@ def test_the_chart_has_each_training_and_the_mean_of_each_rate(tmp_path: Path, m
     (tmp_path / "text.csv").write_text("\n".join(text), encoding="utf-8")
     monkeypatch.setattr(figures, "DOCS", tmp_path)
     arms = {"ours": figures.OURS, "lora": "LoRA"}
-    tasks = tuple(figures.TaskFiles(name, 1, 1, (name,), arms) for name in ("text", "some"))
-    monkeypatch.setattr(figures, "IN_SHORT", tasks)
+    monkeypatch.setattr(figures, "IN_SHORT", [figures.TaskFiles(one, 1, 1, (one,), arms) for one in ("text", "some")])
     of_text, of_pictures = figures.chart().axes
     points, means = (line.get_xydata().tolist() for line in of_text.lines[:2])
     assert points == [[1.0, 0.1], [1.2, 0.2], [0.9, 0.4]]

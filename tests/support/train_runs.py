@@ -8,7 +8,6 @@ from typing import Any
 
 METHODS = {method: ["--method", method, "--rank", "4"] for method in ("milora", "lora")}
 METHODS |= {"full": ["--method", "full"], "projector": ["--train", "projector", "--method", "full"]}
-
 WEIGHTS = {"full": "model.safetensors", "projector": "mm_projector.safetensors"}
 
 
