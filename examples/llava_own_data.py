@@ -17,7 +17,7 @@ from transformers import Trainer, TrainingArguments
 
 from milora_data import load_records
 from milora_vl import apply_milora, calibration_texts, collator_for, load_model, save_adapter
-from milora_vl.interop.trainer import RatesOfRules
+from milora_vl.core.adapter.rates import RatesOfRules
 
 
 def drawn(folder: Path) -> tuple[Path, Path]:

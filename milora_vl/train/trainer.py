@@ -27,12 +27,12 @@ from milora_vl.common.errors import UserError
 from milora_vl.core.adapter.earlier import APART_FILE
 from milora_vl.core.adapter.folders import ANCHORS_FILE, PROJECTOR_FILES, SHARDED_OPTIMIZER, STATE, is_of_fsdp, step_of
 from milora_vl.core.adapter.lora import base_model_of
+from milora_vl.core.adapter.rates import RatesOfRules
 from milora_vl.core.adapter.sidecar import FILE_NAME
 from milora_vl.core.policy import Target
 from milora_vl.core.policy.towers import image_token_of
 from milora_vl.core.weights.distributed import gathered_state
 from milora_vl.interop.base_kl import BaseKL, add_base_kl, with_positions
-from milora_vl.interop.trainer import RatesOfRules
 from milora_vl.models.losses import add_chunked_loss, row_losses, summed_loss, supervised_positions
 from milora_vl.models.projector import save_projector
 from milora_vl.train import data

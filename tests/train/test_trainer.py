@@ -15,9 +15,9 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from milora_data import ImageTextCollator
 from milora_vl import load_adapter, parameter_groups, save_adapter
 from milora_vl.core.adapter.apply import apply_milora
+from milora_vl.core.adapter.rates import RatesOfRules
 from milora_vl.core.policy import Policy
 from milora_vl.interop.base_kl import BaseKL
-from milora_vl.interop.trainer import RatesOfRules
 from milora_vl.models.tiny import tiny_tokenizer
 from milora_vl.train.callbacks import FrozenTowers, KeepDigits
 from milora_vl.train.trainer import MiloraTrainer

@@ -1,4 +1,7 @@
-"""Optimizer parameter groups: learning rate and weight decay of each trained parameter, by its rule."""
+"""Optimizer parameter groups: learning rate and weight decay of each trained parameter, by its rule.
+
+`RatesOfRules` is a mixin that gives them to HF's Trainer and to TRL's trainers.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +11,24 @@ import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cache
 from math import isclose
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from milora_vl.common.errors import UserError
 from milora_vl.core.adapter.folders import AdapterError, module_path
 from milora_vl.core.policy import Target
 from milora_vl.core.policy.towers import TOWERS
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+    _Trainer = Trainer
+else:
+    _Trainer = object
 
 _PEFT_PARTS = re.compile(r"\.modules_to_save\.[^.]+|\.base_layer")
 
@@ -130,6 +141,36 @@ def _warn_of_other_rates(stepped: Sequence[tuple[nn.Parameter, Target, Mapping[s
     if ignored:
         warnings.warn(
             f"the optimizer ignores rules: {', '.join(ignored)}. Pass it parameter_groups(model, learning_rate=...), "
-            "or put milora_vl.interop.trainer.RatesOfRules before your Trainer's class",
+            "or put milora_vl.core.adapter.rates.RatesOfRules before your Trainer's class",
             stacklevel=2,
         )
+
+
+class RatesOfRules(_Trainer):
+    """Create the optimizer of `--optim` with one group per learning rate and weight decay of the rules.
+
+    Name it before the trainer. Rules without rates, and parameters without a rule, have the trainer's.
+
+    >>> from transformers import Trainer
+    >>> class MyTrainer(RatesOfRules, Trainer):
+    ...     pass
+    """
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            trained: Any = self.model if model is None else model
+            cls, options = self.get_optimizer_cls_and_kwargs(self.args, trained)
+            if not isinstance(cls, type) or {"params", "model", "optimizer_dict"} & set(options):
+                raise UserError(
+                    f"{self.args.optim} makes its own parameter groups, so learning rates per rule are not possible",
+                    where="--optim",
+                    hint="use another optimizer, for example  --optim adamw_torch",
+                )
+            groups = parameter_groups(
+                trained,
+                learning_rate=self.args.learning_rate,
+                weight_decay=self.args.weight_decay,
+                decays=set(self.get_decay_parameter_names(trained)),
+            )
+            self.optimizer_cls_and_kwargs = (cls, {**options, "params": groups})
+        return super().create_optimizer(model)
