@@ -129,11 +129,6 @@ TASKS = (
         {"plain": OURS, "lora": "LoRA", "random-rows": RANDOM},
     ),
     TaskFiles(
-        f"smol-llava: emoji{EARLIER}", 30, 8, ("default.smol-llava", "fixed-a.smol-llava"),
-        {"plain": OURS, "lora-both": "LoRA", "random-rows": RANDOM}, "lora-both",
-        held_out=(64, 111),
-    ),
-    TaskFiles(
         "smol-llava: emoji", 30, 8, ("equal.smol-llava",),
         {"protected": OURS, "lora": "LoRA", "lora-kl": WITH_KL, "inside": "A = C R",
          "inside-128": "A = C R, 128 directions"},
