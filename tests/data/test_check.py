@@ -39,6 +39,7 @@ BROKEN: dict[str, tuple[str, dict[str, Any]]] = {
     "repeated_id": ("an earlier record has this id", {"id": "same"} | turns((H, "other"), (G, "c"))),
     "duplicate": ("data.json:record 1", {"id": "copy"} | turns((H, "Who?"), (G, "b"))),
     "contradiction": ('"c", but "b" in ', turns((H, "Who? "), (G, "c"))),
+    "unread_key": ("note", {"conversations": [{"from": H, "value": "a", "note": "x"}, {"from": G, "value": "b"}]}),
     "special_token": ("turn 2: </s>", turns((H, "a"), (G, "the </s> token"))),
 }
 
@@ -232,8 +233,8 @@ def test_training_refuses_broken_records_by_line(write: Callable[..., Path], tin
 
 
 def test_training_counts_what_teaches_nothing(write: Callable[..., Path], tiny_data: Path) -> None:
-    check, _ = check_for_training(write(GOOD, BROKEN["no_answer"][1]), tiny_data / "images")
-    assert check.unlearnable == [1]
+    found = read_training_records(str(write(GOOD, BROKEN["no_answer"][1], BROKEN["unread_key"][1])))
+    assert found.warnings() == ["1 record without an answer skipped", '"note" of 1 turn is not read']
     with raises_code("data-no-records", where="the data", hint="at least one record"):
         check_for_training(write(name="empty.json"), tiny_data)
 

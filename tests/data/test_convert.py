@@ -128,10 +128,13 @@ def test_pictures_are_held_out_by_their_content_whatever_they_are_called(
     assert (len(held), len(kept)) == (24, 96)
     shown = [{int(row["conversations"][0]["value"][:-1]) // 6 for row in side} for side in (held, kept)]
     assert shown[0].isdisjoint(shown[1])
-    capsys.readouterr()
-    words = ["--against", str(tmp_path / "out" / "out-eval.json"), "--image_folder", str(images), "--format", "json"]
-    main(["check", str(tmp_path / "out" / "data.json"), *words])
-    assert "leaked" not in json.loads(capsys.readouterr().out)["kinds"]
+    for name, first in {"a.json": 1, "b.json": 3}.items():
+        (tmp_path / name).write_text(json.dumps(rows[first::6]))
+    for train, test, leaked in (("out/data.json", "out/out-eval.json", 0), ("b.json", "a.json", 20)):  # 20 videos
+        capsys.readouterr()
+        words = ["--against", str(tmp_path / test), "--image_folder", str(images), "--format", "json"]
+        main(["check", str(tmp_path / train), *words])
+        assert json.loads(capsys.readouterr().out)["kinds"].get("leaked", 0) == leaked
 
 
 def test_questions_that_both_sides_ask_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
