@@ -59,7 +59,7 @@ def test_the_chart_has_each_training_and_the_mean_of_each_rate(tmp_path: Path, m
     monkeypatch.setattr(figures, "DOCS", tmp_path)
     arms = {"ours": figures.OURS, "lora": "LoRA"}
     monkeypatch.setattr(figures, "IN_SHORT", [figures.TaskFiles(one, 1, 1, (one,), arms) for one in ("text", "some")])
-    of_text, of_pictures = figures.chart().axes
+    of_text, of_pictures, *_ = figures.chart().axes
     points, means = (line.get_xydata().tolist() for line in of_text.lines[:2])
     assert points == [[1.0, 0.1], [1.2, 0.2], [0.9, 0.4]]
     assert means == [pytest.approx([1.1, 0.15]), [0.9, 0.4]]

@@ -299,7 +299,7 @@ def _inputs_in_order(model: nn.Module, targets: Mapping[str, Target], batches: S
     missing = [target.path for module, target in wanted.items() if module not in calls]
     if missing:
         message = f"no calibration batch reaches {len(missing):,} of the {len(wanted):,} layers with protected inputs"
-        hint = "calibrate with pictures too, and with more text for experts of a mixture, or do not protect it"
+        hint = "calibrate with pictures or leave the vision tower out, with more text for experts, or do not protect it"
         raise CalibrationError(message, where=missing[0], hint=hint)
     return list(inputs.values())
 
