@@ -264,6 +264,9 @@ def test_lmms_eval_gets_the_answers_and_so_the_score_of_eval_run(
     said = model.generate_until(requests)
     assert {item.id: text for item, text in zip(items, said, strict=True)} == answers
     assert score == sum(benchmark.score(item, text) for item, text in zip(items, said, strict=True)) / len(items)
+    context, _, *source = requests[0].args
+    alone = loglikelihoods(model.loaded, model.processor, [(model._prompt(context, *source), "Q")], model.prompts)
+    assert model.loglikelihood([SimpleNamespace(args=(context, "Q", *source))]) == alone, "no blank before the target"
 
 
 def test_vlmevalkit_builds_a_registered_model_with_its_own_keyword(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,6 @@ def test_an_adapter_is_measured_on_text_and_pictures(adapter: Path, capsys: pyte
     for name in ("text", "pictures"):
         assert found[name]["kl"] > 0
         assert f"{found[name]['kl']:.3f}" in printed
-    # The adapter's folder names its base.
     out = adapter / "again"
     assert main(["--model", str(adapter), "--num_tokens", "600", "--on", "text", "--output_dir", str(out)]) == 0
     assert json.loads((out / "forgetting.json").read_text())["text"] == found["text"]

@@ -36,7 +36,6 @@ PLANS = ("--dry-run", "--list-", "--print-recipe", "--plan")
 SMALLER: tuple[tuple[str, str], ...] = (
     (r"^(torchrun|deepspeed|accelerate launch) .*?(-m|--module) (?=milora_)", "python -m "),
     (r" --deepspeed \S+| --fsdp\b", ""),
-    # Models, the parts that they are made of, and a data set of the hub.
     (r"(?<![-\w])llava-1\.5-(7|13)b|smol-llava(?=[ ,]|$)", "tiny"),
     (r"qwen2\.5-vl-3b", "qwen-vl"),
     (r"llama-2-7b", "tiny-text"),
@@ -45,7 +44,6 @@ SMALLER: tuple[tuple[str, str], ...] = (
     (r"openai/clip-vit-large-patch14-336", "tower"),
     (r"timm/vit_small_patch16_224 --language FOLDER", "timm/test_vit --vision_weights random --language language"),
     (r"hub:HuggingFaceH4/ultrafeedback_binarized:train_sft", "ultrafeedback.parquet"),
-    # Recipes: their models.
     (r"(train --recipe milora-paper-llava-\S+ .*)", r"\1 --model language --vision_tower tower"),
     (r"(train --recipe paper-.*)", r"\1 --model tiny-text --fp16 False"),
     (r"(train --recipe (?:smol-llava-|mine\.yaml).*)", r"\1 --model tiny"),
