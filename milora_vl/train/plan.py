@@ -529,6 +529,8 @@ def _show_data(screen: Screen, run: Run) -> tuple[Counts, int | None, int | None
     if recipe.data.path is None:
         return _assumed(screen, recipe, "none yet (--data_path)"), None, None
     read = data.read_records(recipe.data)
+    for warning in read.warnings():
+        screen.warn(warning)
     number = None if read.streamed else len(read.train)
     found = read.describe()
     try:

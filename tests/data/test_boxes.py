@@ -111,7 +111,6 @@ def test_a_point_and_a_family_without_a_source(folder: Path) -> None:
     collator = ProcessorCollator(processor_of("qwen3_vl"), image_folder=folder)
     with raises_code("record-box", message="[0, 0, 700, 10]", where="record ''", kind=DataError):
         collator([value([0, 0, 700, 10])])
-    # A training reads such records before the model loads.
     assert [collator.may_refuse(parse_record(one)) for one in (value(), value([0, 0, 700, 10]))] == [False, True]
 
 

@@ -84,7 +84,6 @@ def test_a_batch_without_pictures_keeps_the_projector_in_the_graph(
     projector = dict(model.named_parameters())["model.multi_modal_projector.linear_1.weight"]
     assert projector.grad is not None
     assert projector.grad.abs().max() == 0
-    # The text is supervised as if no picture were there.
     width = int(batch["attention_mask"].sum(1).max())
     text_only = {name: value[:, :width] for name, value in batch.items() if name != "pixel_values"}
     text_only["input_ids"] = text_only["input_ids"].masked_fill(~keep[:, :width], 0)

@@ -30,10 +30,12 @@ def test_a_plan_is_made_for_devices_that_are_not_here(capsys: Any) -> None:
 
 
 def test_the_first_batch_is_shown_with_its_targets(tiny_data: Path, tmp_path: Path, capsys: Any) -> None:
-    words = ["--recipe", "tiny-test", "--data_path", str(tiny_data / "train.json"), "--output_dir", str(tmp_path / "r")]
+    train = tiny_data / "train.json"
+    train.write_text(train.read_text().replace('"from"', '"mood": 1, "from"', 1))
+    words = ["--recipe", "tiny-test", "--data_path", str(train), "--output_dir", str(tmp_path / "r")]
     assert main([*words, "--image_folder", str(tiny_data / "images"), "--dry-run"]) == 0
     shown = capsys.readouterr().out
-    assert "  .  A chat" not in shown
+    assert '"mood" of 1 turn is not read' in shown
     assert "<image x 16>\\nWhat colour is it? ASSISTANT:\n  >  red</s>" in shown
     assert "236 tokens per record, 13 of them supervised" in shown  # counted: the tokenizer is at hand
     assert "steps  10 " in shown
