@@ -33,6 +33,7 @@ Cells = Mapping[Cell, Mapping[str, Any]]
 # What is forgotten about pictures, by the name of its column: answers about drawn shapes, in a sentence and in a word,
 # and descriptions of photographs.
 PROBES = {"forgetting_pictures": "shapes", "forgetting_words": "words", "forgetting_photos": "photos"}
+LORA = "lora"
 PICTURES = "about pictures"  # the geometric mean over the probes
 
 
@@ -40,8 +41,8 @@ PICTURES = "about pictures"  # the geometric mean over the probes
 class TaskFiles:
     """A training that methods are compared on: its name, its length, its CSV files, and its arms with their labels.
 
-    `lora` is the arm that the others are read at. `held_out` is the number of validation and of test records; 0 where
-    the files have no loss of the test.
+    The others are read at the arm LORA. `held_out` is the number of validation and of test records; 0 where the files
+    have no loss of the test.
     """
 
     name: str
@@ -49,7 +50,6 @@ class TaskFiles:
     records: int
     files: tuple[str, ...]
     arms: Mapping[str, str] = field(default_factory=dict)
-    lora: str = "lora"
     held_out: tuple[int, int] = (1, 0)
 
     @property
@@ -173,8 +173,8 @@ def equal() -> str:
     for task in TASKS:
         cells = task.joined()
         for arm, label in task.arms.items():
-            if arm != task.lora and any(cell.method == arm for cell in cells):
-                ratios = (_ratio(_forgetting(cells, key), arm, task.lora) for key in keys)
+            if arm != LORA and any(cell.method == arm for cell in cells):
+                ratios = (_ratio(_forgetting(cells, key), arm, LORA) for key in keys)
                 seeds = max(columns["score"].n for columns in _by_rate(cells, arm).values())
                 rows.append((task.title, label, str(seeds), *map(_text, ratios)))
     return Table(("task", "trains", "seeds", *keys.values()), tuple(rows)).markdown()
@@ -190,11 +190,11 @@ def in_short() -> str:
     rows = []
     for task in IN_SHORT:
         cells = task.joined()
-        of_lora = _best(cells, task.lora)[1]["validation_loss"].text
+        of_lora = _best(cells, LORA)[1]["validation_loss"].text
         for arm, label in task.arms.items():
-            if label in COLOURS and arm != task.lora and any(cell.method == arm for cell in cells):
+            if label in COLOURS and arm != LORA and any(cell.method == arm for cell in cells):
                 best = _best(cells, arm)[1]
-                ratios = (_text(_ratio(_forgetting(cells, key), arm, task.lora)) for key in FORGETS)
+                ratios = (_text(_ratio(_forgetting(cells, key), arm, LORA)) for key in FORGETS)
                 rows.append((task.title, label, str(best["score"].n), best["validation_loss"].text, of_lora, *ratios))
     header = ("task", "trains", "seeds", "lowest held-out loss", "LoRA’s", *FORGETS.values())
     return Table(header, tuple(rows)).markdown()
@@ -258,7 +258,7 @@ def others() -> str:
     rows = []
     for setting, methods in OTHERS.items():
         ratios = [
-            _text(_ratio(of_task, method, task.lora)) if method else ""
+            _text(_ratio(of_task, method, LORA)) if method else ""
             for task, of_task, method in zip(tasks, cells, methods, strict=True)
         ]
         rows.append((setting, *ratios))
@@ -270,7 +270,7 @@ def rates() -> str:
     rows = []
     for task in TASKS:
         cells, ours = task.joined(), next(arm for arm, label in task.arms.items() if label == OURS)
-        rows.append((task.name, f"{task.steps} x {task.records}", _rates(cells, ours), _rates(cells, task.lora)))
+        rows.append((task.name, f"{task.steps} x {task.records}", _rates(cells, ours), _rates(cells, LORA)))
     return Table(("task", "steps x records", OURS, "LoRA"), tuple(rows)).markdown()
 
 

@@ -30,10 +30,10 @@ from support.problems import raises_code
 ASKED = """
 import sys
 from milora_vl.common.errors import UserError
-from milora_vl.models.base import config_of
+from milora_vl.models.base import config_of, load_processor
 from milora_vl.models.loading import load_weights
 
-for read in (config_of, load_weights):
+for read in (config_of, load_weights, load_processor):
     try:
         read(sys.argv[1])
     except UserError as error:
@@ -47,7 +47,7 @@ def test_a_mistyped_id_is_not_a_hub_that_does_not_answer() -> None:
         words = [sys.executable, "-c", ASKED, "llava-hf/llava-1.5-7c-hf"]
         done = subprocess.run(words, env=env, capture_output=True, text=True)
     said = "the model hub has no llava-hf/llava-1.5-7c-hf, or you may not read it\ncheck the name; a private or gated "
-    assert done.stdout.count(said) == 2, done.stdout + done.stderr
+    assert done.stdout.count(said) == 3, done.stdout + done.stderr
 
 
 # Packages that are not installed.
@@ -66,8 +66,7 @@ def test_a_tokenizer_model_alone_names_the_packages_that_read_it(tiny_llama, tmp
     tiny_llama()[0].save_pretrained(tmp_path)
     shutil.copy(Path(common.__file__).parent / "data" / "tokenizer.model.v1", tmp_path / "tokenizer.model")
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
-    asked = ASKED.replace("models.loading import load_weights", "models.base import load_processor as load_weights")
-    said = subprocess.run([sys.executable, "-c", HIDDEN + asked, str(tmp_path)], capture_output=True, text=True).stdout
+    said = subprocess.run([sys.executable, "-c", HIDDEN + ASKED, str(tmp_path)], capture_output=True, text=True).stdout
     assert "tokenizer.json needs:  pip install sentencepiece protobuf" in said
 
 
