@@ -52,7 +52,7 @@ def no_ranks_left_behind() -> Iterator[None]:
     transformers 4 leaves DeepSpeed itself switched on there, for later runs in the process.
     """
     ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    names = (*ranks, "ACCELERATE_USE_DEEPSPEED")
+    names = (*ranks, "ACCELERATE_USE_DEEPSPEED", "DS_ACCELERATOR")
     before = {name: os.environ.get(name) for name in names}
     yield
     if "deepspeed" in sys.modules:

@@ -23,11 +23,14 @@ def training_questions(
     *,
     template: str,
     image_aspect_ratio: Literal["pad", "plain", "anyres"],
+    batch_size: int,
 ) -> TrainingQuestions:
     """Read the questions of suites, each with its data folder. Raises UserError for missing data."""
     from milora_eval.run_suite import TrainingSuites
 
-    return TrainingSuites(suites, limit, template=template, image_aspect_ratio=image_aspect_ratio)
+    return TrainingSuites(
+        suites, limit, template=template, image_aspect_ratio=image_aspect_ratio, batch_size=batch_size
+    )
 
 
 def command(request: EvaluationRequest) -> list[str]:

@@ -243,13 +243,14 @@ class TrainingSuites:
         *,
         template: str,
         image_aspect_ratio: Literal["pad", "plain", "anyres"],
+        batch_size: int,
     ) -> None:
         every = [(choose(value), data_folder(value, data)) for value, data in suites.items()]
         name_apart([benchmark for chosen, _ in every for benchmark in chosen.benchmarks], Path())
         self._planned: list[tuple[EvaluationPlan, Items]] = []
         for chosen, folder in every:
             plan, items = plan_of(chosen, folder, limit)
-            plan = replace(plan, template=template, image_aspect_ratio=image_aspect_ratio)
+            plan = replace(plan, template=template, image_aspect_ratio=image_aspect_ratio, batch_size=batch_size)
             self._planned.append((plan, items))
         self.names = tuple(benchmark.name for plan, _ in self._planned for benchmark in plan.benchmarks)
 

@@ -74,7 +74,7 @@ class Evaluator(Protocol):
         """Raise UserError, at these flags, for what an evaluation would fail with: unknown names, missing files."""
 
     def training_questions(
-        self, suites: Mapping[str, str | None], limit: int, *, template: str, image_aspect_ratio: Any
+        self, suites: Mapping[str, str | None], limit: int, *, template: str, image_aspect_ratio: Any, batch_size: int
     ) -> TrainingQuestions:
         """Read the questions of suites, each with its data folder. Raises UserError for missing data."""
         ...

@@ -131,8 +131,8 @@ def flops_per_step(work: Workload) -> float:
 
 
 def needed(work: Workload) -> float:
-    """Return the GiB of a device: of a step or, with FSDP2, of the start, which shards the whole model at its end."""
-    whole = (frozen_weights(work) + 4 * work.trained) * (work.fsdp is not None)
+    """Return the GiB of a device: of a step or, with FSDP2, of the whole model beside its shard, at the start's end."""
+    whole = (frozen_weights(work) + 4 * work.trained) * (1 + 1 / work.devices) * (work.fsdp is not None)
     return max(sum(memory(work).values()), whole) / GIB + OVERHEAD
 
 

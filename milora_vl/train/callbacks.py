@@ -50,7 +50,7 @@ class MeasuringCallback(TrainerCallback):
             control.should_log = due  # HF resets should_log at any log line, also before the loss is logged
 
 
-def training_questions(recipe: Recipe) -> TrainingQuestions | None:
+def training_questions(recipe: Recipe, batch_size: int) -> TrainingQuestions | None:
     config = recipe.eval
     if config.suite_every is None:
         return None
@@ -59,6 +59,7 @@ def training_questions(recipe: Recipe) -> TrainingQuestions | None:
         config.suite_limit,
         template=recipe.template,
         image_aspect_ratio=recipe.data.image_aspect_ratio,
+        batch_size=min(batch_size, 16),  # a step held as many
     )
 
 

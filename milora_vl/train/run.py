@@ -95,7 +95,7 @@ def train(settings: Settings) -> int:
             run, records, earlier = read_records(run, screen)
             open_repository(run.recipe.train, run.folder.path, run.hub_token)
             run = compose_base(run, screen)
-            questions = training_questions(run.recipe)
+            questions = training_questions(run.recipe, run.args.per_device_train_batch_size)
             loaded, processor = load_base(run, records, screen)
             probe = make_probe(run, loaded, processor, screen)
             rows = order_rows(run, records, processor, screen)
@@ -177,7 +177,7 @@ def load_base(run: Run, records: RunData, screen: Screen) -> tuple[nn.Module, An
     recipe, args = run.recipe, run.args
     data.check(data.strict_collator(recipe, run.base, run.base.processor), recipe, records)
     if args.fsdp:
-        require_one_device(run.base, run.launch.dtype, args.device)
+        require_one_device(run.base, run.launch.dtype, args)
     with screen.step(f"loading {recipe.model}"):
         loaded, processor = load_base_model(recipe, run.base, run.launch.dtype, args.device)
     tokenizer, pictures = split_processor(processor)
@@ -186,13 +186,12 @@ def load_base(run: Run, records: RunData, screen: Screen) -> tuple[nn.Module, An
     return loaded, processor
 
 
-def require_one_device(base: Base, dtype: torch.dtype, device: torch.device) -> None:
-    """Raise UserError if a base does not fit on an accelerator: FSDP2 shards it after the start."""
-    size, free = num_parameters(base.meta) * dtype.itemsize, free_memory(device)
+def require_one_device(base: Base, dtype: torch.dtype, args: TrainingArguments) -> None:
+    """Raise UserError if a base does not fit on an accelerator beside its shard: FSDP2 shards it after the start."""
+    size = num_parameters(base.meta) * dtype.itemsize * (1 + 1 / args.world_size)
+    device, free = args.device, free_memory(args.device)
     if device.type != "cpu" and size > free:
-        message = (
-            f"the base has {size_text(size)}, {device} has {size_text(free)} free, and FSDP2 needs all of it there"
-        )
+        message = f"{device} has {size_text(free)} free, and FSDP2 needs {size_text(size)}: the base and its shard"
         raise UserError(message, where="--fsdp", hint="load it in shards:  --deepspeed zero3")
 
 

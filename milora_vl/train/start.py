@@ -243,8 +243,7 @@ def _is_of_probe(record: Record) -> bool:
 def _captions(sources: _Sources, records: Sequence[Record], folder: Path) -> list[str]:
     recipe = sources.recipe
     pictures = [record.within(folder).images for record in records]
-    tokens = sources.base.tokens_of_a_picture
-    at_once = 16 if tokens is None else max(16, rows_at_once(sources.model, tokens + PROMPT_TOKENS))
+    at_once = rows_at_once(sources.model, PROMPT_TOKENS + (sources.base.tokens_of_a_picture or recipe.data.max_length))
     parts = [pictures[begin : begin + at_once] for begin in range(0, len(pictures), at_once)]
 
     def write(number: int, on_work: Callable[[int], object]) -> list[str]:

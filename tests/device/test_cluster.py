@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -152,10 +153,14 @@ def test_weights_go_from_the_file_to_the_device(
     assert not [name for name, parameter in model.named_parameters() if parameter.device != sim]
 
 
-def test_fsdp_refuses_a_base_that_no_device_holds(sim: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("milora_vl.train.run.free_memory", lambda _: 1000)
+def test_fsdp_refuses_a_base_that_no_device_holds_beside_its_shard(sim: torch.device, monkeypatch) -> None:
+    size = 2 * num_parameters(find_base("tiny").meta)
+    args: Any = SimpleNamespace(device=sim, world_size=2)
+    monkeypatch.setattr("milora_vl.train.run.free_memory", lambda _: 1.6 * size)
+    require_one_device(find_base("tiny"), torch.bfloat16, args)
+    monkeypatch.setattr("milora_vl.train.run.free_memory", lambda _: 1.4 * size)
     with raises_code("", where="--fsdp", hint="--deepspeed zero3"):
-        require_one_device(find_base("tiny"), torch.bfloat16, sim)
+        require_one_device(find_base("tiny"), torch.bfloat16, args)
 
 
 def test_the_sums_of_a_7b_fit_on_one_card_and_on_eight_as_the_plan_says(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -137,7 +137,9 @@ def test_two_files_of_one_name_are_asked_in_one_call(tmp_path: Path) -> None:
     assert names(tmp_path / "out", "de-eval+ll-eval") == ["de-eval", "ll-eval"]
     assert main(["run", "--model", "tiny", "--benchmarks", f"{de},{ll}", *output]) == 0
     assert len(list((tmp_path / "out" / "eval").iterdir())) == 1
-    suites = TrainingSuites({str(de): None, str(ll): None}, 5, template="vicuna_v1", image_aspect_ratio="pad")
+    suites = TrainingSuites(
+        {str(de): None, str(ll): None}, 5, template="vicuna_v1", image_aspect_ratio="pad", batch_size=4
+    )
     assert suites.names == ("de-eval", "ll-eval")
     with pytest.raises(UserError, match="listed twice"):
         main(["run", "--model", "tiny", "--benchmarks", f"{de},{de}", *output])

@@ -7,14 +7,12 @@ import json
 import shutil
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 
 from milora_eval.scores.results import headline_of
-from milora_vl.common.atomic_write import locked
 from milora_vl.common.errors import UserError
 from milora_vl.common.evaluator_protocol import QuestionSet
 from milora_vl.core.policy import Policy
@@ -22,7 +20,7 @@ from milora_vl.sweep import page
 from milora_vl.sweep.__main__ import _require_same_sweep, main
 from milora_vl.sweep.cells import Cell, make_cells, recipe_of
 from milora_vl.sweep.results import arms, pairs
-from milora_vl.sweep.runner import Sweep, _wait_for_killed_sweep, run_sweep
+from milora_vl.sweep.runner import Sweep, run_sweep
 from milora_vl.train.settings import Recipe
 from support.drawn import NAMES, draw
 from support.eval_questions import write_questions
@@ -271,21 +269,6 @@ def test_several_benchmarks_score_a_cell_by_their_mean(mean: Any, units: Any, fo
     ]
     headline = headline_of({"benchmarks": entries, "mean": mean and {"of": mean}})
     assert headline == (found[0], found[1], pytest.approx(found[2]), found[3] and pytest.approx(found[3]))
-
-
-def test_a_cell_says_that_it_waits_for_a_training_of_a_killed_sweep(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Waited(Exception):
-        pass
-
-    def wait(seconds: float) -> None:
-        raise Waited
-
-    monkeypatch.setattr("milora_vl.sweep.runner.time", SimpleNamespace(sleep=wait))
-    with locked(tmp_path), pytest.raises(Waited):
-        _wait_for_killed_sweep(tmp_path)
-    assert str(tmp_path) in capsys.readouterr().err
 
 
 def test_own_questions_score_the_cells(tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ def losses(run: Path) -> list[float]:
 
 def test_measuring_changes_nothing_of_the_model(tmp_path: Path) -> None:
     data = write_questions(tmp_path / "questions")
-    suites = TrainingSuites({"emoji": str(data)}, 8, template="vicuna_v1", image_aspect_ratio="pad")
+    suites = TrainingSuites({"emoji": str(data)}, 8, template="vicuna_v1", image_aspect_ratio="pad", batch_size=4)
     model, processor = load_model("tiny")
     model.train()
     before = torch.random.get_rng_state()

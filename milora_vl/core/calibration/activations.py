@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from inspect import signature
 from itertools import zip_longest
 from typing import Any
 
@@ -44,7 +45,7 @@ from milora_vl.core.weights.matrices import Made, for_each_weight, is_linear
 
 Batch = Mapping[str, Any]
 Hook = Callable[[Tensor], None]
-ROOM = 0.6  # share of the free memory for the sums of one pass; eigenvectors need some, too
+ROOM = 0.6  # share of the free memory for the sums of one pass
 # A position counts with at most this many times the median energy. Attention sinks have thousands of times the energy,
 # and one of them would be 90 % of C. Without them, V lacks their directions: the update then moves what all later
 # positions read, and SmolLM2 forgets six times as much at p = 0.9.
@@ -67,12 +68,9 @@ def require_calibration(targets: Sequence[Target], calibration: Calibration | No
         rows: Any = batches if isinstance(batches, Sequence) else ()
         wrong = next((row for row in rows if not isinstance(row, Mapping)), None if rows is batches else batches)
         if wrong is not None:
-            raise CalibrationError(
-                f"expected a list of batches (mappings of tensors), found {type(wrong).__name__}",
-                where="calibration",
-                hint='pass  calibration=[{"input_ids": ids, "attention_mask": mask}, ...]  with tensors (rows, '
-                "length); list(loader) makes it from a DataLoader",
-            )
+            message = f"expected a list of batches (mappings of tensors), found {type(wrong).__name__}"
+            hint = 'pass calibration=list(loader)  or  [{"input_ids": ids, "attention_mask": mask}, ...] (rows, length)'
+            raise CalibrationError(message, where="calibration", hint=hint)
 
 
 @dataclass(slots=True, eq=False)
@@ -151,7 +149,8 @@ def for_each_input(
     with gathered(model), evaluated(model), without_caches(model):
         inputs = _inputs_in_order(model, wanted, [batch for fit, _ in sources for batch, _ in fit])
         readers = {path: one for one in inputs for path in one.paths}
-        room = ROOM * min(gather_objects(free_memory(next(model.parameters()).device)))
+        solver = 20 * max((one.size for one in inputs), default=0) ** 2  # bytes: a copy of C, and what `eigh` works in
+        room = ROOM * max(0, min(gather_objects(free_memory(next(model.parameters()).device))) - solver)
         room /= 4 if len(sources) > 1 else 2  # sums of two kinds; of a source and in all
         passes = list(zip_longest(*(_passes(share, room) for share in _shares(inputs)), fillvalue=[]))
         count = sum(len(fit) + len(held) for fit, held in sources)
@@ -232,7 +231,10 @@ def _run(model: nn.Module, batch: Batch, hooks: Mapping[nn.Module, Hook], ends: 
     try:
         with gathered_in_forward(model):
             handles += [module.register_forward_pre_hook(hook_of, with_kwargs=True) for module in hooks]
-            model(**model_inputs(model, batch))
+            given, takes = model_inputs(model, batch), signature(model.forward).parameters
+            if "logits_to_keep" in takes and getattr(model, "get_output_embeddings", lambda: None)() not in hooks:
+                given |= {"labels": None, "logits_to_keep": 1}  # of large pictures all logits have gigabytes
+            model(**given)
     except _AllSeen:
         pass
     finally:

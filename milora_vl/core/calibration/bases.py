@@ -72,12 +72,12 @@ def first_directions(C: Tensor, share: float, most: int) -> tuple[Tensor, float]
     with full_precision(C.device):
         try:
             values, vectors = torch.linalg.eigh(C)
-        except torch.linalg.LinAlgError:  # some solvers fail in float32 for clustered eigenvalues
-            values, vectors = torch.linalg.eigh(C.double())
+        except torch.linalg.LinAlgError:  # of float32 for clustered eigenvalues, of CUDA 12 beyond 23,000 columns
+            values, vectors = torch.linalg.eigh(C.double().cpu())
         values, vectors = values.flip(-1), vectors.flip(-1)
     held = (values.double().clamp(min=0).cumsum(0).cpu() / total).clamp(max=1)
     count = min(int((held < share).sum()) + 1, most)
-    return vectors[:, :count].float().contiguous(), float(held[count - 1]) if count else 0.0
+    return vectors[:, :count].to(C.device, torch.float32).contiguous(), float(held[count - 1]) if count else 0.0
 
 
 def positions_of(batches: Sequence[Mapping[str, Any]], image_token: int | None) -> list[Tensor | None]:
@@ -93,10 +93,8 @@ def positions_of(batches: Sequence[Mapping[str, Any]], image_token: int | None) 
     masks = [_masks(batch, image_token) for batch in batches]
     numbers = [sum(int(mask[kind].sum()) for mask in masks if mask is not None) for kind in (0, 1)]
     if not batches or (sum(numbers) == 0 and all(mask is not None for mask in masks)):
-        message, hint = (
-            "the calibration has no tokens that count",
-            "pass batches with input_ids; padding does not count",
-        )
+        message = "the calibration has no tokens that count"
+        hint = "pass batches with input_ids; padding does not count"
         raise CalibrationError(message, where="calibration", hint=hint)
     kinds = sum(number > 0 for number in numbers)
     scales = [sum(numbers) / (kinds * number) if number else 0.0 for number in numbers]

@@ -67,6 +67,13 @@ def test_directions_are_those_of_all_positions_of_the_base(tiny_llama) -> None:
     assert basis.held_out == pytest.approx(share, rel=1e-4)
 
 
+def test_a_calibration_makes_the_logits_of_one_position(tiny_llama) -> None:
+    base, lengths = tiny_llama()[0], list[int]()
+    base.lm_head.register_forward_hook(lambda module, args, logits: lengths.append(logits.shape[1]))
+    apply_milora(base, protecting(), calibration=[{**batch, "labels": batch["input_ids"]} for batch in TEXT])
+    assert set(lengths) == {1}
+
+
 def test_the_result_does_not_depend_on_the_number_of_passes(tiny_llama, monkeypatch) -> None:
     whole = found(tiny_llama()[0])
     monkeypatch.setattr("milora_vl.core.calibration.activations.free_memory", lambda _: 1)
